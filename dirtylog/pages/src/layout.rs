@@ -1,0 +1,157 @@
+//! Which frames a machine's memory has.
+
+use crate::{PageSet, Run};
+
+/// One stretch of guest-physical memory.
+pub type Extent = Run;
+
+/// The stretches of guest memory of one machine: ascending, disjoint, not empty.
+///
+/// Everything that names a page (a frame from a peer, a bundle, an operator) is checked against it.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Layout(Vec<Extent>);
+
+/// Why a list of extents is not a layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LayoutError {
+    /// Extent number `0` is empty, or ends beyond [`Layout::MAX_FRAME`].
+    BadExtent(usize, Extent),
+    /// Extent number `0` begins before the one in front of it ends.
+    OutOfOrder(usize),
+    /// More extents than [`Layout::MAX_EXTENTS`].
+    TooMany(usize),
+}
+
+impl std::fmt::Display for LayoutError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::BadExtent(i, e) => write!(
+                f,
+                "memory extent {i} (frame {:#x}, {} pages) is empty or beyond frame {:#x}",
+                e.start,
+                e.pages,
+                Layout::MAX_FRAME
+            ),
+            Self::OutOfOrder(i) => {
+                write!(f, "memory extent {i} overlaps or precedes extent {}", i - 1)
+            }
+            Self::TooMany(n) => {
+                write!(
+                    f,
+                    "{n} memory extents; at most {} are allowed",
+                    Layout::MAX_EXTENTS
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for LayoutError {}
+
+impl Layout {
+    /// No more extents than this in one machine.
+    pub const MAX_EXTENTS: usize = 1024;
+    /// Frames end below this: x86-64 has at most 52 physical address bits.
+    pub const MAX_FRAME: u64 = 1 << 40;
+
+    /// Checks and takes `extents`.
+    ///
+    /// # Errors
+    /// An extent that is empty, too high, or out of order.
+    pub fn new(extents: Vec<Extent>) -> Result<Self, LayoutError> {
+        if extents.len() > Self::MAX_EXTENTS {
+            return Err(LayoutError::TooMany(extents.len()));
+        }
+        let mut end = 0;
+        for (i, e) in extents.iter().enumerate() {
+            let fits = e
+                .start
+                .checked_add(e.pages)
+                .is_some_and(|end| end <= Self::MAX_FRAME);
+            if e.pages == 0 || !fits {
+                return Err(LayoutError::BadExtent(i, *e));
+            }
+            if e.start < end {
+                return Err(LayoutError::OutOfOrder(i));
+            }
+            end = e.end();
+        }
+        Ok(Self(extents))
+    }
+
+    /// The extents, ascending.
+    pub fn extents(&self) -> &[Extent] {
+        &self.0
+    }
+
+    /// Pages in all extents.
+    pub fn pages(&self) -> u64 {
+        self.0.iter().map(|e| e.pages).sum()
+    }
+
+    /// Whether all of `run` lies inside one extent.
+    pub fn contains(&self, run: Run) -> bool {
+        run.pages > 0
+            && self
+                .position(run.start)
+                .is_some_and(|e| run.end() <= e.end())
+    }
+
+    /// A page's place among all pages of the machine, counted from 0 without holes.
+    pub fn index_of(&self, gfn: u64) -> Option<u64> {
+        let mut before = 0;
+        for e in &self.0 {
+            if gfn < e.start {
+                return None;
+            }
+            if gfn < e.end() {
+                return Some(before + gfn - e.start);
+            }
+            before += e.pages;
+        }
+        None
+    }
+
+    /// Every page of the machine.
+    pub fn all(&self) -> PageSet {
+        self.0.iter().copied().collect()
+    }
+
+    fn position(&self, gfn: u64) -> Option<&Extent> {
+        let after = self.0.partition_point(|e| e.start <= gfn);
+        self.0[..after].last().filter(|e| gfn < e.end())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_across_a_hole_is_outside_the_layout() {
+        let layout = Layout::new(vec![Run::new(0, 16), Run::new(32, 16)]).unwrap();
+        assert!(layout.contains(Run::new(0, 16)));
+        assert!(!layout.contains(Run::new(15, 2)));
+        assert!(!layout.contains(Run::new(20, 1)));
+        assert!(!layout.contains(Run::new(47, u64::MAX)));
+        assert_eq!(layout.index_of(32), Some(16));
+        assert_eq!(layout.index_of(31), None);
+        assert_eq!(layout.all().len(), 32);
+    }
+
+    #[test]
+    fn bad_extents_are_named() {
+        assert_eq!(
+            Layout::new(vec![Run::new(4, 4), Run::new(6, 1)]),
+            Err(LayoutError::OutOfOrder(1))
+        );
+        assert!(matches!(
+            Layout::new(vec![Run::new(4, 0)]),
+            Err(LayoutError::BadExtent(0, _))
+        ));
+        assert!(matches!(
+            Layout::new(vec![Run::new(1, u64::MAX)]),
+            Err(LayoutError::BadExtent(0, _))
+        ));
+    }
+}
