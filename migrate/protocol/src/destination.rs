@@ -1,0 +1,353 @@
+//! The destination's side of a migration, as a pure state machine.
+//!
+//! ```text
+//!  Offer        host built it        Commit, all batches here       loaded, resumed
+//! Waiting ─▶ Building ─▶ Receiving ───────────▶ Loading ─▶ Resuming ─────▶ Running ─▶ Done(Runs)
+//!      └────────┴────────────┴── lost link, abort, bad page ─▶ Done(Void): it can never run here
+//! ```
+//!
+//! The machine runs here if and only if the `Commit` came *and* every batch of every round did. A link
+//! that is lost before both are here makes the session void for ever, and an inquiry is then told so.
+//! Once both are here the link no longer matters.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, Verdict};
+use crate::{MachineSpec, Refusal, RunPermit};
+
+/// More rounds than this are not a migration.
+const MAX_ROUNDS: u32 = 1 << 20;
+
+/// What happened, told to the destination.
+#[derive(Debug)]
+pub enum DestinationEvent {
+    /// A message of the source.
+    Message(ToDestination),
+    /// The control channel or a lane broke.
+    LinkLost(String),
+    /// Answer to `Build`.
+    Built(Result<(), Vec<Refusal>>),
+    /// A batch of a round was verified and installed.
+    Installed {
+        /// Which round.
+        round: u32,
+    },
+    /// A lane brought something that is not a batch of this machine's pages.
+    BadPages(String),
+    /// Answer to `Load`.
+    Loaded(Result<(), String>),
+    /// Answer to `Resume`.
+    Resumed(Result<(), String>),
+    /// Answer to `Digest`.
+    Digest(u64),
+}
+
+/// What the engine does next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum DestinationAction {
+    /// Send on the control channel.
+    Send(ToSource),
+    /// Build the machine, empty and paused.
+    Build(MachineSpec),
+    /// Let `lanes` lanes join the session.
+    AcceptLanes {
+        /// How many.
+        lanes: u16,
+    },
+    /// Load vCPU and device state.
+    Load(Vec<u8>),
+    /// Run the machine.
+    Resume(RunPermit),
+    /// Compute the digest of the pages as they were installed.
+    Digest,
+    /// The session is over.
+    Finish(Arrival),
+}
+
+/// How a session ended, seen from the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// The machine runs here; whether the source found the digests equal, if it said so.
+    Runs {
+        /// `None` when the link was lost before the source's word came.
+        digest_verified: Option<bool>,
+    },
+    /// The machine does not run here and never will.
+    Void(String),
+}
+
+#[derive(Debug)]
+enum Phase {
+    Waiting,
+    Building { codecs: u8, lanes: u16 },
+    Receiving,
+    Committed { state: Vec<u8>, rounds: Vec<(u32, u64)>, since: Duration },
+    Loading { since: Duration, complete: Duration },
+    Resuming { since: Duration, complete: Duration, loaded: Duration },
+    Running,
+    Done(Verdict),
+}
+
+/// The destination of one migration.
+#[derive(Debug)]
+pub struct Destination {
+    phase: Phase,
+    session: u128,
+    codecs: u8,
+    prepare_asked: bool,
+    /// Batches installed, by round, of rounds that are not done.
+    installed: BTreeMap<u32, u64>,
+    /// The round whose end was announced and is not complete.
+    ending: Option<(u32, u64)>,
+    /// Rounds up to this one are complete.
+    done_through: u32,
+    permit: Option<RunPermit>,
+    actions: VecDeque<DestinationAction>,
+}
+
+impl Destination {
+    /// A session that will be known by the random token `session`, on a host with `codecs`.
+    pub fn new(session: u128, codecs: u8) -> Self {
+        Self {
+            phase: Phase::Waiting,
+            session,
+            codecs,
+            prepare_asked: false,
+            installed: BTreeMap::new(),
+            ending: None,
+            done_through: 0,
+            permit: None,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// The next thing to do.
+    pub fn poll(&mut self) -> Option<DestinationAction> {
+        self.actions.pop_front()
+    }
+
+    /// What an inquiry is told.
+    pub fn verdict(&self) -> Verdict {
+        match self.phase {
+            Phase::Running => Verdict::Ran,
+            Phase::Done(verdict) => verdict,
+            _ => Verdict::Pending,
+        }
+    }
+
+    /// Takes one event at time `now` since the start.
+    pub fn handle(&mut self, now: Duration, event: DestinationEvent) {
+        match event {
+            DestinationEvent::Message(message) => self.message(now, message),
+            DestinationEvent::LinkLost(why) => self.link_lost(why),
+            DestinationEvent::BadPages(why) => self.give_up(why),
+            DestinationEvent::Built(result) => self.built(result),
+            DestinationEvent::Installed { round } => self.installed(now, round),
+            DestinationEvent::Loaded(result) => self.loaded(now, result),
+            DestinationEvent::Resumed(result) => self.resumed(now, result),
+            DestinationEvent::Digest(sum) => {
+                if matches!(self.phase, Phase::Running) {
+                    self.send(ToSource::Digest { sum });
+                }
+            }
+        }
+    }
+
+    fn message(&mut self, now: Duration, message: ToDestination) {
+        match (&mut self.phase, message) {
+            (Phase::Done(_), _) => {}
+            (Phase::Waiting, ToDestination::Offer { spec, codecs, lanes }) => {
+                let common = codecs & self.codecs;
+                if common == 0 || lanes == 0 || lanes > MAX_LANES {
+                    let why = format!(
+                        "the source offers codecs {codecs:#x} and {lanes} lanes; this host has codecs \
+                         {:#x} and allows 1 to {MAX_LANES} lanes",
+                        self.codecs
+                    );
+                    return self.refuse(vec![Refusal::new("version", why)]);
+                }
+                self.phase = Phase::Building { codecs: common, lanes };
+                self.actions.push_back(DestinationAction::Build(spec));
+            }
+            (Phase::Building { .. }, ToDestination::Prepare) => self.prepare_asked = true,
+            (Phase::Receiving, ToDestination::Prepare) => self.send(ToSource::Ready),
+            (Phase::Receiving, ToDestination::RoundEnd { round, batches }) => {
+                if round <= self.done_through || self.ending.is_some() {
+                    return self.give_up(format!(
+                        "the source ended round {round} out of order (done: {})",
+                        self.done_through
+                    ));
+                }
+                self.ending = Some((round, batches));
+                self.end_round_if_complete();
+            }
+            (Phase::Receiving, ToDestination::Commit { permit, state, rounds }) => {
+                let ascending = rounds.windows(2).all(|w| w[0].0 < w[1].0);
+                let fresh = rounds.first().is_none_or(|r| r.0 > self.done_through);
+                if !ascending || !fresh || self.ending.is_some() {
+                    return self.give_up("the source committed rounds out of order".into());
+                }
+                self.permit = Some(permit);
+                self.phase = Phase::Committed { state, rounds, since: now };
+                self.load_if_complete(now);
+            }
+            (Phase::Running, ToDestination::Verified { matches }) => {
+                self.finish(Verdict::Ran, Arrival::Runs { digest_verified: Some(matches) });
+            }
+            (Phase::Running, _) => {
+                self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None });
+            }
+            (
+                Phase::Waiting | Phase::Building { .. } | Phase::Receiving,
+                ToDestination::Abort { reason },
+            ) => self.void(format!("the source ended the migration: {reason}")),
+            // The permit is here: nothing the source says takes it back.
+            (Phase::Committed { .. } | Phase::Loading { .. } | Phase::Resuming { .. }, _) => {}
+            (_, other) => self.give_up(format!("the source broke the protocol: {}", name(&other))),
+        }
+    }
+
+    fn built(&mut self, result: Result<(), Vec<Refusal>>) {
+        let Phase::Building { codecs, lanes } = self.phase else { return };
+        if let Err(reasons) = result {
+            return self.refuse(reasons);
+        }
+        self.phase = Phase::Receiving;
+        self.actions.push_back(DestinationAction::AcceptLanes { lanes });
+        self.send(ToSource::Accepted { version: VERSION_MAX, session: self.session, codecs });
+        if self.prepare_asked {
+            self.send(ToSource::Ready);
+        }
+    }
+
+    fn installed(&mut self, now: Duration, round: u32) {
+        if !matches!(self.phase, Phase::Receiving | Phase::Committed { .. }) {
+            return;
+        }
+        if round <= self.done_through || round > MAX_ROUNDS {
+            return self.give_up(format!("a batch came for round {round}, which is over"));
+        }
+        *self.installed.entry(round).or_default() += 1;
+        self.end_round_if_complete();
+        self.load_if_complete(now);
+    }
+
+    fn end_round_if_complete(&mut self) {
+        let Some((round, batches)) = self.ending else { return };
+        let have = self.installed.get(&round).copied().unwrap_or(0);
+        if have > batches {
+            return self
+                .give_up(format!("round {round} has {have} batches, {batches} were announced"));
+        }
+        if have == batches {
+            self.ending = None;
+            self.done_through = round;
+            self.installed = self.installed.split_off(&(round + 1));
+            self.send(ToSource::RoundDone { round });
+        }
+    }
+
+    fn load_if_complete(&mut self, now: Duration) {
+        let Phase::Committed { state, rounds, since } = &mut self.phase else { return };
+        let have = |round: &u32| self.installed.get(round).copied().unwrap_or(0);
+        if let Some((round, batches)) = rounds.iter().find(|(round, n)| have(round) > *n) {
+            let why = format!("round {round} has more than the {batches} batches announced");
+            return self.refuse_commit(why);
+        }
+        if rounds.iter().all(|(round, batches)| have(round) == *batches) {
+            let (state, since) = (std::mem::take(state), *since);
+            self.phase = Phase::Loading { since, complete: now };
+            self.actions.push_back(DestinationAction::Load(state));
+        }
+    }
+
+    fn loaded(&mut self, now: Duration, result: Result<(), String>) {
+        let Phase::Loading { since, complete } = self.phase else { return };
+        match (result, self.permit.take()) {
+            (Ok(()), Some(permit)) => {
+                self.phase = Phase::Resuming { since, complete, loaded: now };
+                self.actions.push_back(DestinationAction::Resume(permit));
+            }
+            (Err(why), _) => self.refuse_commit(why),
+            (Ok(()), None) => self.refuse_commit("no permit".into()),
+        }
+    }
+
+    fn resumed(&mut self, now: Duration, result: Result<(), String>) {
+        let Phase::Resuming { since, complete, loaded } = self.phase else { return };
+        if let Err(why) = result {
+            return self.refuse_commit(why);
+        }
+        let us = |from: Duration, to: Duration| {
+            u64::try_from(to.saturating_sub(from).as_micros()).unwrap_or(u64::MAX)
+        };
+        self.phase = Phase::Running;
+        self.send(ToSource::Running {
+            pages_us: us(since, complete),
+            load_us: us(complete, loaded),
+            resume_us: us(loaded, now),
+        });
+        self.actions.push_back(DestinationAction::Digest);
+    }
+
+    fn link_lost(&mut self, why: String) {
+        match self.phase {
+            Phase::Done(_) => {}
+            Phase::Running => self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None }),
+            // Everything is here: go on without the link.
+            Phase::Loading { .. } | Phase::Resuming { .. } => {}
+            _ => self.void(why),
+        }
+    }
+
+    /// Ends the session from this side, and says so if the source can still take the machine back.
+    fn give_up(&mut self, why: String) {
+        match self.phase {
+            Phase::Done(_) | Phase::Running | Phase::Loading { .. } | Phase::Resuming { .. } => {}
+            Phase::Committed { .. } => self.refuse_commit(why),
+            _ => {
+                self.send(ToSource::Failed { reason: why.clone() });
+                self.void(why);
+            }
+        }
+    }
+
+    fn refuse(&mut self, reasons: Vec<Refusal>) {
+        let words: Vec<&str> = reasons.iter().map(|r| r.why.as_str()).collect();
+        let why = format!("refused: {}", words.join("; "));
+        self.send(ToSource::Refused { reasons });
+        self.void(why);
+    }
+
+    fn refuse_commit(&mut self, why: String) {
+        self.permit = None;
+        self.send(ToSource::CommitRefused { reason: why.clone() });
+        self.void(why);
+    }
+
+    fn void(&mut self, why: String) {
+        self.permit = None;
+        self.finish(Verdict::NeverRan, Arrival::Void(why));
+    }
+
+    fn finish(&mut self, verdict: Verdict, arrival: Arrival) {
+        self.phase = Phase::Done(verdict);
+        self.actions.push_back(DestinationAction::Finish(arrival));
+    }
+
+    fn send(&mut self, message: ToSource) {
+        self.actions.push_back(DestinationAction::Send(message));
+    }
+}
+
+fn name(message: &ToDestination) -> &'static str {
+    match message {
+        ToDestination::Offer { .. } => "a second Offer",
+        ToDestination::Prepare => "Prepare before the offer",
+        ToDestination::RoundEnd { .. } => "RoundEnd before the offer was accepted",
+        ToDestination::Commit { .. } => "Commit before the offer was accepted",
+        ToDestination::Abort { .. } => "Abort",
+        ToDestination::Verified { .. } => "Verified before it runs",
+    }
+}

@@ -1,0 +1,198 @@
+//! What source and destination say to each other on the control channel.
+//!
+//! ```text
+//!   source                                  destination
+//!     Hello::Control ────────────────────────▶
+//!     Offer{spec, codecs} ───────────────────▶  builds the machine, paused and empty
+//!     ◀──────────────── Accepted{session}  or  Refused{reasons}
+//!     Hello::Lane{session} on each lane ─────▶
+//!     Prepare ───────────────────────────────▶
+//!     ◀──────────────────────────────── Ready
+//!     (pages of round n on the lanes)
+//!     RoundEnd{n, batches} ──────────────────▶  all batches of round n installed?
+//!     ◀──────────────────────── RoundDone{n}
+//!     … pause, last pages …
+//!     Commit{permit, state, rounds} ─────────▶  the commit point: the permit has left the source
+//!     ◀──────────────── Running  or  CommitRefused{reason}
+//!     ◀──────────────────────────── Digest{sum}
+//!     Verified{matches} ─────────────────────▶
+//! ```
+//! Either side may send `Abort`/`Failed` before the commit. After a lost link the source asks
+//! `Inquire{session}` on a new connection and is told whether the machine ran.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{MachineSpec, Refusal, RunPermit, wire};
+
+/// Oldest protocol version that this build speaks.
+pub const VERSION_MIN: u16 = 1;
+/// Newest protocol version that this build speaks.
+pub const VERSION_MAX: u16 = 1;
+/// First bytes on every channel; a version that cannot be decoded is still recognised by them.
+pub(crate) const MAGIC: [u8; 8] = *b"ferry\0\r\n";
+/// No hello is larger than this.
+pub const MAX_HELLO_BYTES: usize = 256;
+/// No migration has more lanes than this.
+pub const MAX_LANES: u16 = 64;
+
+/// What a channel is for: the first message on it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hello {
+    /// A new migration's control channel; versions that the source speaks.
+    Control {
+        /// Oldest.
+        version_min: u16,
+        /// Newest.
+        version_max: u16,
+    },
+    /// A lane for pages, joining a session.
+    Lane {
+        /// The session's token, from [`ToSource::Accepted`].
+        session: u128,
+        /// Which lane, from 0.
+        lane: u16,
+    },
+    /// The source of a committed session asks what became of it.
+    Inquire {
+        /// The session's token.
+        session: u128,
+    },
+}
+
+/// Bytes that do not begin a Ferry channel.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("the peer does not speak Ferry: its first message {0}")]
+pub struct NotFerry(String);
+
+impl Hello {
+    /// The hello of this build for a new migration.
+    pub fn control() -> Self {
+        Self::Control { version_min: VERSION_MIN, version_max: VERSION_MAX }
+    }
+
+    /// As bytes: magic, then the message.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = MAGIC.to_vec();
+        // A hello has no sequence in it: it always fits.
+        out.extend(wire::encode(self).unwrap_or_default());
+        out
+    }
+
+    /// Takes bytes from a peer apart.
+    ///
+    /// # Errors
+    /// Other magic, or not a hello.
+    pub fn decode(bytes: &[u8]) -> Result<Self, NotFerry> {
+        let rest = bytes
+            .strip_prefix(&MAGIC[..])
+            .ok_or_else(|| NotFerry("does not begin with Ferry's magic".into()))?;
+        wire::decode(rest).map_err(|e| NotFerry(format!("is not a hello ({e})")))
+    }
+}
+
+/// From source to destination.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDestination {
+    /// The machine, and how its pages can be encoded.
+    Offer {
+        /// What the destination must host.
+        spec: MachineSpec,
+        /// Codecs of the source, a bit each.
+        codecs: u8,
+        /// Lanes that will join.
+        lanes: u16,
+    },
+    /// Be ready to run at once.
+    Prepare,
+    /// All pages of a round were sent.
+    RoundEnd {
+        /// Which round.
+        round: u32,
+        /// How many batches it had.
+        batches: u64,
+    },
+    /// The commit point: run the machine as soon as all `rounds` are installed.
+    Commit {
+        /// The right to run it.
+        permit: RunPermit,
+        /// State sections.
+        state: Vec<u8>,
+        /// The last rounds, each with its number of batches.
+        rounds: Vec<(u32, u64)>,
+    },
+    /// The migration ends here; the machine stays at the source.
+    Abort {
+        /// Why.
+        reason: String,
+    },
+    /// Whether both digests of memory are the same.
+    Verified {
+        /// They are.
+        matches: bool,
+    },
+}
+
+/// From destination to source.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToSource {
+    /// The machine fits.
+    Accepted {
+        /// Version chosen.
+        version: u16,
+        /// Token with which lanes join, and by which the session is asked for.
+        session: u128,
+        /// Codecs that both sides have.
+        codecs: u8,
+    },
+    /// The machine does not fit.
+    Refused {
+        /// Every reason.
+        reasons: Vec<Refusal>,
+    },
+    /// Everything that can be built before the switchover is built.
+    Ready,
+    /// A round is installed.
+    RoundDone {
+        /// Which.
+        round: u32,
+    },
+    /// The destination cannot go on, and has not run the machine.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+    /// The machine runs here.
+    Running {
+        /// From the commit's arrival until all pages were installed, µs.
+        pages_us: u64,
+        /// Loading state, µs.
+        load_us: u64,
+        /// Starting the vCPUs, µs.
+        resume_us: u64,
+    },
+    /// The machine does not run here and never will: the source may.
+    CommitRefused {
+        /// Why.
+        reason: String,
+    },
+    /// Order-free digest of all pages as they were installed.
+    Digest {
+        /// Wrapping sum over pages that are not zero.
+        sum: u64,
+    },
+    /// Answer to [`Hello::Inquire`].
+    Verdict(Verdict),
+}
+
+/// What became of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verdict {
+    /// The machine ran here.
+    Ran,
+    /// It did not run here and never will.
+    NeverRan,
+    /// The commit is here and the machine is about to run or to be refused: ask again.
+    Pending,
+    /// This process knows no such session: it proves nothing.
+    Unknown,
+}

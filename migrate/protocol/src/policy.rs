@@ -1,0 +1,236 @@
+//! When to switch over: the operator states goals, this decides, and says why.
+//!
+//! After each round it is told what the round took and what is dirty now. It expects a downtime of
+//!
+//! ```text
+//! overhead + shortest round + dirty pages × bytes per page ÷ link rate
+//! ```
+//!
+//! and switches over when that meets the goal and another round would not make it much smaller.
+
+use std::time::Duration;
+
+/// What the operator asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Goals {
+    /// The guest stands still no longer than this.
+    pub max_downtime: Duration,
+    /// The migration takes no longer than this.
+    pub max_total: Duration,
+}
+
+impl Default for Goals {
+    /// 50 ms and 5 minutes.
+    fn default() -> Self {
+        Self { max_downtime: Duration::from_millis(50), max_total: Duration::from_secs(300) }
+    }
+}
+
+/// What one round did, and what is left.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RoundFacts {
+    /// Number, from 1.
+    pub round: u32,
+    /// From its first page read to its acknowledgement.
+    pub took: Duration,
+    /// Pages in it.
+    pub pages: u64,
+    /// Bytes that it put on the wire.
+    pub bytes: u64,
+    /// Pages that are dirty after it.
+    pub dirty: u64,
+    /// Since the migration began.
+    pub elapsed: Duration,
+}
+
+/// What to do next, with the reason in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Another round while the guest runs.
+    Round(String),
+    /// Pause and send the rest.
+    SwitchOver(String),
+    /// The goals cannot be met.
+    GiveUp(String),
+}
+
+/// The decision after each round. Pure: it holds numbers only.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    goals: Goals,
+    /// Bytes a second, from rounds large enough to tell.
+    rate: f64,
+    bytes_per_page: f64,
+    shortest_round: Duration,
+    last_dirty: Option<u64>,
+    rounds_within_goal: u32,
+    expected: Duration,
+    dirty_pages_per_s: f64,
+}
+
+/// Pausing, saving, loading and resuming, before anything was measured.
+const OVERHEAD: Duration = Duration::from_millis(5);
+/// Rounds smaller than this say more of the round trip than of the rate.
+const TELLING_BYTES: u64 = 1 << 20;
+/// At most so many more rounds once the goal is met, each only while it shrinks the rest.
+const POLISHING_ROUNDS: u32 = 3;
+/// The fewest bytes a page can cost on the wire (a run entry).
+const LEAST_BYTES_PER_PAGE: f64 = 16.0;
+
+impl Policy {
+    /// A policy for `goals`.
+    pub fn new(goals: Goals) -> Self {
+        Self {
+            goals,
+            rate: 0.0,
+            bytes_per_page: ferry_pages::PAGE_BYTES as f64,
+            shortest_round: Duration::MAX,
+            last_dirty: None,
+            rounds_within_goal: 0,
+            expected: Duration::MAX,
+            dirty_pages_per_s: 0.0,
+        }
+    }
+
+    /// The goals.
+    pub fn goals(&self) -> Goals {
+        self.goals
+    }
+
+    /// Downtime that a switchover after the last round was expected to have.
+    pub fn expected_downtime(&self) -> Duration {
+        self.expected
+    }
+
+    /// Link rate in bytes a second, as last seen.
+    pub fn rate_bytes_per_s(&self) -> f64 {
+        self.rate
+    }
+
+    /// Fresh dirty pages a second, as last seen.
+    pub fn dirty_pages_per_s(&self) -> f64 {
+        self.dirty_pages_per_s
+    }
+
+    /// Whether the migration has run out of time, in words.
+    pub fn out_of_time(&self, elapsed: Duration) -> Option<String> {
+        (elapsed >= self.goals.max_total).then(|| {
+            let mut why = format!(
+                "not finished within {:.1} s (--max-total)",
+                self.goals.max_total.as_secs_f64()
+            );
+            if self.rate > 0.0 {
+                let dirty = self.dirty_pages_per_s * ferry_pages::PAGE_BYTES as f64 / 1e6;
+                why += &format!(
+                    ": the guest dirties {:.0} pages/s ({dirty:.0} MB/s), the link carried {:.0} MB/s; \
+                     a switchover now would take {:.0} ms, {} ms are allowed (--max-downtime)",
+                    self.dirty_pages_per_s,
+                    self.rate / 1e6,
+                    self.expected.as_secs_f64() * 1e3,
+                    self.goals.max_downtime.as_millis(),
+                );
+            }
+            why
+        })
+    }
+
+    /// Takes a round's facts and decides.
+    pub fn after_round(&mut self, facts: RoundFacts) -> Decision {
+        self.learn(&facts);
+        let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
+        let (expected, allowed) = (self.expected, self.goals.max_downtime);
+        let shrinks = self.last_dirty.is_none_or(|last| facts.dirty * 4 < last * 3);
+        self.last_dirty = Some(facts.dirty);
+        if expected <= allowed {
+            self.rounds_within_goal += 1;
+            let tiny = expected <= allowed / 8;
+            if tiny || !shrinks || self.rounds_within_goal > POLISHING_ROUNDS {
+                return Decision::SwitchOver(format!(
+                    "{} dirty pages: expected downtime {} of {} allowed",
+                    facts.dirty,
+                    ms(expected),
+                    ms(allowed)
+                ));
+            }
+        }
+        if let Some(why) = self.out_of_time(facts.elapsed) {
+            return Decision::GiveUp(why);
+        }
+        Decision::Round(format!(
+            "{} dirty pages: expected downtime {}, {} allowed",
+            facts.dirty,
+            ms(expected),
+            ms(allowed)
+        ))
+    }
+
+    fn learn(&mut self, facts: &RoundFacts) {
+        let took = facts.took.as_secs_f64().max(1e-6);
+        if facts.bytes >= TELLING_BYTES || self.rate == 0.0 {
+            self.rate = facts.bytes.max(1) as f64 / took;
+        }
+        if facts.pages > 0 {
+            self.bytes_per_page =
+                (facts.bytes as f64 / facts.pages as f64).max(LEAST_BYTES_PER_PAGE);
+        }
+        self.shortest_round = self.shortest_round.min(facts.took);
+        self.dirty_pages_per_s = facts.dirty as f64 / took;
+        let send = facts.dirty as f64 * self.bytes_per_page / self.rate;
+        // The shortest round stands for the round trip, but not if it was a long one.
+        let trip = self.shortest_round.min(OVERHEAD);
+        self.expected =
+            OVERHEAD + trip + Duration::try_from_secs_f64(send).unwrap_or(Duration::MAX / 4);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(round: u32, pages: u64, dirty: u64, elapsed_s: u64) -> RoundFacts {
+        // 1 GB/s, 4 KiB a page.
+        let bytes = pages * 4096;
+        RoundFacts {
+            round,
+            took: Duration::from_secs_f64(bytes as f64 / 1e9),
+            pages,
+            bytes,
+            dirty,
+            elapsed: Duration::from_secs(elapsed_s),
+        }
+    }
+
+    #[test]
+    fn it_goes_on_while_rounds_shrink_and_switches_when_the_goal_is_met() {
+        let mut p = Policy::new(Goals::default());
+        assert!(matches!(p.after_round(facts(1, 100_000, 40_000, 1)), Decision::Round(_)));
+        // 9,000 pages are 37 ms and 10 ms overhead: within the goal, but shrinking fast.
+        assert!(matches!(p.after_round(facts(2, 40_000, 9_000, 1)), Decision::Round(_)));
+        assert!(matches!(p.after_round(facts(3, 9_000, 8_900, 1)), Decision::SwitchOver(_)));
+    }
+
+    #[test]
+    fn a_guest_that_dirties_faster_than_the_link_ends_in_words_and_numbers() {
+        let goals = Goals { max_total: Duration::from_secs(10), ..Goals::default() };
+        let mut p = Policy::new(goals);
+        assert!(matches!(p.after_round(facts(1, 100_000, 90_000, 5)), Decision::Round(_)));
+        let Decision::GiveUp(why) = p.after_round(facts(2, 90_000, 90_000, 10)) else { panic!() };
+        for word in ["--max-total", "pages/s", "MB/s", "--max-downtime"] {
+            assert!(why.contains(word), "{why}");
+        }
+    }
+
+    #[test]
+    fn polishing_ends() {
+        let mut p = Policy::new(Goals::default());
+        let mut dirty = 9_000;
+        for round in 1..20 {
+            dirty = dirty * 7 / 10;
+            if let Decision::SwitchOver(_) = p.after_round(facts(round, 10_000, dirty, 1)) {
+                assert!(round <= POLISHING_ROUNDS + 1);
+                return;
+            }
+        }
+        panic!("never switched over");
+    }
+}

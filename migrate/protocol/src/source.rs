@@ -1,0 +1,791 @@
+//! The source's side of a migration, as a pure state machine.
+//!
+//! ```text
+//!             Accepted        RoundDone, policy says so      Commit sent
+//! Negotiating ───▶ Starting ───▶ Round ⇄ Harvest ───▶ Final ───▶ Committed ───▶ Verifying ───▶ Done
+//!      └───────────────┴────────────┴─────────┴────────┘            │  ▲
+//!         cancel, refusal, error, lost link: the source runs on     ▼  │ link lost: ask again
+//!                                                                InDoubt ──▶ Done (paused, safe)
+//! ```
+//!
+//! Call order: [`handle`](Source::handle) with each event and the time since the start, then
+//! [`poll`](Source::poll) until it returns nothing, carrying out each action. The engine answers an
+//! action with the event of the same name. [`deadline`](Source::deadline) says when to send a `Tick`.
+//!
+//! # The commit point
+//! `Commit` takes the [`RunPermit`] with it. From then on this machine has only a stub, which turns
+//! into a permit again by the destination's explicit word and by nothing else here: a time-out or a
+//! lost link never resumes the guest.
+//!
+//! # The debt
+//! Every harvested page is in `pending` or `in_flight` until the destination acknowledged its round.
+//! When the migration ends before the commit, both go back by `ReturnDirty`.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use ferry_pages::PageSet;
+
+use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, VERSION_MIN, Verdict};
+use crate::permit::PermitStub;
+use crate::policy::{Decision, Goals, Policy, RoundFacts};
+use crate::{MachineSpec, Refusal, RunPermit};
+
+/// How long to wait for an answer of a peer whose connection is alive.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long to ask what became of a committed machine before the operator is told.
+const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between two questions.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+/// What happened, told to the source.
+#[derive(Debug)]
+pub enum SourceEvent {
+    /// The control channel is open.
+    Connected,
+    /// A message of the destination.
+    Message(ToSource),
+    /// The control channel or a lane broke, or could not be opened.
+    LinkLost(String),
+    /// Answer to `OpenLanes`.
+    LanesOpen,
+    /// Answer to `StartTracking`: the pages that hold data.
+    TrackingStarted(PageSet),
+    /// Answer to `Harvest`.
+    Harvested(PageSet),
+    /// Answer to `SendPages`: all of it is on the lanes.
+    RoundSent {
+        /// Which round.
+        round: u32,
+        /// Batches sent.
+        batches: u64,
+        /// Bytes sent.
+        bytes: u64,
+    },
+    /// Answer to `Pause`.
+    Paused(RunPermit),
+    /// Answer to `SaveState`.
+    StateSaved(Vec<u8>),
+    /// Answer to `DigestMemory`.
+    MemoryDigest(u64),
+    /// An action could not be carried out.
+    Failed(String),
+    /// The operator wants it to end.
+    Cancel,
+    /// The deadline passed.
+    Tick,
+}
+
+/// What the engine does next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum SourceAction {
+    /// Send on the control channel.
+    Send(ToDestination),
+    /// Open the lanes of `session`.
+    OpenLanes {
+        /// Token for their hello.
+        session: u128,
+        /// Codecs that may be used, a bit each.
+        codecs: u8,
+    },
+    /// Start the trackers, then find the pages that hold data.
+    StartTracking,
+    /// Collect what was dirtied.
+    Harvest,
+    /// Re-arm and send these pages on the lanes.
+    SendPages {
+        /// Which round.
+        round: u32,
+        /// The pages.
+        pages: PageSet,
+    },
+    /// Stop the vCPUs.
+    Pause,
+    /// Save vCPU and device state.
+    SaveState,
+    /// Let the guest run (on) here.
+    Resume(RunPermit),
+    /// These pages were harvested and not delivered: give them back.
+    ReturnDirty(PageSet),
+    /// Stop the trackers.
+    StopTracking,
+    /// Ask on a new connection what became of `session`; the answer is a `Message` or `LinkLost`.
+    Inquire {
+        /// The session.
+        session: u128,
+    },
+    /// Compute the digest of all memory (the guest stands still).
+    DigestMemory,
+    /// Tell whoever watches.
+    Tell(Progress),
+    /// The migration is over.
+    Finish(Outcome),
+}
+
+/// What whoever watches is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Progress {
+    /// The destination took the machine.
+    Accepted,
+    /// A round begins.
+    RoundStarted {
+        /// Number, from 1.
+        round: u32,
+        /// Pages in it.
+        pages: u64,
+    },
+    /// A round is over.
+    RoundDone {
+        /// What it did.
+        facts: RoundFacts,
+        /// Link rate, bytes/s.
+        rate_bytes_per_s: f64,
+        /// Expected downtime.
+        expected_downtime: Duration,
+        /// What was decided, in words.
+        decision: String,
+    },
+    /// The guest stands still.
+    Paused,
+    /// The permit was sent.
+    Committed,
+    /// The machine runs at the destination.
+    Running,
+    /// The link was lost after the commit.
+    InDoubt(String),
+}
+
+impl Eq for Progress {}
+
+/// How a migration ended, seen from the source.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The machine runs at the destination.
+    Completed {
+        /// Both digests of memory were compared, and are the same.
+        digest_verified: bool,
+        /// What is to be said of it: why it converged, or why the digest was not verified.
+        reason: String,
+    },
+    /// The operator cancelled; the machine runs here.
+    Cancelled,
+    /// The destination refused; the machine runs here.
+    Refused(Vec<Refusal>),
+    /// It failed before the commit, or was refused after it; the machine runs here.
+    Failed(String),
+    /// The link was lost after the commit and the destination cannot be asked: the machine stays
+    /// paused here, its state safe, until the operator decides.
+    InDoubt {
+        /// What happened.
+        reason: String,
+        /// The way back to a permit.
+        permit: PermitStub,
+    },
+}
+
+/// When the parts of the switchover happened, since the start of the migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Switchover {
+    /// Pause was asked for.
+    pub pause: Duration,
+    /// The vCPUs stood still.
+    pub paused: Duration,
+    /// The last harvest before saving was done.
+    pub harvested: Duration,
+    /// State was saved.
+    pub saved: Duration,
+    /// The commit was sent.
+    pub committed: Duration,
+    /// The destination's word that it runs had come.
+    pub running: Duration,
+    /// At the destination, from the commit's arrival until the last page, µs.
+    pub destination_pages_us: u64,
+    /// At the destination, loading state, µs.
+    pub destination_load_us: u64,
+    /// At the destination, starting vCPUs, µs.
+    pub destination_resume_us: u64,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Connecting,
+    Negotiating,
+    Starting { lanes: bool, resident: Option<PageSet> },
+    Sending { began: Duration, pages: u64 },
+    Acknowledging { began: Duration, pages: u64, bytes: u64 },
+    Harvesting { facts: RoundFacts },
+    WaitingReady,
+    Pausing,
+    LastHarvest,
+    Saving,
+    HarvestAfterSave,
+    FinalSending,
+    Committed,
+    Doubting { since: Duration, why: String },
+    Verifying { ours: Option<u64>, theirs: Option<u64> },
+    Done,
+}
+
+/// The source of one migration.
+#[derive(Debug)]
+pub struct Source {
+    phase: Phase,
+    policy: Policy,
+    offer: Option<ToDestination>,
+    session: u128,
+    codecs: u8,
+    ready: bool,
+    round: u32,
+    /// Dirty, not sent.
+    pending: PageSet,
+    /// Sent, not acknowledged.
+    in_flight: PageSet,
+    /// Rounds sent while the guest stood still: number and batches, when known.
+    final_rounds: Vec<(u32, Option<u64>)>,
+    state: Vec<u8>,
+    permit: Option<RunPermit>,
+    stub: Option<PermitStub>,
+    tracking: bool,
+    why_now: String,
+    switchover: Switchover,
+    deadline: Option<Duration>,
+    actions: VecDeque<SourceAction>,
+}
+
+impl Source {
+    /// A migration of the machine `spec` over `lanes` lanes with `codecs` (a bit each) and `goals`.
+    pub fn new(spec: MachineSpec, codecs: u8, lanes: u16, goals: Goals) -> Self {
+        let lanes = lanes.clamp(1, MAX_LANES);
+        Self {
+            phase: Phase::Connecting,
+            policy: Policy::new(goals),
+            offer: Some(ToDestination::Offer { spec, codecs, lanes }),
+            session: 0,
+            codecs,
+            ready: false,
+            round: 0,
+            pending: PageSet::new(),
+            in_flight: PageSet::new(),
+            final_rounds: Vec::new(),
+            state: Vec::new(),
+            permit: None,
+            stub: None,
+            tracking: false,
+            why_now: String::new(),
+            switchover: Switchover::default(),
+            deadline: None,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// The next thing to do.
+    pub fn poll(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// When to send `Tick`, as time since the start.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    /// The policy, with what it measured.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// When the parts of the switchover happened.
+    pub fn switchover(&self) -> Switchover {
+        self.switchover
+    }
+
+    /// Rounds begun.
+    pub fn rounds(&self) -> u32 {
+        self.round
+    }
+
+    /// Whether the permit has left.
+    pub fn is_committed(&self) -> bool {
+        matches!(self.phase, Phase::Committed | Phase::Doubting { .. } | Phase::Verifying { .. })
+            || self.stub.is_some()
+    }
+
+    /// Takes one event at time `now` since the start.
+    pub fn handle(&mut self, now: Duration, event: SourceEvent) {
+        match event {
+            SourceEvent::Tick => self.tick(now),
+            SourceEvent::Cancel => self.cancel(),
+            SourceEvent::LinkLost(why) => self.link_lost(now, why),
+            SourceEvent::Failed(why) => self.failed(why),
+            SourceEvent::Message(message) => self.message(now, message),
+            SourceEvent::Paused(permit) => self.paused(now, permit),
+            other => self.progress(now, other),
+        }
+    }
+
+    fn progress(&mut self, now: Duration, event: SourceEvent) {
+        match (&mut self.phase, event) {
+            (Phase::Connecting, SourceEvent::Connected) => {
+                self.phase = Phase::Negotiating;
+                self.actions.extend(self.offer.take().map(SourceAction::Send));
+                self.expect_answer(now);
+            }
+            (Phase::Starting { lanes, .. }, SourceEvent::LanesOpen) => {
+                *lanes = true;
+                self.begin_if_started(now);
+            }
+            (Phase::Starting { resident, .. }, SourceEvent::TrackingStarted(pages)) => {
+                *resident = Some(pages);
+                self.begin_if_started(now);
+            }
+            (Phase::Sending { began, pages }, SourceEvent::RoundSent { round, batches, bytes })
+                if round == self.round =>
+            {
+                self.phase = Phase::Acknowledging { began: *began, pages: *pages, bytes };
+                self.send(ToDestination::RoundEnd { round, batches });
+                self.expect_answer(now);
+            }
+            (Phase::Harvesting { facts }, SourceEvent::Harvested(pages)) => {
+                let mut facts = *facts;
+                self.pending.union_with(&pages);
+                facts.dirty = self.pending.len();
+                facts.elapsed = now;
+                self.decide(now, facts);
+            }
+            (Phase::LastHarvest, SourceEvent::Harvested(pages)) => {
+                self.switchover.harvested = now;
+                self.pending.union_with(&pages);
+                self.send_final();
+                self.phase = Phase::Saving;
+                self.actions.push_back(SourceAction::SaveState);
+            }
+            (Phase::Saving, SourceEvent::StateSaved(state)) => {
+                self.switchover.saved = now;
+                self.state = state;
+                self.phase = Phase::HarvestAfterSave;
+                self.actions.push_back(SourceAction::Harvest);
+            }
+            (Phase::HarvestAfterSave, SourceEvent::Harvested(pages)) => {
+                self.pending.union_with(&pages);
+                self.send_final();
+                self.phase = Phase::FinalSending;
+                self.commit_if_sent(now);
+            }
+            (
+                Phase::Saving | Phase::HarvestAfterSave | Phase::FinalSending,
+                SourceEvent::RoundSent { round, batches, .. },
+            ) => {
+                for r in self.final_rounds.iter_mut().filter(|r| r.0 == round) {
+                    r.1 = Some(batches);
+                }
+                self.commit_if_sent(now);
+            }
+            (Phase::Verifying { ours, .. }, SourceEvent::MemoryDigest(sum)) => {
+                *ours = Some(sum);
+                self.verify();
+            }
+            // Collected for a migration that ended meanwhile: still a debt.
+            (Phase::Done, SourceEvent::Harvested(pages)) if !pages.is_empty() => {
+                self.actions.push_back(SourceAction::ReturnDirty(pages));
+            }
+            // Answers that come after the migration took another turn.
+            _ => {}
+        }
+    }
+
+    fn message(&mut self, now: Duration, message: ToSource) {
+        match (&mut self.phase, message) {
+            (Phase::Done, _) => {}
+            (Phase::Negotiating, ToSource::Accepted { version, session, codecs }) => {
+                let codecs = codecs & self.codecs;
+                if !(VERSION_MIN..=VERSION_MAX).contains(&version) || codecs == 0 {
+                    self.fail_before_commit(format!(
+                        "the destination chose protocol version {version} and codecs {codecs:#x}, \
+                         which were not offered"
+                    ));
+                    return;
+                }
+                self.session = session;
+                self.tell(Progress::Accepted);
+                self.phase = Phase::Starting { lanes: false, resident: None };
+                self.tracking = true;
+                self.actions.push_back(SourceAction::OpenLanes { session, codecs });
+                self.actions.push_back(SourceAction::StartTracking);
+                self.send(ToDestination::Prepare);
+                self.expect_answer(now);
+            }
+            (Phase::Negotiating, ToSource::Refused { reasons }) => {
+                self.phase = Phase::Done;
+                self.actions.push_back(SourceAction::Finish(Outcome::Refused(reasons)));
+            }
+            (_, ToSource::Ready) => {
+                self.ready = true;
+                if matches!(self.phase, Phase::WaitingReady) {
+                    self.pause(now);
+                }
+            }
+            (Phase::Acknowledging { began, pages, bytes }, ToSource::RoundDone { round })
+                if round == self.round =>
+            {
+                let facts = RoundFacts {
+                    round,
+                    took: now.saturating_sub(*began),
+                    pages: *pages,
+                    bytes: *bytes,
+                    dirty: 0,
+                    elapsed: now,
+                };
+                self.in_flight.clear();
+                self.phase = Phase::Harvesting { facts };
+                self.actions.push_back(SourceAction::Harvest);
+            }
+            (
+                Phase::Committed | Phase::Doubting { .. },
+                ToSource::Running { pages_us, load_us, resume_us },
+            ) => {
+                self.switchover.destination_pages_us = pages_us;
+                self.switchover.destination_load_us = load_us;
+                self.switchover.destination_resume_us = resume_us;
+                self.ran(now);
+            }
+            (Phase::Committed | Phase::Doubting { .. }, ToSource::CommitRefused { reason }) => {
+                self.never_ran(reason);
+            }
+            (Phase::Doubting { why, .. }, ToSource::Verdict(verdict)) => {
+                let why = why.clone();
+                match verdict {
+                    Verdict::Ran => {
+                        self.switchover.running = now;
+                        self.stub = None;
+                        self.tell(Progress::Running);
+                        self.finish(Outcome::Completed {
+                            digest_verified: false,
+                            reason: format!("{why}; asked again, the destination runs the machine"),
+                        });
+                    }
+                    Verdict::NeverRan => {
+                        self.never_ran(format!("{why}; the destination never ran the machine"));
+                    }
+                    Verdict::Pending | Verdict::Unknown => self.ask_later(now),
+                }
+            }
+            (Phase::Verifying { theirs, .. }, ToSource::Digest { sum }) => {
+                *theirs = Some(sum);
+                self.verify();
+            }
+            (Phase::Verifying { .. }, other) => {
+                self.finish(Outcome::Completed {
+                    digest_verified: false,
+                    reason: format!(
+                        "the destination broke the protocol after switchover: {}",
+                        name(&other)
+                    ),
+                });
+            }
+            (Phase::Committed | Phase::Doubting { .. }, other) => {
+                let why = format!("the destination broke the protocol: {}", name(&other));
+                self.doubt(now, why);
+            }
+            (_, ToSource::Failed { reason }) => {
+                self.fail_before_commit(format!("the destination gave up: {reason}"));
+            }
+            (_, ToSource::Refused { reasons }) => {
+                self.abort("refused");
+                self.finish(Outcome::Refused(reasons));
+            }
+            (_, other) => self.fail_before_commit(format!(
+                "the destination broke the protocol: {} was not expected now",
+                name(&other)
+            )),
+        }
+    }
+
+    fn begin_if_started(&mut self, now: Duration) {
+        let Phase::Starting { lanes: true, resident } = &mut self.phase else { return };
+        let Some(pages) = resident.take() else { return };
+        self.pending = pages;
+        self.begin_round(now);
+    }
+
+    fn begin_round(&mut self, now: Duration) {
+        self.round += 1;
+        let pages = std::mem::take(&mut self.pending);
+        self.in_flight = pages.clone();
+        self.tell(Progress::RoundStarted { round: self.round, pages: pages.len() });
+        self.phase = Phase::Sending { began: now, pages: pages.len() };
+        // Progress is the lanes' business; a dead peer is found by the link.
+        self.deadline = Some(self.policy.goals().max_total.max(now));
+        self.actions.push_back(SourceAction::SendPages { round: self.round, pages });
+    }
+
+    fn decide(&mut self, now: Duration, facts: RoundFacts) {
+        let decision = self.policy.after_round(facts);
+        let (Decision::Round(words) | Decision::SwitchOver(words) | Decision::GiveUp(words)) =
+            &decision;
+        self.tell(Progress::RoundDone {
+            facts,
+            rate_bytes_per_s: self.policy.rate_bytes_per_s(),
+            expected_downtime: self.policy.expected_downtime(),
+            decision: words.clone(),
+        });
+        match decision {
+            Decision::Round(_) => self.begin_round(now),
+            Decision::GiveUp(why) => self.fail_before_commit(why),
+            Decision::SwitchOver(why) => {
+                self.why_now = why;
+                if self.ready {
+                    self.pause(now);
+                } else {
+                    self.phase = Phase::WaitingReady;
+                    self.expect_answer(now);
+                }
+            }
+        }
+    }
+
+    fn pause(&mut self, now: Duration) {
+        self.switchover.pause = now;
+        self.phase = Phase::Pausing;
+        self.deadline = None;
+        self.actions.push_back(SourceAction::Pause);
+    }
+
+    fn paused(&mut self, now: Duration, permit: RunPermit) {
+        if !matches!(self.phase, Phase::Pausing) {
+            // Cancelled while the vCPUs were being stopped: let them go on.
+            self.actions.push_back(SourceAction::Resume(permit));
+            return;
+        }
+        self.permit = Some(permit);
+        self.switchover.paused = now;
+        self.tell(Progress::Paused);
+        self.phase = Phase::LastHarvest;
+        self.actions.push_back(SourceAction::Harvest);
+    }
+
+    fn send_final(&mut self) {
+        if self.pending.is_empty() {
+            return;
+        }
+        self.round += 1;
+        let pages = std::mem::take(&mut self.pending);
+        self.in_flight.union_with(&pages);
+        self.final_rounds.push((self.round, None));
+        self.actions.push_back(SourceAction::SendPages { round: self.round, pages });
+    }
+
+    fn commit_if_sent(&mut self, now: Duration) {
+        if !matches!(self.phase, Phase::FinalSending) {
+            return;
+        }
+        let rounds: Option<Vec<(u32, u64)>> =
+            self.final_rounds.iter().map(|&(round, batches)| Some((round, batches?))).collect();
+        let Some(rounds) = rounds else { return };
+        let Some(permit) = self.permit.take() else { return };
+        let (permit, stub) = permit.hand_over();
+        self.stub = Some(stub);
+        let state = std::mem::take(&mut self.state);
+        self.switchover.committed = now;
+        self.phase = Phase::Committed;
+        self.send(ToDestination::Commit { permit, state, rounds });
+        self.tell(Progress::Committed);
+        self.expect_answer(now);
+    }
+
+    fn ran(&mut self, now: Duration) {
+        self.switchover.running = now;
+        self.stub = None;
+        self.tell(Progress::Running);
+        self.phase = Phase::Verifying { ours: None, theirs: None };
+        self.expect_answer(now);
+        self.actions.push_back(SourceAction::DigestMemory);
+    }
+
+    fn never_ran(&mut self, reason: String) {
+        if let Some(stub) = self.stub.take() {
+            self.permit = Some(stub.refused_by_destination());
+        }
+        self.abort(&reason);
+        self.finish(Outcome::Failed(format!(
+            "the destination refused to run the machine: {reason}"
+        )));
+    }
+
+    fn verify(&mut self) {
+        let Phase::Verifying { ours: Some(ours), theirs: Some(theirs) } = self.phase else {
+            return;
+        };
+        let matches = ours == theirs;
+        self.send(ToDestination::Verified { matches });
+        let reason = if matches {
+            std::mem::take(&mut self.why_now)
+        } else {
+            format!(
+                "memory at the destination is not what it was here (digest {theirs:#018x}, here \
+                 {ours:#018x}): the machine runs there on damaged memory; stop it there"
+            )
+        };
+        self.finish(Outcome::Completed { digest_verified: matches, reason });
+    }
+
+    fn tick(&mut self, now: Duration) {
+        if self.deadline.is_none_or(|d| now < d) {
+            return;
+        }
+        self.deadline = None;
+        match &mut self.phase {
+            Phase::Done | Phase::Connecting => {}
+            Phase::Doubting { since, .. } if now >= *since + DOUBT_TIMEOUT => self.give_up_asking(),
+            Phase::Doubting { .. } => {
+                self.actions.push_back(SourceAction::Inquire { session: self.session });
+                self.deadline = Some(now + ASK_AGAIN * 4);
+            }
+            Phase::Committed => {
+                self.doubt(
+                    now,
+                    format!(
+                        "no word from the destination for {} s after the commit",
+                        ANSWER_TIMEOUT.as_secs()
+                    ),
+                );
+            }
+            Phase::Verifying { .. } => self.finish(Outcome::Completed {
+                digest_verified: false,
+                reason: "the destination did not send its digest of memory".into(),
+            }),
+            Phase::Sending { .. } => {
+                if let Some(why) = self.policy.out_of_time(now) {
+                    self.fail_before_commit(why);
+                }
+            }
+            _ => self.fail_before_commit(format!(
+                "no answer from the destination for {} s",
+                ANSWER_TIMEOUT.as_secs()
+            )),
+        }
+    }
+
+    fn cancel(&mut self) {
+        if self.is_committed() || matches!(self.phase, Phase::Done) {
+            return;
+        }
+        self.abort("cancelled by the operator");
+        self.finish(Outcome::Cancelled);
+    }
+
+    fn failed(&mut self, why: String) {
+        match self.phase {
+            Phase::Done => {}
+            Phase::Verifying { .. } => self.finish(Outcome::Completed {
+                digest_verified: false,
+                reason: format!("memory here could not be digested: {why}"),
+            }),
+            // Nothing that fails here can change what the destination does with its permit.
+            Phase::Committed | Phase::Doubting { .. } => {}
+            _ => self.fail_before_commit(why),
+        }
+    }
+
+    fn link_lost(&mut self, now: Duration, why: String) {
+        match self.phase {
+            Phase::Done => {}
+            Phase::Committed => self.doubt(now, why),
+            Phase::Doubting { .. } => self.ask_later(now),
+            Phase::Verifying { .. } => self.finish(Outcome::Completed {
+                digest_verified: false,
+                reason: format!(
+                    "the machine runs at the destination; then the link was lost: {why}"
+                ),
+            }),
+            Phase::Connecting => {
+                self.phase = Phase::Done;
+                self.actions.push_back(SourceAction::Finish(Outcome::Failed(why)));
+            }
+            _ => self.fail_before_commit(why),
+        }
+    }
+
+    fn doubt(&mut self, now: Duration, why: String) {
+        if matches!(self.phase, Phase::Doubting { .. }) {
+            return self.ask_later(now);
+        }
+        self.tell(Progress::InDoubt(why.clone()));
+        self.phase = Phase::Doubting { since: now, why };
+        self.deadline = Some(now);
+    }
+
+    fn ask_later(&mut self, now: Duration) {
+        self.deadline = Some(now + ASK_AGAIN);
+    }
+
+    fn give_up_asking(&mut self) {
+        let Phase::Doubting { why, .. } = std::mem::replace(&mut self.phase, Phase::Done) else {
+            return;
+        };
+        let Some(permit) = self.stub.take() else { return };
+        self.stop_tracking();
+        let reason = format!(
+            "{why}, after the run permit was sent; the destination cannot be asked whether it runs the \
+             machine, so the machine stays paused here"
+        );
+        self.actions.push_back(SourceAction::Finish(Outcome::InDoubt { reason, permit }));
+    }
+
+    fn fail_before_commit(&mut self, why: String) {
+        self.abort(&why);
+        self.finish(Outcome::Failed(why));
+    }
+
+    /// Undoes everything: the guest runs, and what it owes is given back.
+    fn abort(&mut self, why: &str) {
+        if let Some(permit) = self.permit.take() {
+            self.actions.push_back(SourceAction::Resume(permit));
+        }
+        let mut owed = std::mem::take(&mut self.pending);
+        owed.union_with(&std::mem::take(&mut self.in_flight));
+        if !owed.is_empty() {
+            self.actions.push_back(SourceAction::ReturnDirty(owed));
+        }
+        if !matches!(self.phase, Phase::Connecting | Phase::Done) {
+            self.send(ToDestination::Abort { reason: why.to_owned() });
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome) {
+        self.stop_tracking();
+        self.phase = Phase::Done;
+        self.deadline = None;
+        self.actions.push_back(SourceAction::Finish(outcome));
+    }
+
+    fn stop_tracking(&mut self) {
+        if std::mem::take(&mut self.tracking) {
+            self.actions.push_back(SourceAction::StopTracking);
+        }
+    }
+
+    fn expect_answer(&mut self, now: Duration) {
+        self.deadline = Some(now + ANSWER_TIMEOUT);
+    }
+
+    fn send(&mut self, message: ToDestination) {
+        self.actions.push_back(SourceAction::Send(message));
+    }
+
+    fn tell(&mut self, progress: Progress) {
+        self.actions.push_back(SourceAction::Tell(progress));
+    }
+}
+
+fn name(message: &ToSource) -> &'static str {
+    match message {
+        ToSource::Accepted { .. } => "Accepted",
+        ToSource::Refused { .. } => "Refused",
+        ToSource::Ready => "Ready",
+        ToSource::RoundDone { .. } => "RoundDone",
+        ToSource::Failed { .. } => "Failed",
+        ToSource::Running { .. } => "Running",
+        ToSource::CommitRefused { .. } => "CommitRefused",
+        ToSource::Digest { .. } => "Digest",
+        ToSource::Verdict(_) => "Verdict",
+    }
+}
