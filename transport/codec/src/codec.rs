@@ -1,0 +1,157 @@
+//! How the bytes of a batch are written, and which ways two hosts have in common.
+
+use std::fmt;
+
+/// How the pages of one batch are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Codec {
+    /// Every page is zero: no payload.
+    Zero = 0,
+    /// The bytes as they are.
+    Raw = 1,
+    /// One lz4 block for the whole batch.
+    Lz4 = 2,
+    /// One zstd frame (level 1) for the whole batch.
+    Zstd = 3,
+}
+
+impl Codec {
+    /// Every codec, by its number.
+    pub const ALL: [Self; 4] = [Self::Zero, Self::Raw, Self::Lz4, Self::Zstd];
+
+    /// The codec that the wire calls `number`.
+    pub fn from_wire(number: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(number)).copied()
+    }
+
+    /// Its number on the wire.
+    pub fn to_wire(self) -> u8 {
+        self as u8
+    }
+
+    /// Its name, for reports and options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Zero => "zero",
+            Self::Raw => "raw",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+        }
+    }
+
+    /// The codec called `name`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|c| c.name() == name)
+    }
+}
+
+impl fmt::Display for Codec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A set of codecs. [`Codec::Zero`] and [`Codec::Raw`] are in every set: any host reads them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CodecSet(u8);
+
+impl CodecSet {
+    /// Zero and raw only.
+    pub const BASE: Self = Self(0b0011);
+    /// Everything that this version reads and writes.
+    pub const ALL: Self = Self(0b1111);
+
+    /// From bits, bit `n` for the codec with number `n`. Bits that this version does not know are
+    /// dropped: a newer peer may offer more.
+    pub fn from_bits(bits: u8) -> Self {
+        Self(bits & Self::ALL.0 | Self::BASE.0)
+    }
+
+    /// Bit `n` for the codec with number `n`.
+    pub fn bits(self) -> u8 {
+        self.0
+    }
+
+    /// From names; names that this version does not know are dropped.
+    pub fn from_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        names.into_iter().filter_map(Codec::from_name).collect()
+    }
+
+    /// The names, by the codecs' numbers.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        self.iter().map(Codec::name)
+    }
+
+    /// The codecs, by their numbers.
+    pub fn iter(self) -> impl Iterator<Item = Codec> {
+        Codec::ALL.into_iter().filter(move |c| self.contains(*c))
+    }
+
+    /// Whether `codec` is in the set.
+    pub fn contains(self, codec: Codec) -> bool {
+        self.0 & (1 << codec.to_wire()) != 0
+    }
+
+    /// The codecs that are in both sets.
+    #[must_use]
+    pub fn common(self, other: Self) -> Self {
+        Self::from_bits(self.0 & other.0)
+    }
+}
+
+impl Default for CodecSet {
+    fn default() -> Self {
+        Self::ALL
+    }
+}
+
+impl FromIterator<Codec> for CodecSet {
+    fn from_iter<I: IntoIterator<Item = Codec>>(codecs: I) -> Self {
+        Self::from_bits(codecs.into_iter().fold(0, |bits, c| bits | 1 << c.to_wire()))
+    }
+}
+
+impl fmt::Display for CodecSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, name) in self.names().enumerate() {
+            write!(f, "{}{name}", if i == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for CodecSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CodecSet({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_hosts_always_have_zero_and_raw_in_common() {
+        let lz4 = CodecSet::from_names(["lz4", "brotli"]);
+        let zstd = CodecSet::from_iter([Codec::Zstd]);
+        assert_eq!(lz4.names().collect::<Vec<_>>(), ["zero", "raw", "lz4"]);
+        assert_eq!(lz4.common(zstd), CodecSet::BASE);
+        assert_eq!(lz4.common(CodecSet::ALL), lz4);
+    }
+
+    #[test]
+    fn bits_of_a_newer_peer_are_dropped() {
+        assert_eq!(CodecSet::from_bits(0xff), CodecSet::ALL);
+        assert_eq!(CodecSet::from_bits(0), CodecSet::BASE);
+    }
+
+    #[test]
+    fn numbers_and_names_lead_back_to_their_codec() {
+        for codec in Codec::ALL {
+            assert_eq!(Codec::from_wire(codec.to_wire()), Some(codec));
+            assert_eq!(Codec::from_name(codec.name()), Some(codec));
+        }
+        assert_eq!(Codec::from_wire(4), None);
+    }
+}

@@ -1,0 +1,158 @@
+//! Why a link failed, in words for the person who operates it.
+
+use std::net::SocketAddr;
+
+/// Why a link could not be made, or ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody answered a connection attempt.
+    #[error(
+        "nothing speaks QUIC at {remote}: no answer within {seconds} s; check the address, that `ferry receive` listens there, and that UDP passes"
+    )]
+    NoAnswer {
+        /// The address.
+        remote: String,
+        /// How long it was waited.
+        seconds: u64,
+    },
+    /// The peer takes no connections at the moment.
+    #[error("{remote} refuses connections: it is busy with others, or is not receiving; try again")]
+    Refused {
+        /// The peer.
+        remote: String,
+    },
+    /// The peer speaks QUIC and something else than Ferry.
+    #[error(
+        "{remote} speaks QUIC but not Ferry's protocol; check the address and the versions on both sides"
+    )]
+    NotFerry {
+        /// The peer.
+        remote: String,
+    },
+    /// A certificate was not accepted, by us or by the peer.
+    #[error("{}", certificate_words(.whose, .remote, .problem))]
+    Certificate {
+        /// Whose certificate it is.
+        whose: CertificateOf,
+        /// The peer.
+        remote: String,
+        /// What is the matter with it.
+        problem: CertificateProblem,
+    },
+    /// The peer was heard from, and then no more.
+    #[error(
+        "{remote} was not heard from for {seconds} s: the network in between, or the peer, is gone"
+    )]
+    TimedOut {
+        /// The peer.
+        remote: String,
+        /// How long it was waited.
+        seconds: u64,
+    },
+    /// The peer ended the connection and said why.
+    #[error("{remote} closed the connection: {reason}")]
+    Closed {
+        /// The peer.
+        remote: String,
+        /// What it said.
+        reason: String,
+    },
+    /// The connection ended without a word of why.
+    #[error("the connection to {remote} was lost: {why}")]
+    Lost {
+        /// The peer.
+        remote: String,
+        /// What is known.
+        why: String,
+    },
+    /// The address to listen on is taken.
+    #[error(
+        "cannot listen on {addr}: the address is in use; stop the process that has it (`ss -ulpn` shows it) or choose another port"
+    )]
+    AddressInUse {
+        /// The address.
+        addr: SocketAddr,
+    },
+    /// The address to listen on, or a socket to connect with, is not to be had.
+    #[error("cannot open a UDP socket on {addr}: {why}")]
+    Socket {
+        /// The address.
+        addr: SocketAddr,
+        /// The system's word.
+        why: String,
+    },
+    /// TLS cannot be set up with this identity.
+    #[error("cannot set up TLS: {why}")]
+    Tls {
+        /// The library's word.
+        why: String,
+    },
+    /// A message announces more bytes than it may have.
+    #[error("a message of {bytes} bytes is announced, at most {max} are allowed here")]
+    TooLong {
+        /// Announced.
+        bytes: u64,
+        /// Allowed.
+        max: usize,
+    },
+    /// The peer finished in the middle of a message or frame.
+    #[error("the peer finished after {found} of {expected} bytes of a message")]
+    Truncated {
+        /// Bytes that belong there.
+        expected: usize,
+        /// Bytes that came.
+        found: usize,
+    },
+}
+
+/// Whose certificate was not accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CertificateOf {
+    /// This host's, by the peer.
+    Ours,
+    /// The peer's, by this host.
+    Peer,
+}
+
+/// What is the matter with a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CertificateProblem {
+    /// Another authority signed it.
+    OtherAuthority,
+    /// Its time is over, or has not come (by the clock of the side that refused it).
+    NotInItsTime,
+    /// None was shown.
+    Missing,
+    /// Something else.
+    Other(String),
+}
+
+fn certificate_words(whose: &CertificateOf, remote: &str, problem: &CertificateProblem) -> String {
+    use CertificateProblem::{Missing, NotInItsTime, Other, OtherAuthority};
+    match (whose, problem) {
+        (CertificateOf::Peer, OtherAuthority) => format!(
+            "the certificate of {remote} is from another authority; both hosts need identities made by the same `ferry pki init`"
+        ),
+        (CertificateOf::Ours, OtherAuthority) => format!(
+            "{remote} does not accept this host's certificate: it is from another authority; both hosts need identities made by the same `ferry pki init`"
+        ),
+        (CertificateOf::Peer, NotInItsTime) => format!(
+            "the certificate of {remote} has expired or is not valid yet; give it a new identity by `ferry pki init`, or set the clocks right"
+        ),
+        (CertificateOf::Ours, NotInItsTime) => format!(
+            "{remote} does not accept this host's certificate: it has expired or is not valid yet; make a new identity by `ferry pki init`, or set the clocks right"
+        ),
+        (CertificateOf::Peer, Missing) => {
+            format!("{remote} showed no certificate; it needs an identity from `ferry pki init`")
+        }
+        (CertificateOf::Ours, Missing) => {
+            format!("{remote} asks for a certificate; use an identity from `ferry pki init`")
+        }
+        (CertificateOf::Peer, Other(why)) => {
+            format!("the certificate of {remote} is not accepted: {why}")
+        }
+        (CertificateOf::Ours, Other(why)) => {
+            format!("{remote} does not accept this host's certificate: {why}")
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The listening side. Handshakes run beside each other: a slow or hostile peer holds up no other.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use quinn::crypto::rustls::QuicServerConfig;
+use quinn::{Endpoint, Incoming, ServerConfig};
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+
+use super::errors::{self, Phase};
+use super::socket::endpoint;
+use super::stream::greet;
+use super::{ALPN, HANDSHAKE_TIMEOUT, crypto_provider, transport_config};
+use crate::pki::Identity;
+use crate::{BoxFuture, Channel, LinkError, Listener};
+
+/// Handshakes that run at the same time, with those that wait to be accepted; others are refused.
+const MAX_HANDSHAKES: usize = 64;
+/// From this many on, a peer must prove that it is at the address that it claims.
+const UNPROVEN_HANDSHAKES: usize = MAX_HANDSHAKES / 2;
+
+type Accepted = Result<Channel, LinkError>;
+
+/// Takes QUIC connections in, of peers that have a certificate of our authority.
+pub struct QuicListener {
+    local: SocketAddr,
+    endpoint: Endpoint,
+    accepted: mpsc::Receiver<Accepted>,
+    incoming: JoinHandle<()>,
+}
+
+impl QuicListener {
+    /// Listens on `addr` (port 0: any free one), as `identity`. Connections are driven by the tokio
+    /// runtime of the caller.
+    ///
+    /// # Errors
+    /// The address is in use or not this host's, or TLS does not take the identity.
+    pub fn bind(identity: &Identity, addr: SocketAddr) -> Result<Self, LinkError> {
+        let endpoint = endpoint(addr, Some(server_config(identity)?))?;
+        let local =
+            endpoint.local_addr().map_err(|e| LinkError::Socket { addr, why: e.to_string() })?;
+        let (to, accepted) = mpsc::channel(MAX_HANDSHAKES);
+        let incoming = tokio::spawn(take_in(endpoint.clone(), to));
+        Ok(Self { local, endpoint, accepted, incoming })
+    }
+}
+
+impl Listener for QuicListener {
+    fn accept(&mut self) -> BoxFuture<'_, Option<Accepted>> {
+        Box::pin(self.accepted.recv())
+    }
+
+    fn local_addr(&self) -> Option<SocketAddr> {
+        Some(self.local)
+    }
+}
+
+impl Drop for QuicListener {
+    fn drop(&mut self) {
+        self.incoming.abort();
+        // The endpoint lives on for the connections that were accepted, and refuses others.
+        self.endpoint.set_server_config(None);
+    }
+}
+
+fn server_config(identity: &Identity) -> Result<ServerConfig, LinkError> {
+    let tls = |e: &dyn std::fmt::Display| LinkError::Tls { why: e.to_string() };
+    let provider = crypto_provider();
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(identity.authority.clone(), provider.clone())
+            // A stranger need not learn the authority's name.
+            .clear_root_hint_subjects()
+            .build()
+            .map_err(|e| tls(&e))?;
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|e| tls(&e))?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(
+            identity.certified.clone(),
+        )));
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    // Every connection shows its certificate.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    let crypto = QuicServerConfig::try_from(config).map_err(|e| tls(&e))?;
+    let mut config = ServerConfig::with_crypto(Arc::new(crypto));
+    // Hosts do not move between addresses within seconds.
+    config.migration(false).transport_config(transport_config()).max_incoming(2 * MAX_HANDSHAKES);
+    Ok(config)
+}
+
+async fn take_in(endpoint: Endpoint, to: mpsc::Sender<Accepted>) {
+    let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    while let Some(incoming) = endpoint.accept().await {
+        let busy = MAX_HANDSHAKES - places.available_permits() >= UNPROVEN_HANDSHAKES;
+        if busy && incoming.may_retry() {
+            // It may retry, so this cannot fail; and if it did, the peer would try again.
+            let _ = incoming.retry();
+            continue;
+        }
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            incoming.refuse();
+            continue;
+        };
+        let to = to.clone();
+        tokio::spawn(async move {
+            let accepted = handshake(incoming).await;
+            if let Err(e) = &accepted {
+                tracing::debug!("a peer did not get in: {e}");
+            }
+            // The listener may be gone by now, and the channel is dropped with it.
+            let _ = to.send(accepted).await;
+            drop(place);
+        });
+    }
+}
+
+async fn handshake(incoming: Incoming) -> Accepted {
+    let remote = incoming.remote_address().to_string();
+    let fail = |e| errors::connection(&e, &remote, Phase::Established);
+    let connecting = incoming.accept().map_err(fail)?;
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
+        Ok(done) => greet(done.map_err(fail)?, false, None).await,
+        Err(_) => Err(LinkError::TimedOut { remote, seconds: HANDSHAKE_TIMEOUT.as_secs() }),
+    }
+}
