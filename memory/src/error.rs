@@ -1,0 +1,44 @@
+//! What can go wrong with guest memory.
+
+use std::io;
+
+use ferry_dirtylog::Region;
+use ferry_pages::Run;
+
+/// Why guest memory could not be had, reached, or given back.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// cannot map memory of the host
+    #[error(
+        "cannot map {pages} pages of guest memory ({how}): lower the guest's memory or free some"
+    )]
+    Map {
+        /// How many pages of 4 KiB.
+        pages: u64,
+        /// Which kind of memory.
+        how: &'static str,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// a page that the machine does not have
+    #[error("frames {:#x}..{:#x} are not all guest memory", run.start, run.end())]
+    Outside {
+        /// What was asked for.
+        run: Run,
+    },
+    /// the kernel refused something about a stretch of guest memory
+    #[error("cannot {what} frames {:#x}..{:#x}", run.start, run.end())]
+    Refused {
+        /// What was being done.
+        what: &'static str,
+        /// Where.
+        run: Run,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// regions that overlap
+    #[error("guest memory regions at frames {:#x} and {:#x} overlap", .0.run.start, .1.run.start)]
+    Overlap(Region, Region),
+}

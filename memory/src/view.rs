@@ -1,0 +1,221 @@
+//! Guest memory by frame number: pages copied in and out, given back, populated ahead.
+
+#![expect(unsafe_code, reason = "raw copies from and to memory that a guest may change")]
+
+use std::io;
+use std::sync::Arc;
+
+use ferry_dirtylog::Region;
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
+
+use crate::{MemoryError, resident};
+
+/// The memory of one machine, seen by frame number.
+///
+/// A copy of a page that the guest is writing may be torn: that is for the dirty log to mend. No
+/// reference into guest memory is ever formed.
+#[derive(Clone, Debug)]
+pub struct GuestView {
+    /// Ascending, disjoint.
+    regions: Arc<[Region]>,
+}
+
+/// A part of a request that lies in one region.
+struct Part {
+    /// Where in this process.
+    host: *mut u8,
+    bytes: usize,
+    run: Run,
+    region: Region,
+}
+
+impl GuestView {
+    /// A view of `regions`, in any order.
+    ///
+    /// # Errors
+    /// Two of them overlap.
+    ///
+    /// # Safety
+    /// Each region's `run.pages` pages from address `host` are mapped readable and writable, its `backing`
+    /// is that mapping's, and both stay so until this view and its clones are gone. Nothing in this
+    /// process holds a reference into them or relies on their content: any byte may change at any time.
+    pub unsafe fn new(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
+        regions.sort_by_key(|r| r.run.start);
+        if let Some(pair) = regions.windows(2).find(|w| w[0].run.end() > w[1].run.start) {
+            return Err(MemoryError::Overlap(pair[0], pair[1]));
+        }
+        Ok(Self { regions: regions.into() })
+    }
+
+    /// The regions, ascending.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// Copies memory from the beginning of frame `gfn` on into `out`, which may be any number of bytes.
+    ///
+    /// # Errors
+    /// Part of it is not guest memory; nothing was copied.
+    pub fn read(&self, gfn: u64, out: &mut [u8]) -> Result<(), MemoryError> {
+        let mut rest = out.as_mut_ptr();
+        self.each(gfn, out.len(), |part| {
+            // SAFETY: the part is mapped (contract of `new`, bounds by `each`); `rest` has as many bytes
+            // left, and is not guest memory, to which nobody has a reference. Only bytes are copied, of
+            // which any value is good, so that a race with the guest tears data but breaks nothing.
+            unsafe {
+                std::ptr::copy_nonoverlapping(part.host, rest, part.bytes);
+                rest = rest.add(part.bytes);
+            }
+            Ok(())
+        })
+    }
+
+    /// Appends the pages of `run` to `out`.
+    ///
+    /// # Errors
+    /// Part of it is not guest memory; nothing was appended.
+    pub fn read_run(&self, run: Run, out: &mut Vec<u8>) -> Result<(), MemoryError> {
+        let bytes = self.bytes_of(run)?;
+        // A run that is too long for the machine must not ask for room.
+        self.regions_of(run)?;
+        out.reserve(bytes);
+        self.each(run.start, bytes, |part| {
+            let filled = out.len();
+            // SAFETY: as in `read`; the room was reserved, and is initialised by the copy before the
+            // length says so.
+            unsafe {
+                std::ptr::copy_nonoverlapping(part.host, out.as_mut_ptr().add(filled), part.bytes);
+                out.set_len(filled + part.bytes);
+            }
+            Ok(())
+        })
+    }
+
+    /// Copies `bytes` to memory from the beginning of frame `gfn` on.
+    ///
+    /// # Errors
+    /// Part of it is not guest memory; nothing was written.
+    pub fn write(&self, gfn: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        let mut rest = bytes;
+        self.each(gfn, bytes.len(), |part| {
+            let (now, later) = rest.split_at(part.bytes);
+            // SAFETY: the part is mapped writable (contract of `new`, bounds by `each`), and `now` is not
+            // guest memory, to which nobody has a reference.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), part.host, now.len()) };
+            rest = later;
+            Ok(())
+        })
+    }
+
+    /// The pages that hold data: see [`resident`](crate::resident()).
+    ///
+    /// # Errors
+    /// The kernel cannot tell.
+    pub fn resident(&self) -> Result<PageSet, MemoryError> {
+        resident(&self.regions)
+    }
+
+    /// Gives the pages of `run` back to the host: they read as zeros.
+    ///
+    /// # Errors
+    /// Part of it is not guest memory (nothing was given back), or the kernel refused.
+    pub fn discard(&self, run: Run) -> Result<(), MemoryError> {
+        self.each(run.start, self.bytes_of(run)?, |part| {
+            let done = match part.region.backing {
+                None => madvise(&part, libc::MADV_DONTNEED),
+                Some(_) => punch_hole(&part),
+            };
+            let run = part.run;
+            done.map_err(|source| MemoryError::Refused { what: "discard", run, source })
+        })
+    }
+
+    /// Populates the pages of `run` as if each were written, in one call: cheaper than a fault each, for
+    /// pages that are about to be filled. Their content stays.
+    ///
+    /// # Errors
+    /// Part of it is not guest memory, or the host is out of memory.
+    pub fn prefault_write(&self, run: Run) -> Result<(), MemoryError> {
+        self.each(run.start, self.bytes_of(run)?, |part| {
+            let run = part.run;
+            madvise(&part, libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Refused {
+                what: "populate",
+                run,
+                source,
+            })
+        })
+    }
+
+    fn bytes_of(&self, run: Run) -> Result<usize, MemoryError> {
+        usize::try_from(run.pages)
+            .ok()
+            .and_then(|pages| pages.checked_mul(PAGE_BYTES))
+            .ok_or(MemoryError::Outside { run })
+    }
+
+    /// The regions from that of the run's first page on, if all of the run is guest memory.
+    fn regions_of(&self, run: Run) -> Result<&[Region], MemoryError> {
+        let regions = &self.regions[self.regions.partition_point(|r| r.run.end() <= run.start)..];
+        let mut known_to = run.start;
+        for region in regions {
+            if known_to >= run.end() || region.run.start > known_to {
+                break;
+            }
+            known_to = region.run.end();
+        }
+        let wraps = run.start.checked_add(run.pages).is_none();
+        if known_to < run.end() || wraps { Err(MemoryError::Outside { run }) } else { Ok(regions) }
+    }
+
+    /// Calls `act` for the parts of `bytes` bytes from frame `gfn` on, once all are known to be there.
+    fn each(
+        &self,
+        gfn: u64,
+        bytes: usize,
+        mut act: impl FnMut(Part) -> Result<(), MemoryError>,
+    ) -> Result<(), MemoryError> {
+        let asked = Run::new(gfn, bytes.div_ceil(PAGE_BYTES) as u64);
+        let regions = self.regions_of(asked)?;
+        let mut left = bytes;
+        for region in regions {
+            let Some(run) = region.overlap(asked) else { break };
+            // In range of a mapping that exists, and so of the address space.
+            let offset = usize::try_from(run.start - region.run.start).unwrap_or(0) * PAGE_BYTES;
+            let len = usize::try_from(run.pages).unwrap_or(0).saturating_mul(PAGE_BYTES).min(left);
+            let host = std::ptr::with_exposed_provenance_mut(region.host + offset);
+            act(Part { host, bytes: len, run, region: *region })?;
+            left -= len;
+        }
+        Ok(())
+    }
+}
+
+fn madvise(part: &Part, advice: i32) -> io::Result<()> {
+    loop {
+        // SAFETY: the part is whole pages of a mapping that is guest memory (contract of `GuestView::new`),
+        // on whose content nothing relies; no mapping is added or removed.
+        if unsafe { libc::madvise(part.host.cast(), part.bytes, advice) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+fn punch_hole(part: &Part) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let (fd, start) = part.region.backing.ok_or_else(invalid)?;
+    let offset = start + (part.run.start - part.region.run.start) * PAGE_BYTES as u64;
+    let offset = i64::try_from(offset).map_err(|_| invalid())?;
+    let bytes = i64::try_from(part.bytes).map_err(|_| invalid())?;
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the call takes no pointer; the file is guest memory (contract of `GuestView::new`), on whose
+    // content nothing relies.
+    if unsafe { libc::fallocate(fd, mode, offset, bytes) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -1,0 +1,178 @@
+//! Guest memory on real mappings: what is read and written where, and what exists afterwards.
+
+#![expect(unsafe_code, reason = "views of mappings that the tests own")]
+
+use std::time::Instant;
+
+use ferry_dirtylog::Region;
+use ferry_memory::{GuestView, Mapping, MemoryError, resident};
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
+
+/// Memory of both kinds, in two regions that touch and one behind a hole, and its view.
+struct Machine {
+    view: GuestView,
+    // Behind the view: fields drop in order.
+    _mappings: Vec<Mapping>,
+}
+
+const EXTENTS: [Run; 3] = [Run::new(16, 100), Run::new(116, 28), Run::new(200, 300)];
+
+fn machines() -> Vec<Machine> {
+    [false, true]
+        .map(|shared| {
+            let map = |pages| match shared {
+                true => Mapping::memfd("test", pages).unwrap(),
+                false => Mapping::anonymous(pages).unwrap(),
+            };
+            let mappings: Vec<_> = EXTENTS.iter().map(|e| map(e.pages)).collect();
+            // Given in disorder.
+            let regions: Vec<Region> =
+                mappings.iter().zip(EXTENTS).rev().map(|(m, e)| m.region(e.start, 0)).collect();
+            // SAFETY: the mappings outlive the view and nobody else knows of them.
+            let view = unsafe { GuestView::new(regions) }.unwrap();
+            Machine { view, _mappings: mappings }
+        })
+        .into()
+}
+
+fn page(value: u8) -> Vec<u8> {
+    vec![value; PAGE_BYTES]
+}
+
+fn set(runs: &[Run]) -> PageSet {
+    runs.iter().copied().collect()
+}
+
+#[test]
+fn what_is_written_is_read_back_across_regions_that_touch() {
+    for Machine { view, .. } in machines() {
+        let data: Vec<u8> = (0..8 * PAGE_BYTES).map(|i| (i / 7 % 251).to_le_bytes()[0]).collect();
+        view.write(112, &data).unwrap();
+        let mut back = vec![0; data.len()];
+        view.read(112, &mut back).unwrap();
+        assert_eq!(back, data);
+        let mut run = vec![9];
+        view.read_run(Run::new(112, 8), &mut run).unwrap();
+        assert_eq!(&run[1..], data);
+        let mut part = [0; 5];
+        view.read(115, &mut part).unwrap();
+        assert_eq!(part, data[3 * PAGE_BYTES..][..5]);
+    }
+}
+
+#[test]
+fn frames_that_the_machine_does_not_have_are_refused_and_nothing_moves() {
+    for Machine { view, .. } in machines() {
+        let outside = |result| matches!(result, Err(MemoryError::Outside { .. }));
+        for (gfn, pages) in
+            [(15, 1), (15, 2), (143, 2), (144, 1), (143, 60), (499, 2), (u64::MAX, 1)]
+        {
+            let bytes = vec![7; pages * PAGE_BYTES];
+            assert!(outside(view.write(gfn, &bytes)), "write {gfn}");
+            assert!(outside(view.read(gfn, &mut bytes.clone())), "read {gfn}");
+            let mut out = vec![1];
+            let run = Run::new(gfn, pages as u64);
+            assert!(outside(view.read_run(run, &mut out)) && out == [1], "run {gfn}");
+            assert!(outside(view.discard(run)) && outside(view.prefault_write(run)), "{gfn}");
+        }
+        for run in [Run::new(16, u64::MAX), Run::new(16, u64::MAX / 4096 - 1), Run::new(0, 600)] {
+            assert!(outside(view.read_run(run, &mut Vec::new())), "{run:?}");
+            assert!(outside(view.discard(run)), "{run:?}");
+        }
+        assert!(view.resident().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn overlapping_regions_are_refused() {
+    let mapping = Mapping::anonymous(8).unwrap();
+    // SAFETY: the mapping outlives the attempt.
+    let view = unsafe { GuestView::new(vec![mapping.region(0, 0), mapping.region(7, 1)]) };
+    assert!(matches!(view, Err(MemoryError::Overlap(..))));
+}
+
+#[test]
+fn untouched_memory_is_not_resident_and_looking_does_not_change_that() {
+    for Machine { view, .. } in machines() {
+        assert!(view.resident().unwrap().is_empty());
+        view.write(20, &page(1)).unwrap();
+        view.write(143, &page(1)).unwrap();
+        view.write(200, &page(2)).unwrap();
+        view.write(201, &page(0)).unwrap();
+        view.write(499, &page(3)).unwrap();
+        let expected =
+            set(&[Run::new(20, 1), Run::new(143, 1), Run::new(200, 2), Run::new(499, 1)]);
+        assert_eq!(view.resident().unwrap(), expected);
+        assert_eq!(resident(view.regions()).unwrap(), expected);
+    }
+}
+
+#[test]
+fn private_memory_that_was_only_read_is_not_resident() {
+    let machine = machines().remove(0);
+    machine.view.read(30, &mut page(1)).unwrap();
+    assert!(machine.view.resident().unwrap().is_empty());
+}
+
+#[test]
+fn discarded_pages_read_as_zeros_and_are_gone() {
+    for Machine { view, .. } in machines() {
+        view.write(110, &page(5).repeat(10)).unwrap();
+        view.discard(Run::new(112, 6)).unwrap();
+        assert_eq!(view.resident().unwrap(), set(&[Run::new(110, 2), Run::new(118, 2)]));
+        let mut back = page(1).repeat(10);
+        view.read(110, &mut back).unwrap();
+        assert!(back[2 * PAGE_BYTES..8 * PAGE_BYTES].iter().all(|b| *b == 0));
+        assert!(back[..2 * PAGE_BYTES].iter().chain(&back[8 * PAGE_BYTES..]).all(|b| *b == 5));
+    }
+}
+
+#[test]
+fn prefaulted_pages_exist_and_keep_their_content() {
+    for Machine { view, .. } in machines() {
+        view.write(115, &page(5)).unwrap();
+        view.prefault_write(Run::new(114, 4)).unwrap();
+        assert_eq!(view.resident().unwrap(), set(&[Run::new(114, 4)]));
+        let mut back = page(1);
+        view.read(115, &mut back).unwrap();
+        assert_eq!(back, page(5));
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_had_is_an_error() {
+    for pages in [u64::MAX, 1 << 45] {
+        assert!(matches!(Mapping::anonymous(pages), Err(MemoryError::Map { .. })));
+        assert!(matches!(Mapping::memfd("test", pages), Err(MemoryError::Map { .. })));
+    }
+}
+
+/// Prints what finding the resident pages of 1 GiB costs (`--nocapture`), of which every other 2 MiB holds
+/// data and every eighth page of the rest does.
+#[test]
+fn a_gibibyte_is_searched_and_every_page_found() {
+    const GIB: u64 = 1 << 18;
+    for shared in [false, true] {
+        let mapping = if shared {
+            Mapping::memfd("test", GIB).unwrap()
+        } else {
+            Mapping::anonymous(GIB).unwrap()
+        };
+        let region = mapping.region(0, 0);
+        // SAFETY: the mapping outlives the view.
+        let view = unsafe { GuestView::new(vec![region]) }.unwrap();
+        let mut expected = PageSet::new();
+        for at in (0..GIB / 4).step_by(1024) {
+            expected.insert_run(Run::new(at, 512));
+            expected.extend((at + 512..at + 1024).step_by(8).map(|gfn| Run::new(gfn, 1)));
+        }
+        for run in expected.runs() {
+            view.prefault_write(run).unwrap();
+        }
+        let begin = Instant::now();
+        let found = view.resident().unwrap();
+        let kind = if shared { "memfd" } else { "private" };
+        println!("resident, 1 GiB {kind}, {} pages: {:?}", found.len(), begin.elapsed());
+        assert_eq!(found, expected);
+    }
+}
