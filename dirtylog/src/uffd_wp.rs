@@ -25,17 +25,17 @@ const NAME: &str = "uffd-wp";
 const WP_UNPOPULATED: u64 = 1 << 13;
 const WP_ASYNC: u64 = 1 << 15;
 
-/// Finds private pages written; says nothing of pages without an entry.
+/// Finds private pages written; says nothing of pages without an entry, and leaves them so.
 const PRIVATE: Scan = Scan {
     all: Categories::WRITTEN,
     none: Categories::NONE,
-    any: Categories::NONE,
+    any: Categories::PRESENT.or(Categories::SWAPPED),
     tell: Categories::NONE,
     write_protect: true,
 };
 /// Finds shared pages written. Asking for exactly this makes the kernel count a page without an entry as
 /// written (`pagemap_scan_pmd_entry`).
-const SHARED: Scan = Scan { tell: Categories::WRITTEN, ..PRIVATE };
+const SHARED: Scan = Scan { any: Categories::NONE, tell: Categories::WRITTEN, ..PRIVATE };
 
 /// Dirty tracking of plain memory by asynchronous write-protection. Re-arms as it collects.
 ///

@@ -1,0 +1,114 @@
+//! One suite of rules, held by every backend on every kind of machine that it can watch.
+
+mod kvm_machine;
+mod plain_machine;
+mod suite;
+
+use std::sync::Arc;
+
+use kvm_machine::{KvmMachine, Rings};
+use plain_machine::PlainMachine;
+use suite::{EXTENTS, Machine};
+
+/// Makes a test of each rule for a machine; a machine that cannot be made here says why and skips.
+macro_rules! held_by {
+    ($($machine:ident => $make:expr;)*) => { $(
+        mod $machine {
+            use super::*;
+            held_by!(@rules $make;
+                every_page_written_is_reported_and_no_other
+                a_page_is_reported_again_only_when_written_again
+                dense_writes_are_reported_to_the_last_page
+                no_write_of_a_running_machine_is_lost
+                a_write_after_rearm_is_reported_again
+                untouched_pages_stay_untouched
+                tracking_starts_again_after_it_stopped
+                tracking_ends_when_the_tracker_is_dropped
+            );
+        }
+    )* };
+    (@rules $make:expr; $($rule:ident)*) => { $(
+        #[test]
+        fn $rule() {
+            if let Some(mut machine) = $make {
+                suite::$rule(&mut machine);
+            }
+        }
+    )* };
+}
+
+held_by! {
+    software_bitmap => PlainMachine::marked();
+    software_bitmap_of_vm_memory => PlainMachine::vm_memory();
+    uffd_private => PlainMachine::write_protected(false);
+    uffd_memfd => PlainMachine::write_protected(true);
+    kvm_bitmap => KvmMachine::new(Rings::None, false, KvmMachine::bitmap);
+    kvm_bitmap_memfd => KvmMachine::new(Rings::None, true, KvmMachine::bitmap);
+    kvm_bitmap_without_manual_protect => KvmMachine::new(Rings::None, false, KvmMachine::plain_bitmap);
+    kvm_ring => KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring);
+    kvm_uffd_private => KvmMachine::new(Rings::None, false, KvmMachine::write_protected);
+    kvm_uffd_memfd => KvmMachine::new(Rings::None, true, KvmMachine::write_protected);
+}
+
+/// Rings hold fewer entries than the machine has pages, and nobody collects while it writes all of them.
+#[test]
+fn a_full_ring_loses_no_page() {
+    let Some(mut machine) = KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring) else {
+        return;
+    };
+    let mut source = machine.source();
+    source.start().unwrap();
+    for _ in 0..2 {
+        let before = machine.rings_were_full();
+        machine.write(&EXTENTS);
+        assert!(
+            machine.rings_were_full() > before,
+            "the rings never filled: the test shows nothing"
+        );
+        let reported = suite::collect(source.as_mut());
+        assert_eq!(reported, EXTENTS.into_iter().collect());
+    }
+}
+
+/// With rings enabled and nothing tracking, the machine runs as any other.
+#[test]
+fn rings_that_nobody_reads_do_not_stop_the_machine() {
+    let Some(mut machine) = KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring) else {
+        return;
+    };
+    machine.write(&EXTENTS);
+    assert_eq!(machine.rings_were_full(), 0);
+}
+
+/// Pages that hold nothing when tracking starts are clean, although every bit begins as set.
+#[test]
+fn an_initially_set_bitmap_reports_only_populated_pages() {
+    let Some(mut machine) = KvmMachine::new(Rings::None, false, KvmMachine::bitmap) else { return };
+    let written = [ferry_pages::Run::new(EXTENTS[1].start + 5, 70)];
+    machine.write(&written);
+    let populated = suite::populated(&machine);
+    let mut source = machine.source();
+    source.start().unwrap();
+    let mut beyond = suite::collect(source.as_mut());
+    beyond.subtract(&populated);
+    assert!(beyond.is_empty(), "{beyond:?}");
+}
+
+/// A frame that the machine does not have is nobody's, and marking it is harmless.
+#[test]
+fn marks_outside_of_memory_are_ignored() {
+    use ferry_dirtylog::{DirtySource, SoftwareBitmap};
+    use ferry_pages::{PageSet, Run};
+    let mut bitmap = Arc::new(SoftwareBitmap::new(EXTENTS));
+    bitmap.start().unwrap();
+    bitmap.mark(EXTENTS[0].end());
+    bitmap.mark(u64::MAX);
+    bitmap.mark_run(Run::new(EXTENTS[1].end() - 1, u64::MAX));
+    bitmap.mark_range((EXTENTS[1].start * 4096) - 1, 2);
+    bitmap.mark_range(0, 0);
+    bitmap.mark_range(u64::MAX, u64::MAX);
+    let mut pages = PageSet::new();
+    bitmap.collect(&mut pages).unwrap();
+    let expected = [Run::new(EXTENTS[1].start, 1), Run::new(EXTENTS[1].end() - 1, 1)];
+    assert_eq!(pages, expected.into_iter().collect());
+}
