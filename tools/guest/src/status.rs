@@ -219,7 +219,7 @@ impl<'a> StatusView<'a> {
 
     /// Guest-physical address of arena page `index`.
     pub fn page_gpa(&self, index: u64) -> Option<u64> {
-        let mut left = index;
+        let mut left = Some(index).filter(|i| *i < self.arena_pages())?;
         for (gpa, pages) in self.extents() {
             if left < pages {
                 return gpa.checked_add(left.checked_mul(crate::workload::PAGE_BYTES)?);
