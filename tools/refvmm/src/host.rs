@@ -1,0 +1,165 @@
+//! Taking machines in.
+
+use std::collections::BTreeSet;
+
+use ferry_migrate::Host;
+use ferry_protocol::{HostCapabilities, MachineSpec, Refusal, wire};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+
+use crate::arch::{cpuid, features};
+use crate::board::{self, Board, Plan};
+use crate::config::Shape;
+use crate::guest::{Carried, VMM};
+use crate::state::DEVICES;
+use crate::{Arrival, Machine, VmmError, memory};
+
+/// This host, as a place for machines.
+#[derive(Clone, Debug, Default)]
+pub struct RefHost {
+    /// How machines are set up here.
+    pub arrival: Arrival,
+}
+
+impl RefHost {
+    /// What this host offers to machines.
+    ///
+    /// # Errors
+    /// No KVM, or one that lacks what machines need.
+    pub fn capabilities() -> Result<HostCapabilities, VmmError> {
+        let kvm = board::open_kvm()?;
+        offered(&kvm)
+    }
+}
+
+fn offered(kvm: &Kvm) -> Result<HostCapabilities, VmmError> {
+    let base = cpuid::supported(kvm)?;
+    Ok(HostCapabilities {
+        vmm: VMM.to_owned(),
+        memory_bytes: available_bytes()?,
+        max_vcpus: board::max_cpus(kvm),
+        cpu_features: features::names(&base).into_iter().collect(),
+        devices: DEVICES.iter().map(|&(kind, version)| (kind.to_owned(), version)).collect(),
+    })
+}
+
+/// `MemAvailable` of `/proc/meminfo`: what can be used without swapping, in bytes.
+fn available_bytes() -> Result<u64, VmmError> {
+    let path = "/proc/meminfo";
+    let fail = |source| VmmError::File {
+        action: "read",
+        what: "memory figures",
+        path: path.into(),
+        source,
+    };
+    let text = std::fs::read_to_string(path).map_err(fail)?;
+    let kib = text.lines().find_map(|l| {
+        l.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    });
+    kib.map(|k| k.saturating_mul(1024)).ok_or_else(|| {
+        fail(std::io::Error::new(std::io::ErrorKind::InvalidData, "no MemAvailable in it"))
+    })
+}
+
+impl Machine {
+    /// Builds an empty, paused machine for one that is to come: memory mapped and untouched, vCPUs with
+    /// the CPUID that the guest was shown and their threads parked, devices made.
+    ///
+    /// # Errors
+    /// Every reason why this host cannot take it.
+    pub fn arrive(spec: &MachineSpec, arrival: &Arrival) -> Result<Self, Vec<Refusal>> {
+        let here = |e: VmmError| vec![Refusal::new("host", e.to_string())];
+        let kvm = board::open_kvm().map_err(here)?;
+        let mut refusals = offered(&kvm).map_err(here)?.refusals(spec);
+        let carried = carried(spec, &kvm);
+        let (carried, shape) = match carried {
+            Ok(both) if refusals.is_empty() => both,
+            Ok(_) => return Err(refusals),
+            Err(r) => {
+                refusals.push(r);
+                return Err(refusals);
+            }
+        };
+        let name = arrival.name.as_deref().unwrap_or(&spec.name);
+        let plan = Plan {
+            name,
+            shape,
+            dirty_log: arrival.dirty_log,
+            serial: &arrival.serial,
+            cpuid: carried.cpuid,
+            tsc_khz: Some(carried.tsc_khz),
+        };
+        let parts = Board::build(&kvm, plan, |_| Ok(None)).map_err(here)?;
+        Ok(Self::new(name, shape, parts, None))
+    }
+}
+
+/// What `spec` carries for this VMM, checked against what it says of itself.
+fn carried(spec: &MachineSpec, kvm: &Kvm) -> Result<(Carried, Shape), Refusal> {
+    let config = |why: String| {
+        Refusal::new("version", format!("refvmm's description of the machine: {why}"))
+    };
+    let carried: Carried =
+        wire::decode(&spec.config).map_err(|e| config(format!("{e}; update this host")))?;
+    let shape = Shape::new(carried.memory_bytes, spec.vcpus, board::max_cpus(kvm))
+        .map_err(|e| Refusal::new("memory", e.to_string()))?;
+    let expected: Vec<_> =
+        memory::extents(shape.memory_bytes).iter().map(|e| (e.start, e.pages)).collect();
+    if expected != spec.extents {
+        let why = format!(
+            "the machine's memory lies at (frame, pages) {:?}; refvmm puts {} bytes at {expected:?}",
+            spec.extents, shape.memory_bytes
+        );
+        return Err(Refusal::new("memory", why));
+    }
+    let lists = carried.cpuid.len();
+    if lists as u64 != u64::from(spec.vcpus) {
+        return Err(config(format!("CPUID for {lists} vCPUs, but the machine has {}", spec.vcpus)));
+    }
+    if let Some(list) = carried.cpuid.iter().find(|l| l.len() > KVM_MAX_CPUID_ENTRIES) {
+        return Err(config(format!(
+            "{} CPUID entries; at most {KVM_MAX_CPUID_ENTRIES}",
+            list.len()
+        )));
+    }
+    let unnamed = unnamed_features(&carried.cpuid, &spec.cpu_features);
+    if !unnamed.is_empty() {
+        return Err(config(format!(
+            "its CPUID shows features that it does not name: {}",
+            unnamed.join(", ")
+        )));
+    }
+    let khz = host_tsc_khz(kvm).map_err(|e| Refusal::new("host", e.to_string()))?;
+    if board::tsc_differs(carried.tsc_khz, khz) && !kvm.check_extension(Cap::TscControl) {
+        let why = format!(
+            "the machine's TSC runs at {} kHz; this host's at {khz} kHz, and it cannot scale it",
+            carried.tsc_khz
+        );
+        return Err(Refusal::new("cpu", why));
+    }
+    Ok((carried, shape))
+}
+
+/// Features in the CPUID to be set that were not among those that were compared.
+fn unnamed_features(lists: &[Vec<kvm_cpuid_entry2>], named: &[String]) -> Vec<String> {
+    let mut shown = BTreeSet::new();
+    for list in lists {
+        shown.extend(features::names(list));
+    }
+    shown.into_iter().filter(|f| !named.contains(f)).collect()
+}
+
+fn host_tsc_khz(kvm: &Kvm) -> Result<u32, VmmError> {
+    use crate::error::Asked;
+    let vm = board::create_vm(kvm)?;
+    let vcpu = vm.create_vcpu(0).asked(|| "create a vCPU".into())?;
+    vcpu.get_tsc_khz().asked(|| "tell the TSC's rate".into())
+}
+
+impl Host for RefHost {
+    type Guest = Machine;
+
+    fn prepare(&self, spec: &MachineSpec) -> Result<Machine, Vec<Refusal>> {
+        Machine::arrive(spec, &self.arrival)
+    }
+}

@@ -1,0 +1,26 @@
+//! The reference VMM: a small KVM virtual machine monitor.
+//!
+//! A [`Machine`] boots a PVH ELF or a Linux kernel, with in-kernel interrupt controllers and timer, 1 to
+//! [`MAX_CPUS`] vCPUs and a serial console. It implements [`ferry_migrate::Guest`], and [`RefHost`] takes
+//! machines in. It is a library: the process that hosts the machine, and how an operator reaches it, are not
+//! its business; nor is how a machine's memory and state travel.
+
+mod arch;
+mod board;
+mod boot;
+mod config;
+mod console;
+mod error;
+mod guest;
+mod host;
+mod kernel;
+mod machine;
+mod memory;
+mod ports;
+mod state;
+mod vcpu;
+
+pub use config::{Arrival, DirtyLog, MAX_CMDLINE_BYTES, MAX_CPUS, MachineConfig, SerialSink};
+pub use error::VmmError;
+pub use host::RefHost;
+pub use machine::{Machine, MachineStatus};
