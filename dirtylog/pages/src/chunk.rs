@@ -61,28 +61,19 @@ pub(crate) fn pieces(run: Run) -> impl Iterator<Item = Piece> {
         let (chunk, lo) = (at >> CHUNK_SHIFT, offset(at));
         let pages = (end - at).min(u64::from(CHUNK_FRAMES_U32 - lo));
         at += pages;
-        let hi = if pages == u64::from(CHUNK_FRAMES_U32 - lo) {
-            CHUNK_FRAMES_U32
-        } else {
-            offset(at)
-        };
+        let hi =
+            if pages == u64::from(CHUNK_FRAMES_U32 - lo) { CHUNK_FRAMES_U32 } else { offset(at) };
         Some(Piece { chunk, lo, hi })
     })
 }
 
 impl Bits {
     pub(crate) fn empty() -> Self {
-        Self {
-            count: 0,
-            words: Box::new([0; WORDS]),
-        }
+        Self { count: 0, words: Box::new([0; WORDS]) }
     }
 
     pub(crate) fn full() -> Self {
-        Self {
-            count: CHUNK_FRAMES_U32,
-            words: Box::new([u64::MAX; WORDS]),
-        }
+        Self { count: CHUNK_FRAMES_U32, words: Box::new([u64::MAX; WORDS]) }
     }
 
     pub(crate) fn or(&mut self, word: usize, bits: u64) {
@@ -150,10 +141,9 @@ impl Chunk {
         match self {
             Self::Full => piece.hi - piece.lo,
             Self::Bits(bits) if piece.is_whole() => bits.count,
-            Self::Bits(bits) => piece
-                .words()
-                .map(|(w, mask)| (bits.words[w] & mask).count_ones())
-                .sum(),
+            Self::Bits(bits) => {
+                piece.words().map(|(w, mask)| (bits.words[w] & mask).count_ones()).sum()
+            }
         }
     }
 }

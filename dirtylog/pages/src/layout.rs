@@ -36,11 +36,7 @@ impl std::fmt::Display for LayoutError {
                 write!(f, "memory extent {i} overlaps or precedes extent {}", i - 1)
             }
             Self::TooMany(n) => {
-                write!(
-                    f,
-                    "{n} memory extents; at most {} are allowed",
-                    Layout::MAX_EXTENTS
-                )
+                write!(f, "{n} memory extents; at most {} are allowed", Layout::MAX_EXTENTS)
             }
         }
     }
@@ -64,10 +60,7 @@ impl Layout {
         }
         let mut end = 0;
         for (i, e) in extents.iter().enumerate() {
-            let fits = e
-                .start
-                .checked_add(e.pages)
-                .is_some_and(|end| end <= Self::MAX_FRAME);
+            let fits = e.start.checked_add(e.pages).is_some_and(|end| end <= Self::MAX_FRAME);
             if e.pages == 0 || !fits {
                 return Err(LayoutError::BadExtent(i, *e));
             }
@@ -91,10 +84,7 @@ impl Layout {
 
     /// Whether all of `run` lies inside one extent.
     pub fn contains(&self, run: Run) -> bool {
-        run.pages > 0
-            && self
-                .position(run.start)
-                .is_some_and(|e| run.end() <= e.end())
+        run.pages > 0 && self.position(run.start).is_some_and(|e| run.end() <= e.end())
     }
 
     /// A page's place among all pages of the machine, counted from 0 without holes.
@@ -145,10 +135,7 @@ mod tests {
             Layout::new(vec![Run::new(4, 4), Run::new(6, 1)]),
             Err(LayoutError::OutOfOrder(1))
         );
-        assert!(matches!(
-            Layout::new(vec![Run::new(4, 0)]),
-            Err(LayoutError::BadExtent(0, _))
-        ));
+        assert!(matches!(Layout::new(vec![Run::new(4, 0)]), Err(LayoutError::BadExtent(0, _))));
         assert!(matches!(
             Layout::new(vec![Run::new(1, u64::MAX)]),
             Err(LayoutError::BadExtent(0, _))

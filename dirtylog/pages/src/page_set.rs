@@ -47,20 +47,27 @@ impl PageSet {
 
     /// Whether `gfn` is a member.
     pub fn contains(&self, gfn: u64) -> bool {
-        self.chunks
-            .get(&(gfn >> CHUNK_SHIFT))
-            .is_some_and(|c| c.contains(offset(gfn)))
+        self.chunks.get(&(gfn >> CHUNK_SHIFT)).is_some_and(|c| c.contains(offset(gfn)))
     }
 
     /// How many pages of `run` are members.
     pub fn count_in(&self, run: Run) -> u64 {
-        self.overlapping(run)
-            .map(|(chunk, piece)| u64::from(chunk.count_in(piece)))
-            .sum()
+        self.overlapping(run).map(|(chunk, piece)| u64::from(chunk.count_in(piece))).sum()
     }
 
     /// Adds `gfn`; whether it was new.
     pub fn insert(&mut self, gfn: u64) -> bool {
+        // The short way where the chunk is a bitmap and stays one: rings and faults name single pages.
+        if gfn != u64::MAX
+            && let Some(Chunk::Bits(bits)) = self.chunks.get_mut(&(gfn >> CHUNK_SHIFT))
+            && bits.count < CHUNK_FRAMES_U32 - 1
+        {
+            let (before, at) = (bits.count, offset(gfn));
+            bits.or((at / 64) as usize, 1 << (at % 64));
+            let added = bits.count > before;
+            self.len += u64::from(added);
+            return added;
+        }
         self.insert_run(Run::new(gfn, 1))
     }
 
@@ -72,9 +79,7 @@ impl PageSet {
                 let old = self.chunks.insert(piece.chunk, Chunk::Full);
                 self.len += CHUNK_FRAMES - old.map_or(0, |c| u64::from(c.count()));
             } else if !self.is_full(piece.chunk) {
-                self.edit(piece.chunk, |bits| {
-                    piece.words().for_each(|(w, mask)| bits.or(w, mask))
-                });
+                self.edit(piece.chunk, |bits| piece.words().for_each(|(w, mask)| bits.or(w, mask)));
             }
         }
         self.len > before
@@ -113,11 +118,7 @@ impl PageSet {
                 (Some(Chunk::Full), _) => {}
                 (Some(Chunk::Bits(_)), Chunk::Bits(theirs)) => {
                     self.edit(*no, |ours| {
-                        theirs
-                            .words
-                            .iter()
-                            .enumerate()
-                            .for_each(|(w, bits)| ours.or(w, *bits));
+                        theirs.words.iter().enumerate().for_each(|(w, bits)| ours.or(w, *bits));
                     });
                 }
             }
@@ -128,18 +129,9 @@ impl PageSet {
     pub fn subtract(&mut self, other: &Self) {
         // Walk whichever has fewer chunks: a small set is often taken from a large one, and the reverse.
         let shared: Vec<u64> = if self.chunks.len() < other.chunks.len() {
-            self.chunks
-                .keys()
-                .filter(|no| other.chunks.contains_key(no))
-                .copied()
-                .collect()
+            self.chunks.keys().filter(|no| other.chunks.contains_key(no)).copied().collect()
         } else {
-            other
-                .chunks
-                .keys()
-                .filter(|no| self.chunks.contains_key(no))
-                .copied()
-                .collect()
+            other.chunks.keys().filter(|no| self.chunks.contains_key(no)).copied().collect()
         };
         for no in shared {
             match &other.chunks[&no] {
@@ -148,11 +140,7 @@ impl PageSet {
                     self.len -= old.map_or(0, |c| u64::from(c.count()));
                 }
                 Chunk::Bits(theirs) => self.edit(no, |ours| {
-                    theirs
-                        .words
-                        .iter()
-                        .enumerate()
-                        .for_each(|(w, bits)| ours.clear(w, *bits));
+                    theirs.words.iter().enumerate().for_each(|(w, bits)| ours.clear(w, *bits));
                 }),
             }
         }
@@ -169,11 +157,7 @@ impl PageSet {
                     self.len -= old.map_or(0, |c| u64::from(c.count()));
                 }
                 Some(Chunk::Bits(theirs)) => self.edit(no, |ours| {
-                    theirs
-                        .words
-                        .iter()
-                        .enumerate()
-                        .for_each(|(w, bits)| ours.clear(w, !*bits));
+                    theirs.words.iter().enumerate().for_each(|(w, bits)| ours.clear(w, !*bits));
                 }),
             }
         }
@@ -183,30 +167,17 @@ impl PageSet {
     /// gives a dirty log). Words that are missing count as zero.
     pub fn insert_bitmap(&mut self, start: u64, words: &[u64], pages: u64) {
         // Word `k` of the set's own alignment, put together from two of the caller's words.
-        let words_hold = u64::try_from(words.len())
-            .unwrap_or(u64::MAX)
-            .saturating_mul(64);
+        let words_hold = u64::try_from(words.len()).unwrap_or(u64::MAX).saturating_mul(64);
         let given = pages.min(words_hold).min(u64::MAX - start);
         let shift = start % 64;
         let word = |k: u64| -> u64 {
             let of = |i: u64| -> u64 {
                 let kept = given.saturating_sub(i.saturating_mul(64)).min(64);
-                let mask = if kept == 0 {
-                    0
-                } else {
-                    u64::MAX >> (64 - kept)
-                };
-                usize::try_from(i)
-                    .ok()
-                    .and_then(|i| words.get(i))
-                    .map_or(0, |w| w & mask)
+                let mask = if kept == 0 { 0 } else { u64::MAX >> (64 - kept) };
+                usize::try_from(i).ok().and_then(|i| words.get(i)).map_or(0, |w| w & mask)
             };
             let low = of(k) << shift;
-            if shift == 0 || k == 0 {
-                low
-            } else {
-                low | of(k - 1) >> (64 - shift)
-            }
+            if shift == 0 || k == 0 { low } else { low | of(k - 1) >> (64 - shift) }
         };
         for piece in pieces(Run::new(start, given)) {
             let chunk_words = piece.lo / 64..piece.hi.div_ceil(64);
@@ -322,11 +293,7 @@ impl PageSet {
         self.chunks.range(chunk_range(run)).map(move |(no, chunk)| {
             let (first, last) = (run.start >> CHUNK_SHIFT, run.end() >> CHUNK_SHIFT);
             let lo = if *no == first { offset(run.start) } else { 0 };
-            let hi = if *no == last {
-                offset(run.end())
-            } else {
-                CHUNK_FRAMES_U32
-            };
+            let hi = if *no == last { offset(run.end()) } else { CHUNK_FRAMES_U32 };
             (chunk, Piece { chunk: *no, lo, hi })
         })
     }

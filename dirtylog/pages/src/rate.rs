@@ -49,11 +49,8 @@ impl DirtyRate {
         }
         let seconds = self.waited.as_secs_f64();
         // The first harvest is all there is to go by.
-        let weight = if self.observed {
-            1.0 - (-seconds / MEMORY.as_secs_f64()).exp()
-        } else {
-            1.0
-        };
+        let weight =
+            if self.observed { 1.0 - (-seconds / MEMORY.as_secs_f64()).exp() } else { 1.0 };
         for (rate, waiting) in self.pages_per_s.iter_mut().zip(&mut self.waiting) {
             let now = std::mem::take(waiting) as f64 / seconds;
             *rate += weight * (now - *rate);
@@ -89,9 +86,7 @@ mod tests {
     #[test]
     fn a_steady_rate_is_found_by_extent_and_in_total() {
         let mut rate = rate();
-        let harvest: PageSet = [Run::new(10, 100), Run::new(5000, 300)]
-            .into_iter()
-            .collect();
+        let harvest: PageSet = [Run::new(10, 100), Run::new(5000, 300)].into_iter().collect();
         for _ in 0..20 {
             rate.observe(Duration::from_millis(100), &harvest);
         }
@@ -102,21 +97,11 @@ mod tests {
     #[test]
     fn a_new_rate_is_followed_within_a_few_seconds() {
         let mut rate = rate();
-        rate.observe(
-            Duration::from_secs(1),
-            &[Run::new(0, 1000)].into_iter().collect(),
-        );
+        rate.observe(Duration::from_secs(1), &[Run::new(0, 1000)].into_iter().collect());
         for _ in 0..50 {
-            rate.observe(
-                Duration::from_millis(100),
-                &[Run::new(0, 10)].into_iter().collect(),
-            );
+            rate.observe(Duration::from_millis(100), &[Run::new(0, 10)].into_iter().collect());
         }
-        assert!(
-            (100.0..110.0).contains(&rate.pages_per_s()),
-            "{}",
-            rate.pages_per_s()
-        );
+        assert!((100.0..110.0).contains(&rate.pages_per_s()), "{}", rate.pages_per_s());
     }
 
     #[test]

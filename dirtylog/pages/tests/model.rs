@@ -21,10 +21,7 @@ enum Step {
 }
 
 fn run() -> impl Strategy<Value = Run> {
-    let start = prop_oneof![
-        0..SPACE,
-        (1..4u64, 0..70u64).prop_map(|(c, d)| c * CHUNK - d)
-    ];
+    let start = prop_oneof![0..SPACE, (1..4u64, 0..70u64).prop_map(|(c, d)| c * CHUNK - d)];
     let pages = prop_oneof![Just(1), 0..70u64, 0..2000u64, Just(CHUNK), 0..2 * CHUNK];
     (start, pages).prop_map(|(start, pages)| Run::new(start, pages))
 }
@@ -108,11 +105,8 @@ fn apply(step: &Step, set: &mut PageSet, model: &mut BTreeSet<u64>) {
         }
         Step::Take(pages) => {
             let taken = set.take_first(*pages);
-            let expected: BTreeSet<u64> = model
-                .iter()
-                .copied()
-                .take(usize::try_from(*pages).unwrap())
-                .collect();
+            let expected: BTreeSet<u64> =
+                model.iter().copied().take(usize::try_from(*pages).unwrap()).collect();
             assert_eq!(taken, set_of(&expected));
             model.retain(|gfn| !expected.contains(gfn));
         }
@@ -185,8 +179,5 @@ fn the_highest_frames_do_not_overflow() {
 fn a_set_of_runs_prints_short() {
     let set: PageSet = (0..100).map(|i| Run::new(i * 2, 1)).collect();
     let text = format!("{set:?}");
-    assert!(
-        text.starts_with("PageSet(100 pages: 0x0+1 0x2+1") && text.ends_with("…)"),
-        "{text}"
-    );
+    assert!(text.starts_with("PageSet(100 pages: 0x0+1 0x2+1") && text.ends_with("…)"), "{text}");
 }

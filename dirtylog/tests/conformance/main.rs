@@ -16,6 +16,7 @@ macro_rules! held_by {
         mod $machine {
             use super::*;
             held_by!(@rules $make;
+                earlier_writes_are_not_reported
                 every_page_written_is_reported_and_no_other
                 a_page_is_reported_again_only_when_written_again
                 dense_writes_are_reported_to_the_last_page

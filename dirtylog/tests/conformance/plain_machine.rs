@@ -3,14 +3,14 @@
 #![expect(unsafe_code, reason = "threads that write to memory which is copied meanwhile")]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ferry_dirtylog::{DirtySource, Region, RegionBitmap, SoftwareBitmap, UffdWriteProtect};
 use ferry_memory::{GuestView, Mapping};
 use ferry_pages::{PAGE_BYTES, Run};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::suite::{EXTENTS, Machine, StopOnDrop};
+use crate::suite::{EXTENTS, Machine};
 
 const WRITERS: u64 = 2;
 
@@ -121,20 +121,22 @@ impl Machine for PlainMachine {
     }
 
     fn write_during(&mut self, runs: &[Run], observe: &mut dyn FnMut()) {
-        let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            for writer in 0..WRITERS {
-                let (view, writes, stop) = (&self.view, &self.writes, &stop);
-                scope.spawn(move || {
-                    while !stop.load(Ordering::Relaxed) {
+            let writers: Vec<_> = (0..WRITERS)
+                .map(|writer| {
+                    let (view, writes) = (&self.view, &self.writes);
+                    scope.spawn(move || {
                         for gfn in runs.iter().flat_map(|r| r.start..r.end()) {
                             touch(view.regions(), writes, gfn, writer);
+                            // A pass must last for many harvests.
+                            (0..50).for_each(|_| std::hint::spin_loop());
                         }
-                    }
-                });
+                    })
+                })
+                .collect();
+            while !writers.iter().all(|w| w.is_finished()) {
+                observe();
             }
-            let _stop = StopOnDrop(&stop);
-            observe();
         });
     }
 }

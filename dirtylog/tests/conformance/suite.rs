@@ -1,6 +1,5 @@
 //! The rules of [`DirtySource`], for any machine.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ferry_dirtylog::{DirtySource, Region};
@@ -21,18 +20,9 @@ pub(crate) trait Machine {
     fn source(&mut self) -> Box<dyn DirtySource>;
     /// Writes each page of `runs`, by turns from each of its processors; returns when that is done.
     fn write(&mut self, runs: &[Run]);
-    /// Runs `observe` while all processors write all pages of `runs` over and over; returns when all
-    /// have stopped.
+    /// Has all processors write each page of `runs` once, in the same order, and calls `observe` until
+    /// they are done; returns when all have stopped.
     fn write_during(&mut self, runs: &[Run], observe: &mut dyn FnMut());
-}
-
-/// Ends the writers also when what observes them panics.
-pub(crate) struct StopOnDrop<'a>(pub(crate) &'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 pub(crate) fn collect(source: &mut dyn DirtySource) -> PageSet {
@@ -69,7 +59,11 @@ fn settle(source: &mut dyn DirtySource) {
 fn assert_not_tracking(machine: &mut impl Machine, source: &mut dyn DirtySource) {
     machine.write(&[Run::new(EXTENTS[1].start, 20)]);
     let mut seen = PageSet::new();
-    let logs = source.collect(&mut seen).is_ok() && !seen.is_empty();
+    let logs = match source.collect(&mut seen) {
+        Ok(()) => !seen.is_empty(),
+        // A ring that is filled for nobody; any other refusal says that there is no log.
+        Err(error) => error.source.kind() == std::io::ErrorKind::InvalidData,
+    };
     assert!(!logs || source.name() == "software", "still logged: {seen:?}");
 }
 
@@ -96,6 +90,15 @@ pub(crate) fn every_page_written_is_reported_and_no_other(machine: &mut impl Mac
     assert_eq!(collect(source.as_mut()), sparse().into_iter().collect());
 }
 
+pub(crate) fn earlier_writes_are_not_reported(machine: &mut impl Machine) {
+    let mut source = machine.source();
+    machine.write(&sparse());
+    source.start().unwrap();
+    let reported = collect(source.as_mut());
+    // KVM's bitmap may begin with every populated page.
+    assert!(reported.is_empty() || source.name() == "kvm-bitmap", "{reported:?}");
+}
+
 pub(crate) fn a_page_is_reported_again_only_when_written_again(machine: &mut impl Machine) {
     let mut source = started(machine);
     for round in 0..4 {
@@ -117,36 +120,34 @@ pub(crate) fn dense_writes_are_reported_to_the_last_page(machine: &mut impl Mach
     }
 }
 
-/// What a migration does: collect, re-arm, copy, while every page changes. A write that is not reported
-/// leaves an old page in the copy. Windows are re-armed one by one, some long after they were collected.
+/// What a migration does: collect, re-arm, copy, while pages change. A write that is not reported leaves an
+/// old page in the copy.
+///
+/// In one pass each processor writes each page once, all at about the same place: a write comes soon after
+/// another that is just being collected, re-armed or copied, and no later write hides that it was lost.
 pub(crate) fn no_write_of_a_running_machine_is_lost(machine: &mut impl Machine) {
-    let runs = [Run::new(EXTENTS[0].start + 7, 300), Run::new(EXTENTS[1].end() - 300, 300)];
-    machine.write(&runs);
-    let view = machine.view().clone();
-    let mut copy = Copy { view: view.clone(), bytes: vec![0; total_bytes()] };
+    machine.write(&sparse());
+    let mut copy = Copy { view: machine.view().clone(), bytes: vec![0; total_bytes()] };
     let mut source = machine.source();
     source.start().unwrap();
     // First all that holds data, listed after the start.
     copy.update(source.as_mut(), &populated(machine));
-    let (mut rounds, mut reported_pages) = (0, 0);
-    machine.write_during(&runs, &mut || {
-        let begin = Instant::now();
-        while rounds < 20 || begin.elapsed() < Duration::from_millis(300) {
+    let begin = Instant::now();
+    let (mut passes, mut rounds) = (0, 0);
+    while passes < 3 || begin.elapsed() < Duration::from_millis(600) {
+        machine.write_during(&EXTENTS, &mut || {
             let reported = collect(source.as_mut());
-            reported_pages += reported.len();
             copy.update(source.as_mut(), &reported);
             rounds += 1;
-        }
-    });
-    assert!(
-        reported_pages > 600,
-        "{reported_pages} pages in {rounds} rounds: the writers hardly ran"
-    );
-    // The machine is paused: one harvest more, and the copy is the machine.
-    let last = collect(source.as_mut());
-    copy.update(source.as_mut(), &last);
-    let stale = copy.differing();
-    assert!(stale.is_empty(), "lost writes to {stale:?}");
+        });
+        // The machine is paused: one harvest more, and the copy is the machine.
+        let last = collect(source.as_mut());
+        copy.update(source.as_mut(), &last);
+        let stale = copy.differing();
+        assert!(stale.is_empty(), "pass {passes}: lost writes to {stale:?}");
+        passes += 1;
+    }
+    println!("{}: {passes} passes, {rounds} rounds", source.name());
 }
 
 /// The order that the debt rule asks for, a step at a time: a write between harvest and re-arm needs no
