@@ -1,7 +1,7 @@
 //! The kernel's dirty-log interface where kvm-ioctls has none: clearing a log, rings, slot flags.
 //!
-//! All from the kernel's Documentation/virt/kvm/api.rst: sections 4.117 `KVM_CLEAR_DIRTY_LOG`, 7.18
-//! `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, 8.29 `KVM_CAP_DIRTY_LOG_RING` / `_ACQ_REL`.
+//! From the kernel's Documentation/virt/kvm/api.rst: `KVM_CLEAR_DIRTY_LOG`,
+//! `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, `KVM_CAP_DIRTY_LOG_RING` and `KVM_CAP_DIRTY_LOG_RING_ACQ_REL`.
 
 #![expect(unsafe_code, reason = "ioctls that kvm-ioctls lacks, and memory shared with the kernel")]
 
@@ -90,7 +90,7 @@ pub(crate) fn clear_dirty_log(
 
 /// Re-arms every page whose ring entry was marked as read, in all rings; how many.
 ///
-/// "the kernel must be told before the ring is full" and only by one thread at a time (8.29).
+/// Not from two threads at a time.
 pub(crate) fn reset_dirty_rings(vm: &VmFd) -> io::Result<u64> {
     // SAFETY: the descriptor is a VM's and the call takes no argument.
     let ret = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
