@@ -1,6 +1,8 @@
 //! What a VMM implements so that its machines can move.
 
-use ferry_dirtylog::{DirtySource, Region};
+use ferry_dirtylog::DirtySource;
+use ferry_memory::GuestView;
+use ferry_pages::PageSet;
 use ferry_protocol::{MachineSpec, Refusal, RunPermit, StateReader, StateWriter};
 
 /// Why a guest could not do what was asked: what, where, and what to do, in words.
@@ -38,13 +40,20 @@ impl GuestError {
 pub trait Guest: Send {
     /// What the destination must be able to host.
     fn spec(&self) -> MachineSpec;
-    /// Where its memory lies, ascending. Constant for the life of the machine.
-    fn regions(&self) -> Vec<Region>;
+    /// Its memory. Where it lies is constant for the life of the machine, and the view keeps the
+    /// mapping alive: lanes may hold it a moment longer than the guest lives.
+    fn memory(&self) -> GuestView;
     /// The trackers of its memory, not started.
     ///
     /// # Errors
     /// Tracking cannot be set up.
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError>;
+    /// Takes back pages that were collected from its trackers and not delivered: the migration ended
+    /// before the commit. For a VMM whose dirty log has other readers; the default forgets them, since
+    /// the next migration begins with all pages.
+    fn return_dirty(&mut self, pages: &PageSet) {
+        let _ = pages;
+    }
     /// Stops every vCPU; returns when none executes guest code. A machine that the operator had
     /// paused is paused already, and remembers it in its state.
     ///

@@ -1,6 +1,40 @@
 //! Moving a machine.
+//!
+//! [`send()`] moves a [`Guest`] away; [`receive()`] takes machines in for a [`Host`]. Both carry out what
+//! the pure state machines of `ferry-protocol` ask for, over any link of `ferry-transport`. This crate
+//! knows no VMM: it sees memory, trackers, and state as opaque sections.
+
+mod control;
 mod guest;
-pub use guest::{Guest, GuestError, Host};
+mod install;
+mod receive;
+mod receive_lane;
+mod report;
+mod round;
+mod send;
+mod send_lane;
+
+pub use ferry_memory::GuestView;
 pub use ferry_protocol::{
-    DeviceSpec, HostCapabilities, MachineSpec, Refusal, RunPermit, StateError, StateReader, StateWriter,
+    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, PermitStub, Progress, Refusal, RunPermit,
+    StateError, StateReader, StateWriter, is_machine_name,
 };
+pub use guest::{Guest, GuestError, Host};
+pub use receive::{ReceiveEvent, ReceiveOptions, receive};
+pub use report::{DowntimeParts, OutcomeKind, PageCounts, Report, Whereabouts};
+pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, send};
+
+/// An error with its causes, as one line.
+fn words(e: &dyn std::error::Error) -> String {
+    let mut out = e.to_string();
+    let mut cause = e.source();
+    while let Some(c) = cause {
+        let c_words = c.to_string();
+        if !out.contains(&c_words) {
+            out += ": ";
+            out += &c_words;
+        }
+        cause = c.source();
+    }
+    out
+}

@@ -162,8 +162,8 @@ impl Eq for Progress {}
 pub enum Outcome {
     /// The machine runs at the destination.
     Completed {
-        /// Both digests of memory were compared, and are the same.
-        digest_verified: bool,
+        /// Whether both digests of memory are the same; `None` if they could not be compared.
+        digest_verified: Option<bool>,
         /// What is to be said of it: why it converged, or why the digest was not verified.
         reason: String,
     },
@@ -458,7 +458,7 @@ impl Source {
                         self.stub = None;
                         self.tell(Progress::Running);
                         self.finish(Outcome::Completed {
-                            digest_verified: false,
+                            digest_verified: None,
                             reason: format!("{why}; asked again, the destination runs the machine"),
                         });
                     }
@@ -474,7 +474,7 @@ impl Source {
             }
             (Phase::Verifying { .. }, other) => {
                 self.finish(Outcome::Completed {
-                    digest_verified: false,
+                    digest_verified: None,
                     reason: format!(
                         "the destination broke the protocol after switchover: {}",
                         name(&other)
@@ -624,7 +624,7 @@ impl Source {
                  {ours:#018x}): the machine runs there on damaged memory; stop it there"
             )
         };
-        self.finish(Outcome::Completed { digest_verified: matches, reason });
+        self.finish(Outcome::Completed { digest_verified: Some(matches), reason });
     }
 
     fn tick(&mut self, now: Duration) {
@@ -649,7 +649,7 @@ impl Source {
                 );
             }
             Phase::Verifying { .. } => self.finish(Outcome::Completed {
-                digest_verified: false,
+                digest_verified: None,
                 reason: "the destination did not send its digest of memory".into(),
             }),
             Phase::Sending { .. } => {
@@ -676,7 +676,7 @@ impl Source {
         match self.phase {
             Phase::Done => {}
             Phase::Verifying { .. } => self.finish(Outcome::Completed {
-                digest_verified: false,
+                digest_verified: None,
                 reason: format!("memory here could not be digested: {why}"),
             }),
             // Nothing that fails here can change what the destination does with its permit.
@@ -691,7 +691,7 @@ impl Source {
             Phase::Committed => self.doubt(now, why),
             Phase::Doubting { .. } => self.ask_later(now),
             Phase::Verifying { .. } => self.finish(Outcome::Completed {
-                digest_verified: false,
+                digest_verified: None,
                 reason: format!(
                     "the machine runs at the destination; then the link was lost: {why}"
                 ),

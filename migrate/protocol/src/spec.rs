@@ -166,14 +166,15 @@ mod tests {
 
     #[test]
     fn each_thing_that_is_missing_is_named_with_both_values() {
-        let cases: [(&str, &[&str], Box<dyn Fn(&mut MachineSpec, &mut HostCapabilities)>); 7] = [
-            ("cpu", &["avx2"], Box::new(|_, h| h.cpu_features.retain(|f| f != "avx2"))),
-            ("memory", &["4 MiB", "1 MiB"], Box::new(|_, h| h.memory_bytes = 1 << 20)),
-            ("vcpus", &["2 vCPUs", "1 to 1"], Box::new(|_, h| h.max_vcpus = 1)),
-            ("vmm", &["`refvmm`", "`process`"], Box::new(|_, h| h.vmm = "process".into())),
-            ("device", &["`serial`"], Box::new(|_, h| h.devices.clear())),
-            ("device", &["version 2", "up to 1"], Box::new(|_, h| h.devices[0].1 = 1)),
-            ("memory", &["extent 0"], Box::new(|s, _| s.extents = vec![(0, 0)])),
+        type Change = fn(&mut MachineSpec, &mut HostCapabilities);
+        let cases: [(&str, &[&str], Change); 7] = [
+            ("cpu", &["avx2"], |_, h| h.cpu_features.retain(|f| f != "avx2")),
+            ("memory", &["4 MiB", "1 MiB"], |_, h| h.memory_bytes = 1 << 20),
+            ("vcpus", &["2 vCPUs", "1 to 1"], |_, h| h.max_vcpus = 1),
+            ("vmm", &["`refvmm`", "`process`"], |_, h| h.vmm = "process".into()),
+            ("device", &["`serial`"], |_, h| h.devices.clear()),
+            ("device", &["version 2", "up to 1"], |_, h| h.devices[0].1 = 1),
+            ("memory", &["extent 0"], |s, _| s.extents = vec![(0, 0)]),
         ];
         for (what, words, change) in cases {
             let (mut s, mut h) = (spec(), host());

@@ -1,5 +1,7 @@
 //! The simulated world: guest, two hosts, network, clock.
 
+#![expect(clippy::cast_possible_truncation, reason = "a simulated machine has 64 pages")]
+
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -453,7 +455,7 @@ impl World {
                 if !self.destination_runs || self.source_runs {
                     return Err("completed, and does not run there".into());
                 }
-                if !digest_verified && !self.cut {
+                if *digest_verified != Some(true) && !self.cut {
                     return Err("digests differ".into());
                 }
                 Ok(if self.asked { End::MovedAfterInquiry } else { End::Moved })

@@ -1,0 +1,148 @@
+//! The source's control channel: a thread that connects, sends and receives messages, and asks.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use ferry_protocol::{Hello, ToDestination, ToSource, wire};
+use ferry_transport::{ByteSource, Channel, Connector, FrameReader, LinkError, send_message};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// What the control thread tells the engine.
+pub(crate) enum ControlEvent {
+    Connected,
+    Message(ToSource),
+    Lost(String),
+}
+
+type Tell = Arc<dyn Fn(ControlEvent) + Send + Sync>;
+
+enum Order {
+    Send(Vec<u8>),
+    Finish,
+    Inquire(u128),
+}
+
+/// The engine's hold on the control thread.
+pub(crate) struct Control {
+    orders: UnboundedSender<Order>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Control {
+    pub(crate) fn send(&self, message: &ToDestination) {
+        match wire::encode(message) {
+            Ok(bytes) => {
+                let _ = self.orders.send(Order::Send(bytes));
+            }
+            Err(e) => tracing::error!("{e}"),
+        }
+    }
+
+    /// Nothing more will be sent: close once the peer has it.
+    pub(crate) fn finish(&self) {
+        let _ = self.orders.send(Order::Finish);
+    }
+
+    /// Asks on a connection of its own what became of `session`.
+    pub(crate) fn inquire(&self, session: u128) {
+        let _ = self.orders.send(Order::Inquire(session));
+    }
+
+    pub(crate) fn join(&mut self) {
+        self.finish();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts the thread: it connects, says hello, and then carries out orders.
+pub(crate) fn start(
+    connector: Arc<dyn Connector>,
+    tell: impl Fn(ControlEvent) + Send + Sync + 'static,
+) -> Control {
+    let tell: Tell = Arc::new(tell);
+    let (orders, receiver) = unbounded_channel();
+    let run = move || {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(e) => return tell(ControlEvent::Lost(format!("no runtime for the control channel: {e}"))),
+        };
+        runtime.block_on(talk(connector.as_ref(), receiver, tell));
+    };
+    // Without a thread the orders' receiver is dropped, and the engine's deadline ends the migration.
+    let thread = std::thread::Builder::new().name("ferry-control".into()).spawn(run).ok();
+    Control { orders, thread }
+}
+
+async fn talk(connector: &dyn Connector, mut orders: UnboundedReceiver<Order>, tell: Tell) {
+    let mut sink = match open(connector, &Hello::control()).await {
+        Ok(channel) => {
+            tell(ControlEvent::Connected);
+            tokio::spawn(read(channel.source, tell.clone()));
+            Some(channel.sink)
+        }
+        Err(e) => {
+            tell(ControlEvent::Lost(e.to_string()));
+            None
+        }
+    };
+    while let Some(order) = orders.recv().await {
+        match order {
+            Order::Send(bytes) => {
+                if let Some(open) = &mut sink
+                    && let Err(e) = send_message(open.as_mut(), &bytes).await
+                {
+                    tell(ControlEvent::Lost(e.to_string()));
+                    sink = None;
+                }
+            }
+            Order::Inquire(session) => tell(inquire(connector, session).await),
+            Order::Finish => break,
+        }
+    }
+    if let Some(mut sink) = sink {
+        // Returns when the peer has it all, or is gone.
+        let _ = sink.finish().await;
+    }
+}
+
+async fn read(source: Box<dyn ByteSource>, tell: Tell) {
+    let mut reader = FrameReader::new(source);
+    loop {
+        let event = match reader.read_message(wire::MAX_MESSAGE_BYTES).await {
+            Ok(Some(bytes)) => match wire::decode(&bytes) {
+                Ok(message) => ControlEvent::Message(message),
+                Err(e) => ControlEvent::Lost(format!("the destination sent nonsense: {e}")),
+            },
+            Ok(None) => ControlEvent::Lost("the destination closed the control channel".into()),
+            Err(e) => ControlEvent::Lost(e.to_string()),
+        };
+        let lost = matches!(event, ControlEvent::Lost(_));
+        tell(event);
+        if lost {
+            return;
+        }
+    }
+}
+
+async fn open(connector: &dyn Connector, hello: &Hello) -> Result<Channel, LinkError> {
+    let mut channel = connector.connect().await?;
+    send_message(channel.sink.as_mut(), &hello.encode()).await?;
+    Ok(channel)
+}
+
+async fn inquire(connector: &dyn Connector, session: u128) -> ControlEvent {
+    let ask = async {
+        let channel = open(connector, &Hello::Inquire { session }).await?;
+        FrameReader::new(channel.source).read_message(wire::MAX_MESSAGE_BYTES).await
+    };
+    match ask.await {
+        Ok(Some(bytes)) => match wire::decode(&bytes) {
+            Ok(message) => ControlEvent::Message(message),
+            Err(e) => ControlEvent::Lost(e.to_string()),
+        },
+        Ok(None) => ControlEvent::Lost("no answer".into()),
+        Err(e) => ControlEvent::Lost(e.to_string()),
+    }
+}

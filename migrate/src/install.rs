@@ -1,0 +1,95 @@
+//! Installing pages at the destination: no old copy over a newer one, no page faulted in for nothing.
+
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use ferry_codec::{Batch, Codec};
+use ferry_memory::{GuestView, MemoryError};
+use ferry_pages::{Layout, PAGE_BYTES, Run};
+use ferry_postcopy::{Admission, CHUNK_PAGES, ChunkLedger, by_chunk};
+
+/// Writes verified batches into guest memory; several lanes at once.
+pub(crate) struct Installer {
+    view: GuestView,
+    layout: Layout,
+    /// One lock for each 2 MiB that the layout touches. The ledger behind it is made when the first
+    /// page arrives.
+    chunks: Vec<Mutex<Option<Box<ChunkLedger>>>>,
+    /// Chunks in front of each extent, and the extent's first chunk number.
+    extents: Vec<(Run, u64, usize)>,
+    /// Held for reading while a batch is installed; false once the guest may run.
+    open: RwLock<bool>,
+}
+
+const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+
+impl Installer {
+    pub(crate) fn new(view: GuestView, layout: Layout) -> Self {
+        let chunk_pages = CHUNK_PAGES as u64;
+        let mut extents = Vec::new();
+        let mut count = 0;
+        for e in layout.extents() {
+            let (first, last) = (e.start / chunk_pages, (e.end() - 1) / chunk_pages);
+            extents.push((*e, first, count));
+            // A machine's memory fits into this process: so does the number of its chunks.
+            count += usize::try_from(last - first + 1).unwrap_or(0);
+        }
+        let chunks = (0..count).map(|_| Mutex::new(None)).collect();
+        Self { view, layout, chunks, extents, open: RwLock::new(true) }
+    }
+
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn chunk(&self, number: u64, gfn: u64) -> Option<&Mutex<Option<Box<ChunkLedger>>>> {
+        let after = self.extents.partition_point(|(e, ..)| e.start <= gfn);
+        let (_, first, before) = self.extents[..after].last()?;
+        self.chunks.get(before + usize::try_from(number.checked_sub(*first)?).ok()?)
+    }
+
+    /// Ends installing: returns when no page is being written, and none will be again.
+    pub(crate) fn close(&self) {
+        *self.open.write().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+
+    /// Installs the pages of `batch` that are not late; false once it is closed.
+    pub(crate) fn install(&self, batch: &Batch<'_>) -> Result<bool, MemoryError> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        if !*open {
+            return Ok(false);
+        }
+        let mut digests = batch.digests.iter().copied();
+        for (run, mut bytes) in batch.run_bytes() {
+            for (number, first, part) in by_chunk(run) {
+                let Some(chunk) = self.chunk(number, part.start) else { continue };
+                let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
+                let ledger = chunk.get_or_insert_with(Box::default);
+                for page in 0..usize::try_from(part.pages).unwrap_or(0) {
+                    let gfn = part.start + page as u64;
+                    if batch.codec == Codec::Zero {
+                        // Zero over untouched memory stays untouched.
+                        if ledger.admit(first + page, batch.round, 0) == Admission::OverData {
+                            self.view.write(gfn, &ZERO_PAGE)?;
+                        }
+                    } else {
+                        let (content, rest) = bytes.split_at(PAGE_BYTES);
+                        bytes = rest;
+                        let digest = digests.next().unwrap_or(0);
+                        if ledger.admit(first + page, batch.round, digest) != Admission::Late {
+                            self.view.write(gfn, content)?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Wrapping sum of the digests of all pages as installed.
+    pub(crate) fn digest_sum(&self) -> u64 {
+        self.chunks.iter().fold(0, |sum, chunk| {
+            let chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
+            sum.wrapping_add(chunk.as_ref().map_or(0, |c| c.digest_sum()))
+        })
+    }
+}

@@ -1,0 +1,455 @@
+//! The destination's engine: accepts channels, builds machines, carries out what the protocol's
+//! [`Destination`](ferry_protocol::Destination) asks for.
+//!
+//! Channels live on the caller's runtime; each session has a thread, which runs the state machine and
+//! touches the guest. A channel's first message says whether it begins a session, joins one as a lane,
+//! or asks what became of one.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_codec::CodecSet;
+use ferry_protocol::{
+    Arrival, Destination, DestinationAction, DestinationEvent, Hello, MAX_HELLO_BYTES, MachineSpec,
+    Refusal, StateReader, ToDestination, ToSource, VERSION_MAX, VERSION_MIN, Verdict, wire,
+};
+use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, Listener, send_message};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::install::Installer;
+use crate::receive_lane::{self, LaneEnd};
+use crate::{Guest, Host, words};
+
+/// A peer that opened a channel says what it wants within this time.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Sessions whose end is remembered for inquiries.
+const REMEMBERED: usize = 1024;
+/// Machines that may be on their way in at once.
+const MAX_ARRIVING: usize = 32;
+
+/// How to receive.
+#[derive(Clone, Copy, Debug)]
+pub struct ReceiveOptions {
+    /// Codecs that may be used.
+    pub codecs: CodecSet,
+    /// Take in one machine; refuse others while it arrives and once it runs.
+    pub once: bool,
+}
+
+impl Default for ReceiveOptions {
+    fn default() -> Self {
+        Self { codecs: CodecSet::ALL, once: false }
+    }
+}
+
+/// What the host is told.
+#[derive(Debug)]
+pub enum ReceiveEvent<G> {
+    /// A machine is on its way in.
+    Arriving {
+        /// Its name at the source.
+        name: String,
+        /// The source's identity and address.
+        peer: String,
+    },
+    /// A machine runs here now: it is the host's.
+    Arrived {
+        /// The machine.
+        guest: G,
+        /// What it is.
+        spec: MachineSpec,
+    },
+    /// A session is over.
+    Ended {
+        /// The machine's name at the source.
+        name: String,
+        /// How.
+        arrival: Arrival,
+    },
+    /// A peer was turned away, or a connection came to nothing.
+    Turned(String),
+}
+
+type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
+
+enum Message {
+    Event(DestinationEvent),
+    Lane(FrameReader),
+}
+
+struct Session {
+    verdict: Verdict,
+    /// Where lanes join; none when it is over.
+    door: Option<Sender<Message>>,
+}
+
+#[derive(Default)]
+struct Sessions {
+    by_token: HashMap<u128, Session>,
+    /// Tokens in the order in which they came.
+    order: Vec<u128>,
+    taken: usize,
+}
+
+impl Sessions {
+    fn arriving(&self) -> usize {
+        self.by_token.values().filter(|s| s.door.is_some()).count()
+    }
+
+    fn forget_oldest(&mut self) {
+        while self.order.len() > REMEMBERED {
+            let token = self.order.remove(0);
+            self.by_token.remove(&token);
+        }
+    }
+}
+
+struct Server<H: Host> {
+    host: Arc<H>,
+    options: ReceiveOptions,
+    tell: Tell<H::Guest>,
+    sessions: Mutex<Sessions>,
+}
+
+/// Takes in machines until `listener` ends. Runs on the caller's tokio runtime, which should have more
+/// than one thread: pages are verified and installed on it.
+pub async fn receive<H: Host + 'static>(
+    mut listener: Box<dyn Listener>,
+    host: Arc<H>,
+    options: ReceiveOptions,
+    tell: impl Fn(ReceiveEvent<H::Guest>) + Send + Sync + 'static,
+) {
+    let server =
+        Arc::new(Server { host, options, tell: Arc::new(tell), sessions: Mutex::new(Sessions::default()) });
+    while let Some(accepted) = listener.accept().await {
+        match accepted {
+            Ok(channel) => {
+                tokio::spawn(welcome(server.clone(), channel));
+            }
+            Err(e) => (server.tell)(ReceiveEvent::Turned(e.to_string())),
+        }
+    }
+}
+
+async fn welcome<H: Host + 'static>(server: Arc<Server<H>>, channel: Channel) {
+    let peer = format!("{} ({})", channel.peer, channel.remote);
+    let Channel { source, sink, .. } = channel;
+    let mut reader = FrameReader::new(source);
+    let hello = tokio::time::timeout(HELLO_TIMEOUT, reader.read_message(MAX_HELLO_BYTES)).await;
+    let why = match hello {
+        Ok(Ok(Some(bytes))) => match Hello::decode(&bytes) {
+            Ok(hello) => return greet(&server, hello, peer, reader, sink).await,
+            Err(e) => e.to_string(),
+        },
+        Ok(Ok(None)) => "it closed the connection without a word".into(),
+        Ok(Err(e)) => e.to_string(),
+        Err(_) => format!("it said nothing for {} s", HELLO_TIMEOUT.as_secs()),
+    };
+    server.turn_away(&peer, sink, &why).await;
+}
+
+async fn greet<H: Host + 'static>(
+    server: &Arc<Server<H>>,
+    hello: Hello,
+    peer: String,
+    reader: FrameReader,
+    mut sink: Box<dyn ByteSink>,
+) {
+    match hello {
+        Hello::Control { version_min, version_max } => {
+            let admitted = if version_min > VERSION_MAX || version_max < VERSION_MIN {
+                let why = format!(
+                    "the source speaks protocol versions {version_min} to {version_max}, this host \
+                     {VERSION_MIN} to {VERSION_MAX}: update the older one"
+                );
+                Err(Refusal::new("version", why))
+            } else {
+                server.admit().map_err(|why| Refusal::new("host", why))
+            };
+            match admitted {
+                Ok((token, receiver, door)) => server.begin(token, receiver, door, peer, reader, sink),
+                Err(refusal) => {
+                    let why = refusal.why.clone();
+                    // The source learns why; if it does not, it learns that the channel was closed.
+                    let _ = say(&mut sink, &ToSource::Refused { reasons: vec![refusal] }).await;
+                    server.turn_away(&peer, sink, &why).await;
+                }
+            }
+        }
+        Hello::Lane { session, .. } => {
+            let door = server.sessions().by_token.get(&session).and_then(|s| s.door.clone());
+            let joined = door.is_some_and(|door| door.send(Message::Lane(reader)).is_ok());
+            if !joined {
+                server.turn_away(&peer, sink, "a lane for a session that is not open here").await;
+            }
+        }
+        Hello::Inquire { session } => {
+            let verdict = server.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
+            if let Err(e) = say(&mut sink, &ToSource::Verdict(verdict)).await {
+                tracing::debug!("an inquiry of {peer} was not answered: {e}");
+            }
+        }
+    }
+}
+
+async fn say(sink: &mut Box<dyn ByteSink>, message: &ToSource) -> Result<(), LinkError> {
+    let bytes = wire::encode(message).unwrap_or_default();
+    send_message(sink.as_mut(), &bytes).await?;
+    sink.finish().await
+}
+
+async fn write(mut sink: Box<dyn ByteSink>, mut messages: UnboundedReceiver<Vec<u8>>) {
+    while let Some(bytes) = messages.recv().await {
+        if send_message(sink.as_mut(), &bytes).await.is_err() {
+            // The reader learns of it and says so.
+            return;
+        }
+    }
+    let _ = sink.finish().await;
+}
+
+async fn read(mut reader: FrameReader, door: Sender<Message>) {
+    loop {
+        let event = match reader.read_message(wire::MAX_MESSAGE_BYTES).await {
+            Ok(Some(bytes)) => match wire::decode::<ToDestination>(&bytes) {
+                Ok(message) => DestinationEvent::Message(message),
+                Err(e) => DestinationEvent::BadPages(format!("the source sent nonsense: {e}")),
+            },
+            Ok(None) => DestinationEvent::LinkLost("the source closed the control channel".into()),
+            Err(e) => DestinationEvent::LinkLost(e.to_string()),
+        };
+        let over = !matches!(event, DestinationEvent::Message(_));
+        if door.send(Message::Event(event)).is_err() || over {
+            return;
+        }
+    }
+}
+
+impl<H: Host + 'static> Server<H> {
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn turn_away(&self, peer: &str, mut sink: Box<dyn ByteSink>, why: &str) {
+        sink.close(why).await;
+        (self.tell)(ReceiveEvent::Turned(format!("turned {peer} away: {why}")));
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        token: u128,
+        receiver: Receiver<Message>,
+        door: Sender<Message>,
+        peer: String,
+        reader: FrameReader,
+        sink: Box<dyn ByteSink>,
+    ) {
+        let (outgoing, messages) = unbounded_channel();
+        tokio::spawn(write(sink, messages));
+        tokio::spawn(read(reader, door));
+        let arriving =
+            Arriving::new(self.clone(), token, peer, outgoing, tokio::runtime::Handle::current());
+        let thread = std::thread::Builder::new().name("ferry-arrival".into());
+        if let Err(e) = thread.spawn(move || arriving.run(&receiver)) {
+            // What was moved into the thread is dropped, and the source sees the channel close.
+            (self.tell)(ReceiveEvent::Turned(format!("cannot start a thread for a machine: {e}")));
+        }
+    }
+
+    fn admit(&self) -> Result<(u128, Receiver<Message>, Sender<Message>), String> {
+        let mut sessions = self.sessions();
+        if self.options.once && sessions.taken > 0 {
+            return Err("this host takes in one machine, and has it (--once)".into());
+        }
+        if sessions.arriving() >= MAX_ARRIVING {
+            return Err(format!("{MAX_ARRIVING} machines are on their way in already; try again"));
+        }
+        let (door, receiver) = channel();
+        let token = rand::random();
+        sessions.by_token.insert(token, Session { verdict: Verdict::Pending, door: Some(door.clone()) });
+        sessions.order.push(token);
+        sessions.taken += 1;
+        sessions.forget_oldest();
+        Ok((token, receiver, door))
+    }
+}
+
+/// One machine on its way in.
+struct Arriving<H: Host> {
+    server: Arc<Server<H>>,
+    token: u128,
+    peer: String,
+    outgoing: UnboundedSender<Vec<u8>>,
+    runtime: tokio::runtime::Handle,
+    machine: Destination,
+    began: Instant,
+    spec: Option<MachineSpec>,
+    guest: Option<H::Guest>,
+    installer: Option<Arc<Installer>>,
+    lanes_allowed: u16,
+    arrival: Option<Arrival>,
+    running: bool,
+}
+
+impl<H: Host + 'static> Arriving<H> {
+    fn new(
+        server: Arc<Server<H>>,
+        token: u128,
+        peer: String,
+        outgoing: UnboundedSender<Vec<u8>>,
+        runtime: tokio::runtime::Handle,
+    ) -> Self {
+        let machine = Destination::new(token, server.options.codecs.bits());
+        Self {
+            server,
+            token,
+            peer,
+            outgoing,
+            runtime,
+            machine,
+            began: Instant::now(),
+            spec: None,
+            guest: None,
+            installer: None,
+            lanes_allowed: 0,
+            arrival: None,
+            running: false,
+        }
+    }
+
+    fn run(mut self, receiver: &Receiver<Message>) {
+        while self.arrival.is_none() {
+            match receiver.recv() {
+                Ok(Message::Event(event)) => self.handle(event),
+                Ok(Message::Lane(reader)) => self.lane(reader),
+                Err(_) => self.handle(DestinationEvent::LinkLost("the host is shutting down".into())),
+            }
+            self.hand_over();
+        }
+        let mut sessions = self.server.sessions();
+        if let Some(session) = sessions.by_token.get_mut(&self.token) {
+            session.door = None;
+        }
+        if matches!(self.arrival, Some(Arrival::Void(_))) {
+            sessions.taken -= 1;
+        }
+        drop(sessions);
+        // A machine that did not arrive is gone before anyone is told.
+        drop(self.guest.take());
+        let name = self.spec.take().map_or_else(|| "?".into(), |s| s.name);
+        if let Some(arrival) = self.arrival.take() {
+            (self.server.tell)(ReceiveEvent::Ended { name, arrival });
+        }
+    }
+
+    fn handle(&mut self, event: DestinationEvent) {
+        let mut event = Some(event);
+        while let Some(e) = event.take() {
+            self.machine.handle(self.began.elapsed(), e);
+            // Before any action: whoever asks from now on is told what will be.
+            let mut sessions = self.server.sessions();
+            if let Some(session) = sessions.by_token.get_mut(&self.token) {
+                session.verdict = self.machine.verdict();
+            }
+            drop(sessions);
+            while let Some(action) = self.machine.poll() {
+                if let Some(answer) = self.act(action) {
+                    event = Some(answer);
+                }
+            }
+        }
+    }
+
+    fn act(&mut self, action: DestinationAction) -> Option<DestinationEvent> {
+        match action {
+            DestinationAction::Send(message) => {
+                match wire::encode(&message) {
+                    Ok(bytes) => {
+                        let _ = self.outgoing.send(bytes);
+                    }
+                    Err(e) => tracing::error!("{e}"),
+                }
+                None
+            }
+            DestinationAction::Build(spec) => Some(DestinationEvent::Built(self.build(spec))),
+            DestinationAction::AcceptLanes { lanes } => {
+                self.lanes_allowed = lanes;
+                None
+            }
+            DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
+            DestinationAction::Resume(permit) => {
+                let Some(guest) = &mut self.guest else {
+                    return Some(DestinationEvent::Resumed(Err("there is no machine".into())));
+                };
+                let resumed = guest.resume(permit).map_err(|(_permit, e)| words(&e));
+                self.running = resumed.is_ok();
+                Some(DestinationEvent::Resumed(resumed))
+            }
+            DestinationAction::Digest => {
+                self.hand_over();
+                let sum = self.installer.as_ref().map_or(0, |i| i.digest_sum());
+                Some(DestinationEvent::Digest(sum))
+            }
+            DestinationAction::Finish(arrival) => {
+                self.arrival = Some(arrival);
+                None
+            }
+        }
+    }
+
+    fn build(&mut self, spec: MachineSpec) -> Result<(), Vec<Refusal>> {
+        let name = spec.name.clone();
+        (self.server.tell)(ReceiveEvent::Arriving { name, peer: self.peer.clone() });
+        let layout = spec.layout().map_err(|e| vec![Refusal::new("memory", e.to_string())])?;
+        let guest = self.server.host.prepare(&spec)?;
+        self.installer = Some(Arc::new(Installer::new(guest.memory(), layout)));
+        self.guest = Some(guest);
+        self.spec = Some(spec);
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), String> {
+        if let Some(installer) = &self.installer {
+            // From here on memory is the guest's.
+            installer.close();
+        }
+        let guest = self.guest.as_mut().ok_or("there is no machine")?;
+        let state = StateReader::parse(state).map_err(|e| e.to_string())?;
+        guest.load(&state).map_err(|e| words(&e))
+    }
+
+    fn lane(&mut self, reader: FrameReader) {
+        let Some(installer) = self.installer.clone() else { return };
+        if self.lanes_allowed == 0 {
+            return self.handle(DestinationEvent::BadPages("more lanes than were offered".into()));
+        }
+        self.lanes_allowed -= 1;
+        let codecs = self.server.options.codecs;
+        let sessions = self.server.sessions();
+        let Some(door) = sessions.by_token.get(&self.token).and_then(|s| s.door.clone()) else { return };
+        drop(sessions);
+        self.runtime.spawn(async move {
+            let installed = |round| {
+                let _ = door.send(Message::Event(DestinationEvent::Installed { round }));
+            };
+            let event = match receive_lane::run(reader, &installer, codecs, installed).await {
+                LaneEnd::Finished => return,
+                LaneEnd::Lost(why) => DestinationEvent::LinkLost(why),
+                LaneEnd::Bad(why) => DestinationEvent::BadPages(why),
+            };
+            let _ = door.send(Message::Event(event));
+        });
+    }
+
+    /// Gives a machine that runs to the host.
+    fn hand_over(&mut self) {
+        if !self.running {
+            return;
+        }
+        if let (Some(guest), Some(spec)) = (self.guest.take(), &self.spec) {
+            (self.server.tell)(ReceiveEvent::Arrived { guest, spec: spec.clone() });
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! What a migration did, in numbers and words.
+
+use ferry_codec::Codec;
+use ferry_protocol::{Outcome, Switchover};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// How a migration ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OutcomeKind {
+    /// The machine runs at the destination.
+    Completed,
+    /// The operator cancelled; it runs at the source.
+    Cancelled,
+    /// The destination refused it; it runs at the source.
+    Refused,
+    /// It failed: `machine` says where the machine is.
+    Failed,
+}
+
+/// Where the machine is after a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Whereabouts {
+    /// It runs at the destination.
+    RunsAtDestination,
+    /// It goes on at the source.
+    RunsAtSource,
+    /// It stands still at the source, its state safe, and does not go on by itself.
+    PausedAtSource,
+}
+
+/// Pages sent, by codec.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageCounts {
+    /// Zero pages, sent as a number only.
+    pub zero: u64,
+    /// Uncompressed.
+    pub raw: u64,
+    /// By lz4.
+    pub lz4: u64,
+    /// By zstd.
+    pub zstd: u64,
+}
+
+impl PageCounts {
+    /// Counts `pages` sent by `codec`.
+    pub(crate) fn add(&mut self, codec: Codec, pages: u64) {
+        *match codec {
+            Codec::Zero => &mut self.zero,
+            Codec::Raw => &mut self.raw,
+            Codec::Lz4 => &mut self.lz4,
+            Codec::Zstd => &mut self.zstd,
+        } += pages;
+    }
+
+    /// Adds `other`.
+    pub(crate) fn merge(&mut self, other: Self) {
+        self.zero += other.zero;
+        self.raw += other.raw;
+        self.lz4 += other.lz4;
+        self.zstd += other.zstd;
+    }
+}
+
+/// The parts of the downtime, in milliseconds; they add up to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DowntimeParts {
+    /// Until every vCPU stood still.
+    pub pause: f64,
+    /// The harvest after the pause.
+    pub last_harvest: f64,
+    /// Saving state at the source and loading it at the destination.
+    pub state: f64,
+    /// Harvest after saving, sending the last pages, and waiting for them at the destination.
+    pub last_pages: f64,
+    /// On the wire, both ways.
+    pub flight: f64,
+    /// Starting the vCPUs at the destination.
+    pub resume: f64,
+}
+
+/// One migration, seen from its source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: OutcomeKind,
+    /// Why, in words.
+    pub reason: String,
+    /// Where the machine is now.
+    pub machine: Whereabouts,
+    /// `pre-copy`.
+    pub mode: String,
+    /// From the command until the machine ran at the destination (or the end), ms.
+    pub total_ms: f64,
+    /// From asking the vCPUs to stop until the destination's word that they run, ms; 0 if the guest
+    /// was never stopped.
+    pub downtime_ms: f64,
+    /// Its parts.
+    pub downtime_parts_ms: DowntimeParts,
+    /// Comparing digests after the switchover, ms: not part of `total_ms`.
+    pub verify_ms: f64,
+    /// Bytes of page frames handed to the link.
+    pub bytes_sent: u64,
+    /// Bytes of vCPU and device state.
+    pub state_bytes: u64,
+    /// Rounds of pages, the last ones with the guest paused included.
+    pub rounds: u32,
+    /// Pages by codec.
+    pub pages: PageCounts,
+    /// Link rate, bytes/s, as last seen.
+    pub link_bytes_per_s: f64,
+    /// Fresh dirty pages a second, as last seen.
+    pub dirty_pages_per_s: f64,
+    /// Of each stretch of guest memory, dirty pages a second.
+    pub dirty_pages_per_s_by_extent: Vec<f64>,
+    /// The digest of all memory was compared, and is the same on both sides.
+    pub digest_verified: bool,
+    /// The digest was compared and is not the same: the machine runs at the destination on damaged
+    /// memory.
+    pub memory_differs: bool,
+}
+
+impl Report {
+    /// The report of a migration that could not even begin; the machine, if there is one, goes on.
+    pub fn not_begun(reason: impl Into<String>) -> Self {
+        Self {
+            outcome: OutcomeKind::Failed,
+            reason: reason.into(),
+            machine: Whereabouts::RunsAtSource,
+            mode: MODE.into(),
+            total_ms: 0.0,
+            downtime_ms: 0.0,
+            downtime_parts_ms: DowntimeParts::default(),
+            verify_ms: 0.0,
+            bytes_sent: 0,
+            state_bytes: 0,
+            rounds: 0,
+            pages: PageCounts::default(),
+            link_bytes_per_s: 0.0,
+            dirty_pages_per_s: 0.0,
+            dirty_pages_per_s_by_extent: Vec::new(),
+            digest_verified: false,
+            memory_differs: false,
+        }
+    }
+}
+
+/// The one mode that there is.
+pub(crate) const MODE: &str = "pre-copy";
+
+pub(crate) fn ms(d: Duration) -> f64 {
+    d.as_secs_f64() * 1e3
+}
+
+/// The downtime and its parts.
+pub(crate) fn downtime(s: &Switchover) -> (f64, DowntimeParts) {
+    if s.running.is_zero() {
+        return (0.0, DowntimeParts::default());
+    }
+    let between = |from: Duration, to: Duration| ms(to.saturating_sub(from));
+    let us = |us: u64| us as f64 / 1e3;
+    let destination =
+        us(s.destination_pages_us) + us(s.destination_load_us) + us(s.destination_resume_us);
+    let parts = DowntimeParts {
+        pause: between(s.pause, s.paused),
+        last_harvest: between(s.paused, s.harvested),
+        state: between(s.harvested, s.saved) + us(s.destination_load_us),
+        last_pages: between(s.saved, s.committed) + us(s.destination_pages_us),
+        flight: (between(s.committed, s.running) - destination).max(0.0),
+        resume: us(s.destination_resume_us),
+    };
+    (between(s.pause, s.running), parts)
+}
+
+/// Outcome, reason, whereabouts, and whether the digests are the same, for a report.
+pub(crate) fn outcome(outcome: &Outcome) -> (OutcomeKind, String, Whereabouts, Option<bool>) {
+    use OutcomeKind as K;
+    use Whereabouts as W;
+    match outcome {
+        Outcome::Completed { digest_verified, reason } => {
+            (K::Completed, reason.clone(), W::RunsAtDestination, *digest_verified)
+        }
+        Outcome::Cancelled => {
+            (K::Cancelled, "cancelled by the operator".into(), W::RunsAtSource, None)
+        }
+        Outcome::Refused(reasons) => {
+            let words: Vec<&str> = reasons.iter().map(|r| r.why.as_str()).collect();
+            (K::Refused, words.join("; "), W::RunsAtSource, None)
+        }
+        Outcome::Failed(why) => (K::Failed, why.clone(), W::RunsAtSource, None),
+        Outcome::InDoubt { reason, .. } => (K::Failed, reason.clone(), W::PausedAtSource, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_add_up_to_the_downtime() {
+        let ms = Duration::from_millis;
+        let s = Switchover {
+            pause: ms(100),
+            paused: ms(101),
+            harvested: ms(103),
+            saved: ms(106),
+            committed: ms(110),
+            running: ms(120),
+            destination_pages_us: 1000,
+            destination_load_us: 2000,
+            destination_resume_us: 500,
+        };
+        let (downtime, p) = downtime(&s);
+        let sum = p.pause + p.last_harvest + p.state + p.last_pages + p.flight + p.resume;
+        assert!((downtime - 20.0).abs() < 1e-9, "{downtime}");
+        assert!((sum - downtime).abs() < 1e-9, "{sum}");
+        assert!((p.flight - 6.5).abs() < 1e-9);
+    }
+}

@@ -1,0 +1,130 @@
+//! One round's pages, handed out to the lanes a batch at a time.
+//!
+//! Lanes take from one cursor, so that a slow lane never holds up a fast one. Pages are re-armed a
+//! window of memory at a time, just before the first lane copies from that window: late enough that
+//! the guest is not stopped by a burst of write faults, early enough that no write is missed.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ferry_codec::MAX_BATCH_PAGES;
+use ferry_dirtylog::{DirtySource, TrackError};
+use ferry_pages::{PageSet, Run};
+
+/// Frames in a window: 64 MiB.
+const WINDOW_PAGES: u64 = 16384;
+
+/// The trackers of one machine; several lanes re-arm through them.
+pub(crate) type Trackers = Arc<Mutex<Vec<Box<dyn DirtySource>>>>;
+
+/// The pages of one round.
+pub(crate) struct Round {
+    pub(crate) number: u32,
+    cursor: Mutex<Cursor>,
+    trackers: Option<Trackers>,
+}
+
+struct Cursor {
+    pages: PageSet,
+    /// Next frame to hand out.
+    next: u64,
+    /// Pages below this frame are re-armed.
+    armed_to: u64,
+}
+
+impl Round {
+    /// `pages` of round `number`; `trackers` are re-armed before pages are handed out, unless the
+    /// guest stands still.
+    pub(crate) fn new(number: u32, pages: PageSet, trackers: Option<Trackers>) -> Self {
+        let next = pages.first().unwrap_or(0);
+        Self { number, cursor: Mutex::new(Cursor { pages, next, armed_to: next }), trackers }
+    }
+
+    /// The next pages to copy, at most [`MAX_BATCH_PAGES`], ascending; empty when the round is over.
+    pub(crate) fn next_batch(&self) -> Result<Vec<Run>, TrackError> {
+        let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut batch = Vec::new();
+        let mut room = MAX_BATCH_PAGES as u64;
+        let rest = Run::new(cursor.next, u64::MAX - cursor.next);
+        for run in cursor.pages.runs_in(rest) {
+            let taken = Run::new(run.start, run.pages.min(room));
+            room -= taken.pages;
+            batch.push(taken);
+            if room == 0 {
+                break;
+            }
+        }
+        if let Some(last) = batch.last() {
+            let end = last.end();
+            cursor.next = end;
+            if cursor.armed_to < end
+                && let Some(trackers) = &self.trackers
+            {
+                let from = cursor.armed_to;
+                let to = end.max(from + WINDOW_PAGES).next_multiple_of(64);
+                let window: PageSet = cursor.pages.runs_in(Run::new(from, to - from)).collect();
+                let mut trackers = trackers.lock().unwrap_or_else(PoisonError::into_inner);
+                for tracker in trackers.iter_mut() {
+                    tracker.rearm(&window)?;
+                }
+                cursor.armed_to = to;
+            }
+        }
+        Ok(batch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Recorder(Arc<Mutex<PageSet>>);
+
+    impl DirtySource for Recorder {
+        fn name(&self) -> &'static str {
+            "recorder"
+        }
+        fn start(&mut self) -> Result<(), TrackError> {
+            Ok(())
+        }
+        fn collect(&mut self, _: &mut PageSet) -> Result<(), TrackError> {
+            Ok(())
+        }
+        fn rearm(&mut self, pages: &PageSet) -> Result<(), TrackError> {
+            let mut seen = self.0.lock().unwrap();
+            for run in pages.runs() {
+                for gfn in run.start..run.end() {
+                    assert!(seen.insert(gfn), "page {gfn} was re-armed twice: a write may be lost");
+                }
+            }
+            Ok(())
+        }
+        fn stop(&mut self) -> Result<(), TrackError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn every_page_is_rearmed_once_before_it_is_handed_out_and_no_other_page_is() {
+        let armed = Arc::new(Mutex::new(PageSet::new()));
+        let trackers: Trackers = Arc::new(Mutex::new(vec![Box::new(Recorder(armed.clone()))]));
+        let pages: PageSet =
+            (0..4000).map(|i| Run::new(i * 37, 1 + i % 20)).chain([Run::new(1 << 30, 5000)]).collect();
+        let round = Round::new(1, pages.clone(), Some(trackers));
+        let mut given = PageSet::new();
+        loop {
+            let batch = round.next_batch().unwrap();
+            if batch.is_empty() {
+                break;
+            }
+            assert!(batch.iter().map(|r| r.pages).sum::<u64>() <= MAX_BATCH_PAGES as u64);
+            for run in batch {
+                for gfn in run.start..run.end() {
+                    assert!(given.insert(gfn), "page {gfn} was handed out twice");
+                    assert!(armed.lock().unwrap().contains(gfn), "page {gfn} was not re-armed");
+                }
+            }
+        }
+        assert_eq!(given, pages);
+        assert_eq!(*armed.lock().unwrap(), pages);
+    }
+}

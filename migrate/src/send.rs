@@ -1,0 +1,529 @@
+//! The source's engine: carries out what the protocol's [`Source`] asks for.
+//!
+//! One thread runs the state machine and touches the guest; one talks on the control channel; one for
+//! each lane reads and sends pages. All report to the first by one channel, so that the order of events
+//! is one order.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ferry_codec::{CodecSet, is_zero, page_digest};
+use ferry_memory::GuestView;
+use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
+use ferry_protocol::{
+    Goals, Outcome, PermitStub, Progress, RunPermit, Source, SourceAction, SourceEvent, ToDestination,
+};
+use ferry_transport::{Connector, Pacer};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+use crate::control::{self, ControlEvent};
+use crate::report::{self, PageCounts, Report};
+use crate::round::{Round, Trackers};
+use crate::send_lane::{self, LaneEvent, LaneRound, Shared};
+use crate::{Guest, GuestError, words};
+
+/// How to migrate.
+#[derive(Clone, Copy, Debug)]
+pub struct SendOptions {
+    /// What the operator asks for.
+    pub goals: Goals,
+    /// No more page bytes a second than this.
+    pub bandwidth_bytes_per_s: Option<u64>,
+    /// Connections for pages.
+    pub lanes: u16,
+    /// Codecs that may be used.
+    pub codecs: CodecSet,
+}
+
+impl Default for SendOptions {
+    /// Default goals, no limit, every codec, and a lane for each two cores (at least one, at most
+    /// four): a lane keeps a core busy here and another one at the destination.
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let lanes = u16::try_from(cores / 2).unwrap_or(4).clamp(1, 4);
+        Self { goals: Goals::default(), bandwidth_bytes_per_s: None, lanes, codecs: CodecSet::ALL }
+    }
+}
+
+/// What whoever watches a migration is told.
+#[derive(Clone, Debug)]
+pub enum SendEvent {
+    /// The protocol went on.
+    Progress(Progress),
+    /// Bytes put on the link so far; several times a second.
+    Sent {
+        /// Bytes.
+        bytes: u64,
+        /// Of the round under way, pages in it.
+        round_pages: u64,
+        /// Number of the round.
+        round: u32,
+    },
+}
+
+/// Ends a migration from another thread.
+#[derive(Clone, Debug, Default)]
+pub struct Canceller(Arc<Mutex<(bool, Option<Sender<Message>>)>>);
+
+impl Canceller {
+    /// Cancels: before the commit the guest goes on here; after it nothing changes.
+    pub fn cancel(&self) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.0 = true;
+        if let Some(sender) = &inner.1 {
+            let _ = sender.send(Message::Event(SourceEvent::Cancel));
+        }
+    }
+
+    fn attach(&self, sender: Sender<Message>) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.0 {
+            let _ = sender.send(Message::Event(SourceEvent::Cancel));
+        }
+        inner.1 = Some(sender);
+    }
+}
+
+/// What is left at the source after a migration.
+#[derive(Debug)]
+pub enum Left {
+    /// The machine goes on here.
+    Running,
+    /// The machine was moved; this guest can be dropped.
+    Nothing,
+    /// The machine stands still here until it is known that the destination does not run it.
+    InDoubt(PermitStub),
+    /// The machine may run here, but it could not be started.
+    Stopped(RunPermit, GuestError),
+}
+
+/// A migration that is over.
+#[derive(Debug)]
+pub struct Sent {
+    /// What it did.
+    pub report: Report,
+    /// What is left here.
+    pub left: Left,
+}
+
+#[derive(Debug)]
+pub(crate) enum Message {
+    Event(SourceEvent),
+    Lane(LaneEvent),
+}
+
+/// Moves `guest` to the destination that `connector` reaches. Blocks until it is over; `watch` is
+/// called from this thread.
+pub fn send(
+    guest: &mut dyn Guest,
+    connector: Arc<dyn Connector>,
+    options: &SendOptions,
+    canceller: &Canceller,
+    watch: &mut dyn FnMut(SendEvent),
+) -> Sent {
+    let (sender, receiver) = channel();
+    canceller.attach(sender.clone());
+    let control = control::start(connector.clone(), {
+        let sender = sender.clone();
+        move |event| {
+            let event = match event {
+                ControlEvent::Connected => SourceEvent::Connected,
+                ControlEvent::Message(m) => SourceEvent::Message(m),
+                ControlEvent::Lost(why) => SourceEvent::LinkLost(why),
+            };
+            let _ = sender.send(Message::Event(event));
+        }
+    });
+    let spec = guest.spec();
+    let layout = spec.layout().unwrap_or_default();
+    let engine = Engine {
+        began: Instant::now(),
+        machine: Source::new(spec, options.codecs.bits(), options.lanes, options.goals),
+        options: *options,
+        memory: guest.memory(),
+        guest,
+        connector,
+        control,
+        sender,
+        trackers: Arc::default(),
+        lanes: Vec::new(),
+        shared: None,
+        lanes_open: 0,
+        rounds: Vec::new(),
+        round_pages: 0,
+        bytes: 0,
+        state_bytes: 0,
+        pages: PageCounts::default(),
+        dirty_rate: DirtyRate::new(&layout),
+        last_harvest: Duration::ZERO,
+        paused: false,
+        failed_resume: None,
+        outcome: None,
+        watch,
+    };
+    engine.run(&receiver)
+}
+
+struct Lane {
+    rounds: UnboundedSender<Arc<Round>>,
+    thread: JoinHandle<()>,
+}
+
+struct SentRound {
+    number: u32,
+    lanes_left: usize,
+    total: LaneRound,
+}
+
+struct Engine<'a> {
+    began: Instant,
+    machine: Source,
+    options: SendOptions,
+    guest: &'a mut dyn Guest,
+    memory: GuestView,
+    connector: Arc<dyn Connector>,
+    control: control::Control,
+    sender: Sender<Message>,
+    trackers: Trackers,
+    lanes: Vec<Lane>,
+    shared: Option<Arc<Shared>>,
+    lanes_open: usize,
+    rounds: Vec<SentRound>,
+    round_pages: u64,
+    bytes: u64,
+    state_bytes: u64,
+    pages: PageCounts,
+    dirty_rate: DirtyRate,
+    last_harvest: Duration,
+    paused: bool,
+    failed_resume: Option<(RunPermit, GuestError)>,
+    outcome: Option<Outcome>,
+    watch: &'a mut dyn FnMut(SendEvent),
+}
+
+/// What may leave at once under a bandwidth limit.
+const BURST_BYTES: u64 = 1 << 20;
+/// How often whoever watches hears of bytes sent.
+const TELL_EVERY: Duration = Duration::from_millis(100);
+
+impl Engine<'_> {
+    fn run(mut self, receiver: &Receiver<Message>) -> Sent {
+        while self.outcome.is_none() {
+            let now = self.began.elapsed();
+            let until = self.machine.deadline().map_or(TELL_EVERY, |d| d.saturating_sub(now));
+            match receiver.recv_timeout(until.min(TELL_EVERY)) {
+                Ok(Message::Event(event)) => self.handle(event),
+                Ok(Message::Lane(event)) => self.lane_event(event),
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.machine.deadline().is_some_and(|d| self.began.elapsed() >= d) {
+                        self.handle(SourceEvent::Tick);
+                    }
+                    self.tell_bytes();
+                }
+                // This engine holds a sender: the channel cannot close.
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        let total = self.began.elapsed();
+        self.finish(total)
+    }
+
+    fn handle(&mut self, event: SourceEvent) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            self.machine.handle(self.began.elapsed(), event);
+            while let Some(action) = self.machine.poll() {
+                events.extend(self.act(action));
+            }
+        }
+    }
+
+    /// Carries out one action; returns its answer if there is one at once.
+    fn act(&mut self, action: SourceAction) -> Option<SourceEvent> {
+        match action {
+            SourceAction::Send(message) => {
+                let last = matches!(
+                    message,
+                    ToDestination::Abort { .. } | ToDestination::Verified { .. }
+                );
+                self.control.send(&message);
+                if last {
+                    self.control.finish();
+                }
+                None
+            }
+            SourceAction::OpenLanes { session, codecs } => self.open_lanes(session, codecs).err(),
+            SourceAction::StartTracking => Some(self.start_tracking()),
+            SourceAction::Harvest => Some(self.harvest()),
+            SourceAction::SendPages { round, pages } => {
+                self.send_pages(round, pages);
+                None
+            }
+            SourceAction::Pause => Some(match self.guest.pause() {
+                Ok(permit) => {
+                    self.paused = true;
+                    SourceEvent::Paused(permit)
+                }
+                Err(e) => SourceEvent::Failed(words(&e)),
+            }),
+            SourceAction::SaveState => Some(self.save()),
+            SourceAction::Resume(permit) => {
+                self.paused = false;
+                self.failed_resume = self.guest.resume(permit).err();
+                None
+            }
+            SourceAction::ReturnDirty(pages) => {
+                self.guest.return_dirty(&pages);
+                None
+            }
+            SourceAction::StopTracking => {
+                self.stop_tracking();
+                None
+            }
+            SourceAction::Inquire { session } => {
+                self.control.inquire(session);
+                None
+            }
+            SourceAction::DigestMemory => Some(match digest(&self.memory) {
+                Ok(sum) => SourceEvent::MemoryDigest(sum),
+                Err(why) => SourceEvent::Failed(why),
+            }),
+            SourceAction::Tell(progress) => {
+                if let Progress::RoundStarted { pages, .. } = progress {
+                    self.round_pages = pages;
+                }
+                (self.watch)(SendEvent::Progress(progress));
+                None
+            }
+            SourceAction::Finish(outcome) => {
+                self.outcome = Some(outcome);
+                None
+            }
+        }
+    }
+
+    fn open_lanes(&mut self, session: u128, codecs: u8) -> Result<(), SourceEvent> {
+        let pacer = self.options.bandwidth_bytes_per_s.map(|rate| Mutex::new(Pacer::new(Some(rate), BURST_BYTES)));
+        let shared = Arc::new(Shared {
+            connector: self.connector.clone(),
+            view: self.memory.clone(),
+            codecs: CodecSet::from_bits(codecs),
+            session,
+            pacer,
+            bytes: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            began: self.began,
+        });
+        self.shared = Some(shared.clone());
+        for lane in 0..self.options.lanes.max(1) {
+            let (rounds, receiver) = unbounded_channel();
+            let (shared, sender) = (shared.clone(), self.sender.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("ferry-lane-{lane}"))
+                .spawn(move || {
+                    send_lane::run(&shared, lane, receiver, &|event| {
+                        let _ = sender.send(Message::Lane(event));
+                    });
+                })
+                .map_err(|e| SourceEvent::Failed(format!("cannot start a thread for lane {lane}: {e}")))?;
+            self.lanes.push(Lane { rounds, thread });
+        }
+        Ok(())
+    }
+
+    fn lane_event(&mut self, event: LaneEvent) {
+        match event {
+            LaneEvent::Open => {
+                self.lanes_open += 1;
+                if self.lanes_open == self.lanes.len() {
+                    self.handle(SourceEvent::LanesOpen);
+                }
+            }
+            LaneEvent::RoundSent { round, done } => {
+                let Some(sent) = self.rounds.iter_mut().find(|r| r.number == round) else { return };
+                sent.lanes_left -= 1;
+                sent.total.batches += done.batches;
+                sent.total.bytes += done.bytes;
+                self.pages.merge(done.pages);
+                self.bytes += done.bytes;
+                if sent.lanes_left == 0 {
+                    let total = sent.total;
+                    self.rounds.retain(|r| r.number != round);
+                    self.handle(SourceEvent::RoundSent { round, batches: total.batches, bytes: total.bytes });
+                }
+            }
+            LaneEvent::LinkLost(e) => self.handle(SourceEvent::LinkLost(e.to_string())),
+            LaneEvent::Failed(why) => self.handle(SourceEvent::Failed(why)),
+        }
+    }
+
+    /// Starts the trackers and finds the pages that hold data, so that no write falls in between.
+    ///
+    /// Pages that hold nothing are re-armed at once (they are not mapped: it costs nothing), and then
+    /// looked for again: a page touched before the re-arming shows in the second look, one touched
+    /// after it shows in the next harvest.
+    fn start_tracking(&mut self) -> SourceEvent {
+        let mut start = || -> Result<PageSet, String> {
+            let sources = self.guest.dirty_sources().map_err(|e| words(&e))?;
+            let mut trackers = self.trackers.lock().unwrap_or_else(PoisonError::into_inner);
+            *trackers = sources;
+            let mut scratch = PageSet::new();
+            for tracker in trackers.iter_mut() {
+                tracker.start().map_err(|e| words(&e))?;
+                tracker.collect(&mut scratch).map_err(|e| words(&e))?;
+            }
+            let mut resident = self.memory.resident().map_err(|e| words(&e))?;
+            let mut untouched: PageSet = self.memory.regions().iter().map(|r| r.run).collect();
+            untouched.subtract(&resident);
+            for tracker in trackers.iter_mut() {
+                tracker.rearm(&untouched).map_err(|e| words(&e))?;
+            }
+            resident.union_with(&self.memory.resident().map_err(|e| words(&e))?);
+            Ok(resident)
+        };
+        let started = start();
+        self.last_harvest = self.began.elapsed();
+        match started {
+            Ok(resident) => SourceEvent::TrackingStarted(resident),
+            Err(why) => SourceEvent::Failed(why),
+        }
+    }
+
+    fn harvest(&mut self) -> SourceEvent {
+        let mut pages = PageSet::new();
+        for tracker in self.trackers.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+            if let Err(e) = tracker.collect(&mut pages) {
+                // What was collected before the error is owed all the same; the migration ends.
+                self.guest.return_dirty(&pages);
+                return SourceEvent::Failed(words(&e));
+            }
+        }
+        if !self.paused {
+            let now = self.began.elapsed();
+            self.dirty_rate.observe(now.saturating_sub(self.last_harvest), &pages);
+            self.last_harvest = now;
+        }
+        SourceEvent::Harvested(pages)
+    }
+
+    fn send_pages(&mut self, round: u32, pages: PageSet) {
+        // A guest that stands still writes nothing: its pages need not be re-armed.
+        let trackers = (!self.paused).then(|| self.trackers.clone());
+        let work = Arc::new(Round::new(round, pages, trackers));
+        self.rounds.push(SentRound {
+            number: round,
+            lanes_left: self.lanes.len(),
+            total: LaneRound::default(),
+        });
+        for lane in &self.lanes {
+            // A lane that has ended has said why.
+            let _ = lane.rounds.send(work.clone());
+        }
+    }
+
+    fn save(&mut self) -> SourceEvent {
+        let mut writer = ferry_protocol::StateWriter::new();
+        let saved = self.guest.save(&mut writer).map_err(|e| words(&e));
+        match saved.and_then(|()| writer.finish().map_err(|e| e.to_string())) {
+            Ok(state) => {
+                self.state_bytes = state.len() as u64;
+                SourceEvent::StateSaved(state)
+            }
+            Err(why) => SourceEvent::Failed(format!("state could not be saved: {why}")),
+        }
+    }
+
+    fn stop_tracking(&mut self) {
+        if let Some(shared) = &self.shared {
+            shared.stop.store(true, Ordering::Relaxed);
+        }
+        for tracker in self.trackers.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+            if let Err(e) = tracker.stop() {
+                tracing::warn!("{}", words(&e));
+            }
+        }
+    }
+
+    fn tell_bytes(&mut self) {
+        if let Some(shared) = &self.shared {
+            let bytes = shared.bytes.load(Ordering::Relaxed);
+            let (round, round_pages) = (self.machine.rounds(), self.round_pages);
+            (self.watch)(SendEvent::Sent { bytes, round_pages, round });
+        }
+    }
+
+    fn finish(mut self, total: Duration) -> Sent {
+        if let Some(shared) = &self.shared {
+            shared.stop.store(true, Ordering::Relaxed);
+        }
+        for lane in std::mem::take(&mut self.lanes) {
+            drop(lane.rounds);
+            // A lane that panicked has nothing more to say.
+            let _ = lane.thread.join();
+        }
+        self.control.join();
+        let outcome = self.outcome.take().unwrap_or_else(|| Outcome::Failed("the engine stopped".into()));
+        let switchover = self.machine.switchover();
+        let (downtime_ms, downtime_parts_ms) = report::downtime(&switchover);
+        let (kind, mut reason, mut machine, digests) = report::outcome(&outcome);
+        let ran_at = (!switchover.running.is_zero()).then_some(switchover.running);
+        let left = match (outcome, self.failed_resume.take()) {
+            (Outcome::Completed { .. }, _) => Left::Nothing,
+            (Outcome::InDoubt { permit, .. }, _) => Left::InDoubt(permit),
+            (_, None) => Left::Running,
+            (_, Some((permit, error))) => {
+                machine = report::Whereabouts::PausedAtSource;
+                reason += &format!("; and the guest could not be resumed: {}", words(&error));
+                Left::Stopped(permit, error)
+            }
+        };
+        let policy = self.machine.policy();
+        let report = Report {
+            outcome: kind,
+            reason,
+            machine,
+            mode: report::MODE.into(),
+            total_ms: report::ms(ran_at.unwrap_or(total)),
+            downtime_ms,
+            downtime_parts_ms,
+            verify_ms: ran_at.map_or(0.0, |at| report::ms(total.saturating_sub(at))),
+            bytes_sent: self.bytes,
+            state_bytes: self.state_bytes,
+            rounds: self.machine.rounds(),
+            pages: self.pages,
+            link_bytes_per_s: policy.rate_bytes_per_s(),
+            dirty_pages_per_s: self.dirty_rate.pages_per_s(),
+            dirty_pages_per_s_by_extent: self.dirty_rate.by_extent().to_vec(),
+            digest_verified: digests == Some(true),
+            memory_differs: digests == Some(false),
+        };
+        Sent { report, left }
+    }
+}
+
+/// Order-free digest of all memory: the wrapping sum of the digests of pages that are not zero.
+pub(crate) fn digest(view: &GuestView) -> Result<u64, String> {
+    const BLOCK_PAGES: u64 = 64;
+    let resident = view.resident().map_err(|e| words(&e))?;
+    let mut block = vec![0; PAGE_BYTES * 64];
+    let mut sum = 0u64;
+    for run in resident.runs() {
+        let mut at = run.start;
+        while at < run.end() {
+            let pages = BLOCK_PAGES.min(run.end() - at);
+            let bytes = &mut block[..usize::try_from(pages).unwrap_or(0) * PAGE_BYTES];
+            view.read(at, bytes).map_err(|e| words(&e))?;
+            for (gfn, page) in (at..).zip(bytes.chunks_exact(PAGE_BYTES)) {
+                if !is_zero(page) {
+                    sum = sum.wrapping_add(page_digest(gfn, page));
+                }
+            }
+            at += pages;
+        }
+    }
+    Ok(sum)
+}

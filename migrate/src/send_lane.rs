@@ -1,0 +1,203 @@
+//! One lane of the source: takes pages from the round, encodes them, puts them on the link.
+//!
+//! A lane is a connection with a thread and a runtime of its own: encoding and encryption of one lane
+//! share a core, and lanes spread over cores.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use ferry_codec::{BatchBuilder, Codec, CodecChooser, CodecSet, NotTaken, zero_frames};
+use ferry_memory::GuestView;
+use ferry_pages::Run;
+use ferry_protocol::Hello;
+use ferry_transport::{ByteSink, Channel, Connector, LinkError, Pacer, send_message};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::report::PageCounts;
+use crate::round::Round;
+
+/// What all lanes of a migration share.
+pub(crate) struct Shared {
+    pub(crate) connector: Arc<dyn Connector>,
+    pub(crate) view: GuestView,
+    pub(crate) codecs: CodecSet,
+    pub(crate) session: u128,
+    pub(crate) pacer: Option<Mutex<Pacer>>,
+    /// Bytes put on the link so far, for whoever watches.
+    pub(crate) bytes: std::sync::atomic::AtomicU64,
+    /// The migration is over: leave the round.
+    pub(crate) stop: AtomicBool,
+    pub(crate) began: Instant,
+}
+
+/// What one lane did in one round.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LaneRound {
+    pub(crate) batches: u64,
+    pub(crate) bytes: u64,
+    pub(crate) pages: PageCounts,
+}
+
+/// What a lane tells the engine.
+#[derive(Debug)]
+pub(crate) enum LaneEvent {
+    Open,
+    RoundSent { round: u32, done: LaneRound },
+    LinkLost(LinkError),
+    Failed(String),
+}
+
+/// Runs lane number `lane` until `rounds` closes.
+pub(crate) fn run(
+    shared: &Shared,
+    lane: u16,
+    mut rounds: UnboundedReceiver<Arc<Round>>,
+    tell: &dyn Fn(LaneEvent),
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return tell(LaneEvent::Failed(format!("lane {lane}: no runtime: {e}"))),
+    };
+    runtime.block_on(async {
+        let mut channel = match open(shared, lane).await {
+            Ok(channel) => channel,
+            Err(e) => return tell(LaneEvent::LinkLost(e)),
+        };
+        tell(LaneEvent::Open);
+        let mut sender = Sender::new(shared);
+        loop {
+            let round = tokio::select! {
+                round = rounds.recv() => round,
+                // The destination sends nothing on a lane: whatever comes says that it is lost.
+                lost = channel.source.recv() => {
+                    let why = match lost {
+                        Err(e) => e,
+                        Ok(_) => LinkError::Closed { remote: channel.remote.clone(), reason: "the destination closed a lane".into() },
+                    };
+                    return tell(LaneEvent::LinkLost(why));
+                }
+            };
+            let Some(round) = round else { break };
+            match sender.send_round(&round, channel.sink.as_mut()).await {
+                Ok(done) => tell(LaneEvent::RoundSent { round: round.number, done }),
+                Err(event) => return tell(event),
+            }
+        }
+        // Waits until the peer has everything, or is gone.
+        let _ = channel.sink.finish().await;
+    });
+}
+
+async fn open(shared: &Shared, lane: u16) -> Result<Channel, LinkError> {
+    let mut channel = shared.connector.connect().await?;
+    let hello = Hello::Lane { session: shared.session, lane };
+    send_message(channel.sink.as_mut(), &hello.encode()).await?;
+    Ok(channel)
+}
+
+struct Sender<'a> {
+    shared: &'a Shared,
+    builder: BatchBuilder,
+    chooser: CodecChooser,
+    zeros: Vec<Run>,
+    done: LaneRound,
+    /// Time spent waiting for the link, and the bytes that it took meanwhile: its rate as seen here.
+    waited: Duration,
+    sent_while_waiting: u64,
+}
+
+impl<'a> Sender<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self {
+            shared,
+            builder: BatchBuilder::new(),
+            chooser: CodecChooser::new(shared.codecs),
+            zeros: Vec::new(),
+            done: LaneRound::default(),
+            waited: Duration::ZERO,
+            sent_while_waiting: 0,
+        }
+    }
+
+    async fn send_round(&mut self, round: &Round, sink: &mut dyn ByteSink) -> Result<LaneRound, LaneEvent> {
+        self.done = LaneRound::default();
+        loop {
+            if self.shared.stop.load(Ordering::Relaxed) {
+                return Err(LaneEvent::Failed("the migration is over".into()));
+            }
+            let runs = round.next_batch().map_err(|e| LaneEvent::Failed(e.to_string()))?;
+            if runs.is_empty() {
+                break;
+            }
+            self.send_batch(round.number, &runs, sink).await?;
+        }
+        let zeros = std::mem::take(&mut self.zeros);
+        for frame in zero_frames(round.number, &zeros) {
+            self.put(frame, sink).await?;
+        }
+        let zero_pages = zeros.iter().map(|r| r.pages).sum();
+        self.done.pages.add(Codec::Zero, zero_pages);
+        self.zeros = zeros;
+        self.zeros.clear();
+        Ok(self.done)
+    }
+
+    async fn send_batch(&mut self, round: u32, runs: &[Run], sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {
+        self.builder.begin(round);
+        for gfn in runs.iter().flat_map(|r| r.start..r.end()) {
+            let mut read = Ok(());
+            let taken = self.builder.push(gfn, |page| read = self.shared.view.read(gfn, page));
+            read.map_err(|e| LaneEvent::Failed(e.to_string()))?;
+            // A round hands out ascending pages, no more than a batch takes.
+            taken.map_err(|e: NotTaken| LaneEvent::Failed(format!("frame {gfn:#x}: {e}")))?;
+        }
+        let began = self.shared.began;
+        let built = self.builder.finish_chosen(&mut self.chooser, || began.elapsed());
+        for zero in built.zeros {
+            match self.zeros.last_mut() {
+                Some(last) if last.end() == zero.start => last.pages += zero.pages,
+                _ => self.zeros.push(*zero),
+            }
+        }
+        let pages = built.runs.iter().map(|r| r.pages).sum();
+        let (codec, frame) = (built.codec, built.frame);
+        if let Some(frame) = frame {
+            self.done.pages.add(codec, pages);
+            self.put(frame, sink).await?;
+        }
+        Ok(())
+    }
+
+    async fn put(&mut self, frame: Bytes, sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {
+        let bytes = frame.len() as u64;
+        let before = Instant::now();
+        if let Some(pacer) = &self.shared.pacer {
+            let now = self.shared.began.elapsed();
+            let delay = pacer.lock().unwrap_or_else(PoisonError::into_inner).delay(now, bytes);
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+        }
+        sink.send(frame).await.map_err(LaneEvent::LinkLost)?;
+        self.done.batches += 1;
+        self.done.bytes += bytes;
+        self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.observe_link(before.elapsed(), bytes);
+        Ok(())
+    }
+
+    /// The link's rate shows when it makes us wait: bytes taken over time waited, averaged over the
+    /// last few MiB.
+    fn observe_link(&mut self, waited: Duration, bytes: u64) {
+        const ENOUGH_BYTES: u64 = 8 << 20;
+        self.waited += waited;
+        self.sent_while_waiting += bytes;
+        if self.sent_while_waiting >= ENOUGH_BYTES {
+            self.chooser.set_link_rate(self.sent_while_waiting as f64 / self.waited.as_secs_f64().max(1e-9));
+            self.waited = Duration::ZERO;
+            self.sent_while_waiting = 0;
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ferry_refvmm::DirtyLog;
+
+/// Live migration of KVM machines.
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version, about, long_about = None, propagate_version = true)]
+pub(crate) struct Cli {
+    /// Where running machines are found. Two directories are two hosts on one machine
+    /// [default: $XDG_RUNTIME_DIR/ferry, or /run/ferry].
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) runtime_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start two hosts here, move a busy guest from one to the other, and print the report.
+    #[command(after_help = "Example:\n  ferry demo\n  ferry demo --guest process --json")]
+    Demo(Demo),
+    /// Make the private authority and the identities that hosts know each other by.
+    #[command(subcommand)]
+    Pki(Pki),
+    /// Run and control machines on this host.
+    #[command(subcommand)]
+    Vm(Vm),
+    /// Take in machines, and go on running them.
+    #[command(
+        after_help = "Example:\n  ferry receive --listen 0.0.0.0:7000 --identity pki/host2 --serial console.log"
+    )]
+    Receive(Receive),
+    /// Move a running machine to another host.
+    #[command(
+        after_help = "Example:\n  ferry migrate web1 --to 10.0.0.2:7000 --identity pki/host1 --max-downtime 20ms\n\n\
+                      Exit status: 0 the machine runs at the destination, its memory the same as far as was compared; 1 it does not run there; \
+                      2 it runs there, but its memory is not the same."
+    )]
+    Migrate(Migrate),
+    /// End the migration of a machine; it goes on here. Nothing changes once it is handed over.
+    #[command(after_help = "Example:\n  ferry cancel web1")]
+    Cancel {
+        /// The machine.
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// The guest: a KVM machine, or memory and threads of a process. The default is KVM where
+    /// /dev/kvm opens.
+    #[arg(long, value_enum)]
+    pub(crate) guest: Option<DemoGuest>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DemoGuest {
+    Kvm,
+    Process,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Pki {
+    /// Make an authority in DIR, and an identity DIR/NAME for each host. An authority that is there is
+    /// kept, so that hosts can be added.
+    #[command(after_help = "Example:\n  ferry pki init pki --host host1 --host host2")]
+    Init {
+        /// Where.
+        dir: PathBuf,
+        /// A host to make an identity for; may be repeated [default: host].
+        #[arg(long = "host", value_name = "NAME")]
+        hosts: Vec<String>,
+        /// Days that the identities are valid.
+        #[arg(long, value_name = "DAYS", default_value_t = 730, value_parser = clap::value_parser!(u32).range(1..=36500))]
+        days: u32,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Vm {
+    /// Boot a machine and host it until it ends or moves away.
+    #[command(after_help = "Examples:\n  \
+        ferry vm run web1 --kernel vmlinux --initrd initrd.gz --cmdline console=ttyS0 --memory 1G --cpus 2\n  \
+        ferry vm run test1 --kernel :guest --cmdline 'pattern=random rate=10000' --memory 512M --cpus 2\n\n\
+        Instead of a file, --kernel takes `:guest`, the test guest that checks its own memory, or \
+        `:process`, the same as a process without KVM; --cmdline is then their workload.")]
+    Run(Run),
+    /// List the machines of this host.
+    #[command(after_help = "Example:\n  ferry vm list --json")]
+    List {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one machine.
+    #[command(after_help = "Example:\n  ferry vm show web1 --json")]
+    Show {
+        /// The machine.
+        name: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop a machine's vCPUs until it is resumed.
+    #[command(after_help = "Example:\n  ferry vm pause web1")]
+    Pause {
+        /// The machine.
+        name: String,
+    },
+    /// Let a paused machine go on.
+    #[command(after_help = "Example:\n  ferry vm resume web1")]
+    Resume {
+        /// The machine.
+        name: String,
+        /// For a machine that stays paused because a migration lost its destination after the run
+        /// permit was sent: you have made sure that the destination does not run it (powered off,
+        /// process gone). If you are wrong, the machine runs twice.
+        #[arg(long)]
+        destination_is_dead: bool,
+    },
+    /// End a machine, as by pulling its plug.
+    #[command(after_help = "Example:\n  ferry vm stop web1")]
+    Stop {
+        /// The machine.
+        name: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Run {
+    /// The machine's name: letters, digits, `.`, `_`, `-`.
+    pub(crate) name: String,
+    /// A PVH ELF64, `vmlinux` or `bzImage`; or `:guest` or `:process` (see below).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, value_name = "S", default_value = "")]
+    pub(crate) cmdline: String,
+    /// Guest memory, such as 512M or 4G.
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) cpus: u32,
+    /// Append the serial console to FILE instead of standard output.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) serial: Option<PathBuf>,
+    /// How writes are tracked while the machine moves.
+    #[arg(long, value_enum, default_value_t = DirtyLogArg::Auto)]
+    pub(crate) dirty_log: DirtyLogArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DirtyLogArg {
+    /// KVM's bitmap.
+    Bitmap,
+    /// KVM's dirty ring.
+    Ring,
+    /// userfaultfd write protection.
+    WriteProtect,
+    /// The best that the host has.
+    Auto,
+}
+
+impl From<DirtyLogArg> for DirtyLog {
+    fn from(arg: DirtyLogArg) -> Self {
+        match arg {
+            DirtyLogArg::Bitmap => Self::Bitmap,
+            DirtyLogArg::Ring => Self::Ring,
+            DirtyLogArg::WriteProtect => Self::WriteProtect,
+            DirtyLogArg::Auto => Self::Auto,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Receive {
+    /// UDP address to listen on, such as 0.0.0.0:7000.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: SocketAddr,
+    /// This host's identity: a directory that `ferry pki init` made.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+    /// Name of the machine here [default: its name at the source].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Append the serial console to FILE instead of standard output.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) serial: Option<PathBuf>,
+    /// Take in one machine, and exit when it ends.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// How writes are tracked when a machine that arrived here moves on.
+    #[arg(long, value_enum, default_value_t = DirtyLogArg::Auto)]
+    pub(crate) dirty_log: DirtyLogArg,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Migrate {
+    /// The machine.
+    pub(crate) name: String,
+    /// Where `ferry receive` listens.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) to: SocketAddr,
+    /// This host's identity: a directory that `ferry pki init` made.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+    /// How memory is moved.
+    #[arg(long, value_enum, default_value_t = Mode::PreCopy)]
+    pub(crate) mode: Mode,
+    /// The guest should stand still no longer than this.
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = humantime::parse_duration)]
+    pub(crate) max_downtime: Duration,
+    /// Give up if it takes longer than this; the machine then goes on here.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
+    pub(crate) max_total: Duration,
+    /// Most that page data may take of the link, such as 1Gbit or 100Mbit.
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(crate) bandwidth: Option<u64>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// Rounds of dirty pages while the guest runs, then a short stop.
+    PreCopy,
+}
+
+/// A size such as `512M`: bytes, with K, M, G or T for 1024, 1024², …
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let shift = |unit: &str| match unit.to_ascii_uppercase().trim_end_matches("IB") {
+        "" | "B" => Some(0),
+        "K" => Some(10),
+        "M" => Some(20),
+        "G" => Some(30),
+        "T" => Some(40),
+        _ => None,
+    };
+    scaled(text, |number, unit| number.checked_mul(1 << shift(unit)?))
+        .ok_or_else(|| format!("`{text}` is not a size; write a whole number with K, M, G or T, such as 512M"))
+}
+
+/// A rate such as `1Gbit`, in bytes a second.
+fn parse_rate(text: &str) -> Result<u64, String> {
+    let bits = |unit: &str| match unit.to_ascii_lowercase().as_str() {
+        "bit" => Some(1),
+        "kbit" => Some(1000),
+        "mbit" => Some(1_000_000),
+        "gbit" => Some(1_000_000_000u64),
+        _ => None,
+    };
+    scaled(text, |number, unit| Some(number.checked_mul(bits(unit)?)? / 8))
+        .filter(|rate| *rate > 0)
+        .ok_or_else(|| format!("`{text}` is not a rate; write a whole number with kbit, Mbit or Gbit, such as 1Gbit"))
+}
+
+fn scaled(text: &str, scale: impl Fn(u64, &str) -> Option<u64>) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    scale(text[..digits].parse().ok()?, text[digits..].trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_binary_and_rates_are_decimal_bits() {
+        assert_eq!(parse_bytes("512M"), Ok(512 << 20));
+        assert_eq!(parse_bytes("4GiB"), Ok(4 << 30));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_rate("1Gbit"), Ok(125_000_000));
+        for bad in ["", "G", "1X", "-1G", "1.5G", "99999999999999T"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+        for bad in ["1", "1GB", "0Mbit", "fast"] {
+            assert!(parse_rate(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,285 @@
+//! A machine in its hosting process: its control socket, its migrations, its end.
+
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ferry_migrate::{
+    Canceller, Goals, Guest, Left, OutcomeKind, PermitStub, Report, SendEvent, SendOptions, send,
+};
+use ferry_transport::{Identity, QuicConnector};
+
+use crate::machine::AnyMachine;
+use crate::protocol::{Conversation, MachineInfo, MigrateRequest, Progress, Reply, Request};
+use crate::runtime_dir::{Reservation, RuntimeError};
+
+/// How a machine's stay on this host ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    Moved(SocketAddr),
+    Stopped,
+    /// The guest ended, and how.
+    Ended(String),
+}
+
+/// A machine that this process hosts.
+pub(crate) struct Hosted {
+    machine: AnyMachine,
+    reservation: Reservation,
+    inner: Mutex<Inner>,
+    over: Condvar,
+}
+
+#[derive(Default)]
+struct Inner {
+    migrating: Option<(SocketAddr, Canceller)>,
+    in_doubt: Option<PermitStub>,
+    ending: Option<Ending>,
+}
+
+impl Hosted {
+    /// Hosts `machine` under its reserved name: answers on its control socket from here on.
+    pub(crate) fn start(machine: AnyMachine, reservation: Reservation) -> Result<Arc<Self>, RuntimeError> {
+        let listener = reservation.listen()?;
+        let hosted =
+            Arc::new(Self { machine, reservation, inner: Mutex::default(), over: Condvar::new() });
+        let server = Arc::downgrade(&hosted);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let Some(hosted) = server.upgrade() else { return };
+                std::thread::spawn(move || hosted.converse(stream));
+            }
+        });
+        let watcher = Arc::downgrade(&hosted);
+        std::thread::spawn(move || {
+            while let Some(hosted) = watcher.upgrade() {
+                if hosted.inner().ending.is_some() {
+                    return;
+                }
+                if let Some(how) = hosted.machine.wait_ended(Duration::from_millis(200)) {
+                    return hosted.end(Ending::Ended(how));
+                }
+            }
+        });
+        Ok(hosted)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        self.reservation.name()
+    }
+
+    /// Waits until the machine's stay here is over.
+    pub(crate) fn wait(&self) -> Ending {
+        let mut inner = self.inner();
+        loop {
+            if let Some(ending) = &inner.ending {
+                return ending.clone();
+            }
+            inner = self.over.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, ending: Ending) {
+        let mut inner = self.inner();
+        if inner.ending.is_none() {
+            inner.ending = Some(ending);
+        }
+        self.over.notify_all();
+    }
+
+    fn converse(&self, stream: UnixStream) {
+        // A client that says nothing does not keep a thread for ever.
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+        let mut client = Conversation::new(stream);
+        let request = match client.hear::<Request>() {
+            Ok(Some(request)) => request,
+            Ok(None) => return,
+            Err(e) => {
+                let _ = client.say(&Reply::Error(format!("not a request: {e}")));
+                return;
+            }
+        };
+        let mut ending = None;
+        let reply = match request {
+            Request::Show => Ok(Reply::Machine(self.info())),
+            Request::Pause => self.pause(),
+            Request::Resume { destination_is_dead } => self.resume(destination_is_dead),
+            Request::Stop => self.stop().inspect(|_| ending = Some(Ending::Stopped)),
+            Request::Cancel => self.cancel(),
+            Request::Migrate(how) => {
+                let to = how.to;
+                let report = self.migrate(&how, &mut client);
+                if report.as_ref().is_ok_and(|r| r.outcome == OutcomeKind::Completed) {
+                    ending = Some(Ending::Moved(to));
+                }
+                report.map(|r| Reply::Report(Box::new(r)))
+            }
+        };
+        // A client that is gone misses the reply; what it asked for is done.
+        let _ = client.say(&reply.unwrap_or_else(Reply::Error));
+        if let Some(ending) = ending {
+            self.end(ending);
+        }
+    }
+
+    fn info(&self) -> MachineInfo {
+        let spec = self.machine.spec();
+        let inner = self.inner();
+        let state = match &inner.in_doubt {
+            Some(_) => "paused in doubt".into(),
+            None => self.machine.state(),
+        };
+        let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
+        let counters = self.machine.counters();
+        MachineInfo {
+            name: self.name().to_owned(),
+            kind: self.machine.kind().into(),
+            state,
+            memory_bytes: spec.memory_bytes(),
+            resident_bytes: resident * 4096,
+            cpus: spec.vcpus,
+            dirty_log: self.machine.dirty_log(),
+            pid: std::process::id(),
+            migrating_to: inner.migrating.as_ref().map(|(to, _)| *to),
+            pages_written: counters.map(|c| c.0),
+            pages_checked: counters.map(|c| c.1),
+        }
+    }
+
+    /// Refuses what must not be done to a machine under way or in doubt.
+    fn check_at_rest(&self, inner: &Inner) -> Result<(), String> {
+        let name = self.name();
+        if let Some((to, _)) = &inner.migrating {
+            return Err(format!("machine `{name}` is moving to {to}; wait, or `ferry cancel {name}`"));
+        }
+        if inner.in_doubt.is_some() {
+            return Err(format!(
+                "machine `{name}` is paused: its last migration sent the run permit and lost the destination. \
+                 If it runs there, `ferry vm stop {name}` here; if you have made sure that it does not, \
+                 `ferry vm resume {name} --destination-is-dead`"
+            ));
+        }
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<Reply, String> {
+        self.check_at_rest(&self.inner())?;
+        self.machine.pause_by_operator()?;
+        Ok(Reply::Done(format!("machine `{}` is paused", self.name())))
+    }
+
+    fn resume(&self, destination_is_dead: bool) -> Result<Reply, String> {
+        let mut inner = self.inner();
+        if destination_is_dead && let Some(stub) = inner.in_doubt.take() {
+            let mut machine = self.machine.clone();
+            // A permit that cannot be used here is not handed out again: the machine can only be stopped.
+            machine.resume(stub.fenced_by_operator()).map_err(|(_permit, e)| e.to_string())?;
+            return Ok(Reply::Done(format!("machine `{}` goes on here", self.name())));
+        }
+        self.check_at_rest(&inner)?;
+        self.machine.resume_by_operator()?;
+        Ok(Reply::Done(format!("machine `{}` runs", self.name())))
+    }
+
+    fn stop(&self) -> Result<Reply, String> {
+        let inner = self.inner();
+        if inner.migrating.is_some() {
+            self.check_at_rest(&inner)?;
+        }
+        self.machine.stop();
+        Ok(Reply::Done(format!("machine `{}` is stopped", self.name())))
+    }
+
+    fn cancel(&self) -> Result<Reply, String> {
+        match &self.inner().migrating {
+            Some((to, canceller)) => {
+                canceller.cancel();
+                Ok(Reply::Done(format!("cancelling the move of `{}` to {to}", self.name())))
+            }
+            None => Err(format!("machine `{}` is not moving", self.name())),
+        }
+    }
+
+    fn migrate(&self, how: &MigrateRequest, client: &mut Conversation) -> Result<Report, String> {
+        let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
+        let connector = QuicConnector::new(&identity, how.to).map_err(|e| e.to_string())?;
+        let canceller = Canceller::default();
+        {
+            let mut inner = self.inner();
+            self.check_at_rest(&inner)?;
+            inner.migrating = Some((how.to, canceller.clone()));
+        }
+        let options = SendOptions {
+            goals: Goals {
+                max_downtime: Duration::from_millis(how.max_downtime_ms),
+                max_total: Duration::from_millis(how.max_total_ms),
+            },
+            bandwidth_bytes_per_s: how.bandwidth_bytes_per_s,
+            ..SendOptions::default()
+        };
+        let mut progress = Progress::default();
+        let mut machine = self.machine.clone();
+        let mut watch = |event| {
+            follow(&mut progress, event);
+            // A client that is gone does not end the migration.
+            let _ = client.say(&Reply::Progress(progress.clone()));
+            progress.words = None;
+        };
+        let sent = send(&mut machine, Arc::new(connector), &options, &canceller, &mut watch);
+        let mut inner = self.inner();
+        inner.migrating = None;
+        match sent.left {
+            Left::Running => {}
+            Left::Nothing => {
+                if let AnyMachine::Kvm(m) = &self.machine {
+                    m.set_moved();
+                }
+            }
+            Left::InDoubt(stub) => inner.in_doubt = Some(stub),
+            Left::Stopped(_permit, e) => {
+                tracing::error!("machine {} could not go on after its migration failed: {e}", self.name());
+            }
+        }
+        Ok(sent.report)
+    }
+}
+
+/// Brings `progress` up to date.
+fn follow(progress: &mut Progress, event: SendEvent) {
+    use ferry_migrate::Progress as P;
+    let event = match event {
+        SendEvent::Sent { bytes, .. } => {
+            progress.sent_bytes = bytes;
+            return;
+        }
+        SendEvent::Progress(p) => p,
+    };
+    progress.words = Some(match event {
+        P::Accepted => "the destination takes the machine".into(),
+        P::RoundStarted { round, pages } => {
+            progress.round = round;
+            progress.round_pages = pages;
+            format!("round {round}: {pages} pages")
+        }
+        P::RoundDone { facts, rate_bytes_per_s, expected_downtime, decision } => {
+            progress.rate_bytes_per_s = rate_bytes_per_s;
+            progress.dirty_pages_per_s = facts.dirty as f64 / facts.took.as_secs_f64().max(1e-6);
+            progress.expected_downtime_ms = Some(expected_downtime.as_secs_f64() * 1e3);
+            format!(
+                "round {} took {:.1} ms, {:.1} MiB: {decision}",
+                facts.round,
+                facts.took.as_secs_f64() * 1e3,
+                facts.bytes as f64 / f64::from(1 << 20),
+            )
+        }
+        P::Paused => "the guest stands still".into(),
+        P::Committed => "the run permit is on its way".into(),
+        P::Running => "the machine runs at the destination; comparing memory".into(),
+        P::InDoubt(why) => format!("{why}; asking the destination what became of the machine"),
+    });
+}

@@ -1,0 +1,154 @@
+//! A machine of either kind, as the hosting process sees it.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ferry_dirtylog::DirtySource;
+use ferry_guest::status::{self, StatusView};
+use ferry_migrate::{
+    Guest, GuestError, GuestView, MachineSpec, RunPermit, StateReader, StateWriter,
+};
+use ferry_process_guest::ProcessGuest;
+use ferry_refvmm::{Machine, MachineStatus};
+
+/// Clones are handles to the same machine.
+#[derive(Clone, Debug)]
+pub(crate) enum AnyMachine {
+    Kvm(Machine),
+    Process(Arc<Mutex<ProcessGuest>>),
+}
+
+impl AnyMachine {
+    pub(crate) fn process(guest: ProcessGuest) -> Self {
+        Self::Process(Arc::new(Mutex::new(guest)))
+    }
+
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Kvm(_) => "kvm",
+            Self::Process(_) => "process",
+        }
+    }
+
+    /// What it is doing, in words.
+    pub(crate) fn state(&self) -> String {
+        match self {
+            Self::Kvm(m) => m.status().to_string(),
+            Self::Process(p) => {
+                let p = lock(p);
+                match (p.corrupt(), p.status()) {
+                    (Some(c), _) => format!("crashed: wrong page: {c:?}"),
+                    (None, s) if s.runs => "running".into(),
+                    (None, s) if s.holds_permit => "paused".into(),
+                    (None, _) => "handing over".into(),
+                }
+            }
+        }
+    }
+
+    /// How its writes are tracked.
+    pub(crate) fn dirty_log(&self) -> String {
+        match self {
+            Self::Kvm(m) => m.dirty_log().into(),
+            Self::Process(p) => format!("{:?}", lock(p).config().tracker),
+        }
+    }
+
+    pub(crate) fn pause_by_operator(&self) -> Result<(), String> {
+        match self {
+            Self::Kvm(m) => m.pause_by_operator().map_err(|e| e.to_string()),
+            Self::Process(p) => lock(p).pause_by_operator().map_err(|e| e.to_string()),
+        }
+    }
+
+    pub(crate) fn resume_by_operator(&self) -> Result<(), String> {
+        match self {
+            Self::Kvm(m) => m.resume_by_operator().map_err(|e| e.to_string()),
+            Self::Process(p) => lock(p).resume_by_operator().map_err(|e| e.to_string()),
+        }
+    }
+
+    pub(crate) fn stop(&self) {
+        match self {
+            Self::Kvm(m) => m.stop(),
+            Self::Process(p) => lock(p).stop(),
+        }
+    }
+
+    /// Waits until the guest ended by itself, and says how.
+    pub(crate) fn wait_ended(&self, timeout: Duration) -> Option<String> {
+        match self {
+            Self::Kvm(m) => match m.wait_ended(timeout)? {
+                MachineStatus::Stopped => None,
+                how => Some(how.to_string()),
+            },
+            Self::Process(p) => {
+                std::thread::sleep(timeout);
+                lock(p).corrupt().map(|c| format!("crashed: wrong page: {c:?}"))
+            }
+        }
+    }
+
+    /// Of a test guest, pages written and checked.
+    pub(crate) fn counters(&self) -> Option<(u64, u64)> {
+        let counters = match self {
+            Self::Process(p) => lock(p).counters(),
+            Self::Kvm(m) => {
+                let mut page = vec![0; status::BYTES];
+                m.memory().read(status::GPA / PAGE_BYTES, &mut page).ok()?;
+                let view = StatusView::parse(&page).ok()?;
+                (0..view.cpus()).map(|cpu| view.counters(cpu)).collect()
+            }
+        };
+        Some(counters.iter().fold((0, 0), |(w, c), one| (w + one.written, c + one.checked)))
+    }
+
+    fn with<R>(&mut self, act: impl FnOnce(&mut dyn Guest) -> R) -> R {
+        match self {
+            Self::Kvm(m) => act(m),
+            Self::Process(p) => act(&mut *lock(p)),
+        }
+    }
+}
+
+/// Bytes in a page of guest memory.
+const PAGE_BYTES: u64 = 4096;
+
+fn lock(guest: &Mutex<ProcessGuest>) -> MutexGuard<'_, ProcessGuest> {
+    guest.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Guest for AnyMachine {
+    fn spec(&self) -> MachineSpec {
+        self.clone().with(|g| g.spec())
+    }
+    fn memory(&self) -> GuestView {
+        self.clone().with(|g| g.memory())
+    }
+    fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
+        self.with(|g| g.dirty_sources())
+    }
+    fn pause(&mut self) -> Result<RunPermit, GuestError> {
+        self.with(|g| g.pause())
+    }
+    fn resume(&mut self, permit: RunPermit) -> Result<(), (RunPermit, GuestError)> {
+        self.with(|g| g.resume(permit))
+    }
+    fn save(&mut self, out: &mut StateWriter) -> Result<(), GuestError> {
+        self.with(|g| g.save(out))
+    }
+    fn load(&mut self, state: &StateReader) -> Result<(), GuestError> {
+        self.with(|g| g.load(state))
+    }
+}
+
+/// Whether this host has KVM, and why not.
+pub(crate) fn kvm() -> Result<(), String> {
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(Path::new("/dev/kvm"))
+        .map(drop)
+        .map_err(|e| format!("/dev/kvm cannot be opened: {e}"))
+}

@@ -1,0 +1,89 @@
+//! The `ferry` command: hosts machines, moves them, and shows what happens.
+
+mod args;
+mod demo;
+mod hosted;
+mod machine;
+mod migrate;
+mod protocol;
+mod receive;
+mod runtime_dir;
+mod vm;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ferry_transport::pki;
+
+use args::{Cli, Command, Pki};
+use protocol::Request;
+use runtime_dir::RuntimeDir;
+
+/// Why a command did not do what it was asked for: the sentence that the operator reads.
+#[derive(Debug)]
+struct Failure(String);
+
+impl Failure {
+    fn words(words: impl Into<String>) -> Self {
+        Self(words.into())
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    fn from(e: E) -> Self {
+        let mut words = e.to_string();
+        let mut cause = e.source();
+        while let Some(c) = cause {
+            let more = c.to_string();
+            if !words.contains(&more) {
+                words += &format!(": {more}");
+            }
+            cause = c.source();
+        }
+        Self(words)
+    }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("ferry: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    let runtime = || RuntimeDir::open(cli.runtime_dir.clone());
+    match cli.command {
+        Command::Demo(demo) => return demo::main(&demo),
+        Command::Pki(Pki::Init { dir, hosts, days }) => pki_init(&dir, &hosts, days)?,
+        Command::Vm(command) => vm::main(&runtime()?, command)?,
+        Command::Receive(args) => receive::main(runtime()?, &args)?,
+        Command::Migrate(args) => return migrate::main(&runtime()?, &args),
+        Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn pki_init(dir: &std::path::Path, hosts: &[String], days: u32) -> Result<(), Failure> {
+    let host = std::time::Duration::from_secs(u64::from(days) * 86_400);
+    let validity = pki::Validity { host, ..pki::Validity::default() };
+    for made in pki::init_for(dir, hosts, &validity)? {
+        match made {
+            pki::Created::Authority(path) => println!("made authority {}", path.display()),
+            pki::Created::Host(name, path) => {
+                println!("made identity {name}: --identity {}", path.display());
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,180 @@
+//! `ferry migrate`: asks the hosting process, shows progress, prints the report.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ferry_migrate::{OutcomeKind, Report, Whereabouts};
+use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
+
+use crate::Failure;
+use crate::args::Migrate;
+use crate::protocol::{Conversation, MigrateRequest, Progress, Reply, Request};
+use crate::runtime_dir::RuntimeDir;
+
+pub(crate) fn main(runtime: &RuntimeDir, args: &Migrate) -> Result<ExitCode, Failure> {
+    let report = match migrate(runtime, args) {
+        Ok(report) => report,
+        Err(e) if args.json => Report::not_begun(e.to_string()),
+        Err(e) => return Err(e),
+    };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", words(&report, &args.name, &args.to.to_string()));
+    }
+    Ok(exit_code(&report))
+}
+
+/// 0 only when the machine runs at the destination.
+pub(crate) fn exit_code(report: &Report) -> ExitCode {
+    match report.outcome {
+        OutcomeKind::Completed if report.memory_differs => ExitCode::from(2),
+        OutcomeKind::Completed => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+/// Moves the machine, showing progress unless `args.json`.
+pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Failure> {
+    let identity = std::path::absolute(&args.identity)?;
+    let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    let request = Request::Migrate(MigrateRequest {
+        to: args.to,
+        identity,
+        max_downtime_ms: millis(args.max_downtime),
+        max_total_ms: millis(args.max_total),
+        bandwidth_bytes_per_s: args.bandwidth,
+    });
+    let mut host = Conversation::new(runtime.connect(&args.name)?);
+    host.say(&request)?;
+    let mut show = Show::new(args.json);
+    loop {
+        match host.hear()? {
+            Some(Reply::Progress(progress)) => show.progress(&progress),
+            Some(Reply::Report(report)) => {
+                show.end();
+                return Ok(*report);
+            }
+            Some(Reply::Error(why)) => return Err(Failure::words(why)),
+            Some(other) => return Err(crate::vm::unexpected(&other)),
+            None => {
+                return Err(Failure::words(format!(
+                    "the process that hosts `{}` ended during the migration: look at both hosts before \
+                     starting the machine anywhere",
+                    args.name
+                )));
+            }
+        }
+    }
+}
+
+/// A bar on a terminal, plain lines elsewhere, nothing with `--json`.
+struct Show {
+    bar: Option<ProgressBar>,
+    lines: bool,
+}
+
+impl Show {
+    fn new(json: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = (terminal && !json).then(|| {
+            let bar = ProgressBar::new_spinner();
+            // The template is a constant that is known to be right; without it the bar is plain.
+            if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed:>4} {msg}") {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Self { bar, lines: !terminal && !json }
+    }
+
+    fn progress(&mut self, p: &Progress) {
+        if let Some(bar) = &self.bar {
+            let downtime =
+                p.expected_downtime_ms.map_or_else(|| "?".into(), |ms| format!("{ms:.1} ms"));
+            bar.set_message(format!(
+                "round {} · {} sent · {}/s · guest dirties {} pages/s · expected downtime {downtime}",
+                p.round,
+                HumanBytes(p.sent_bytes),
+                HumanBytes(whole(p.rate_bytes_per_s)),
+                HumanCount(whole(p.dirty_pages_per_s)),
+            ));
+        }
+        if let (true, Some(words)) = (self.lines, &p.words) {
+            eprintln!("{words}");
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate for display; the cast saturates")]
+fn whole(number: f64) -> u64 {
+    number as u64
+}
+
+/// The report for a person.
+pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
+    use std::fmt::Write;
+    let mut out = String::new();
+    let head = match (r.outcome, r.machine) {
+        (OutcomeKind::Completed, _) => format!(
+            "machine `{name}` moved to {to} in {:.2} s; it stood still for {:.1} ms",
+            r.total_ms / 1e3,
+            r.downtime_ms
+        ),
+        (_, Whereabouts::PausedAtSource) => {
+            format!("machine `{name}` DID NOT ARRIVE and stays paused here, its state safe")
+        }
+        (OutcomeKind::Cancelled, _) => format!("machine `{name}` goes on here: the move was cancelled"),
+        (OutcomeKind::Refused, _) => format!("machine `{name}` goes on here: {to} refused it"),
+        _ => format!("machine `{name}` goes on here: the move failed"),
+    };
+    // Writing to a string cannot fail.
+    let _ = writeln!(out, "{head}");
+    let _ = writeln!(out, "  why       {}", r.reason);
+    if r.rounds == 0 {
+        return out;
+    }
+    if r.outcome == OutcomeKind::Completed {
+        let p = &r.downtime_parts_ms;
+        let _ = writeln!(
+            out,
+            "  downtime  pause {:.1} + last harvest {:.1} + state {:.1} + last pages {:.1} + flight {:.1} + resume {:.1} ms",
+            p.pause, p.last_harvest, p.state, p.last_pages, p.flight, p.resume
+        );
+    }
+    let _ = writeln!(
+        out,
+        "  sent      {} in {} rounds at {:.2} Gbit/s; state {}",
+        HumanBytes(r.bytes_sent),
+        r.rounds,
+        r.link_bytes_per_s * 8.0 / 1e9,
+        HumanBytes(r.state_bytes)
+    );
+    let _ = writeln!(out, "  guest     dirtied {} pages/s meanwhile", HumanCount(whole(r.dirty_pages_per_s)));
+    let n = |count| HumanCount(count).to_string();
+    let _ = writeln!(
+        out,
+        "  pages     raw {}, lz4 {}, zstd {}, zero {}",
+        n(r.pages.raw),
+        n(r.pages.lz4),
+        n(r.pages.zstd),
+        n(r.pages.zero)
+    );
+    if r.outcome == OutcomeKind::Completed {
+        let verified = match (r.digest_verified, r.memory_differs) {
+            (true, _) => format!("the same on both sides (digest compared in {:.0} ms)", r.verify_ms),
+            (false, true) => "NOT THE SAME ON BOTH SIDES".into(),
+            (false, false) => "not compared".into(),
+        };
+        let _ = writeln!(out, "  memory    {verified}");
+    }
+    out
+}

@@ -1,0 +1,149 @@
+//! `ferry receive`: takes machines in and hosts them.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ferry_migrate::{
+    Arrival, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, is_machine_name, receive,
+};
+use ferry_process_guest::ProcessHost;
+use ferry_refvmm::{RefHost, SerialSink};
+use ferry_transport::{Identity, Listener, QuicListener};
+
+use crate::Failure;
+use crate::args::Receive;
+use crate::hosted::{Ending, Hosted};
+use crate::machine::AnyMachine;
+use crate::runtime_dir::{Reservation, RuntimeDir};
+
+/// A host for both kinds of machine.
+struct AnyHost {
+    runtime: RuntimeDir,
+    name: Option<String>,
+    kvm: RefHost,
+    /// Names of machines on their way in, by their name at the source.
+    reserved: Mutex<HashMap<String, Reservation>>,
+}
+
+impl AnyHost {
+    fn take_reservation(&self, source_name: &str) -> Option<Reservation> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(source_name)
+    }
+}
+
+impl Host for AnyHost {
+    type Guest = AnyMachine;
+
+    fn prepare(&self, spec: &MachineSpec) -> Result<AnyMachine, Vec<Refusal>> {
+        let name = self.name.as_deref().unwrap_or(&spec.name);
+        if !is_machine_name(&spec.name) {
+            return Err(vec![Refusal::new("name", format!("`{:.64}` cannot name a machine", spec.name))]);
+        }
+        let reservation =
+            self.runtime.reserve(name).map_err(|e| vec![Refusal::new("name", e.to_string())])?;
+        let machine = match spec.vmm.as_str() {
+            ferry_process_guest::VMM => ProcessHost::default().prepare(spec).map(AnyMachine::process),
+            _ => self.kvm.prepare(spec).map(AnyMachine::Kvm),
+        }?;
+        let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
+        reserved.insert(spec.name.clone(), reservation);
+        Ok(machine)
+    }
+}
+
+enum Notice {
+    Hosted(Arc<Hosted>),
+    Ended(Ending, String),
+}
+
+pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
+    let identity = Identity::load(&args.identity)?;
+    if let Some(name) = &args.name {
+        // Says now what would otherwise be said to the first source.
+        drop(runtime.reserve(name)?);
+    }
+    let host = Arc::new(AnyHost {
+        runtime,
+        name: args.name.clone(),
+        kvm: RefHost {
+            arrival: ferry_refvmm::Arrival {
+                name: args.name.clone(),
+                dirty_log: args.dirty_log.into(),
+                serial: args.serial.clone().map_or(SerialSink::Stdout, SerialSink::File),
+            },
+        },
+        reserved: Mutex::default(),
+    });
+    let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let listener = {
+        let _context = tokio.enter();
+        QuicListener::bind(&identity, args.listen)?
+    };
+    let addr = listener.local_addr().unwrap_or(args.listen);
+    eprintln!("ferry: receiving on {addr} as `{}`", identity.name());
+    let (notices, noticed) = channel();
+    let tell = {
+        let host = host.clone();
+        move |event| arrival_event(&host, event, &notices)
+    };
+    let options = ReceiveOptions { once: args.once, ..ReceiveOptions::default() };
+    tokio.spawn(receive(Box::new(listener), host, options, tell));
+    for notice in noticed {
+        match notice {
+            Notice::Hosted(hosted) => eprintln!("ferry: machine `{}` runs here", hosted.name()),
+            Notice::Ended(ending, name) => {
+                let finished = crate::vm::finish(&ending, &name);
+                if args.once {
+                    return finished;
+                }
+                if let Err(e) = finished {
+                    eprintln!("ferry: {e}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Sender<Notice>) {
+    match event {
+        ReceiveEvent::Arriving { name, peer } => eprintln!("ferry: machine `{name}` is coming from {peer}"),
+        ReceiveEvent::Arrived { guest, spec } => {
+            let Some(reservation) = host.take_reservation(&spec.name) else { return };
+            let name = reservation.name().to_owned();
+            match Hosted::start(guest.clone(), reservation) {
+                Ok(hosted) => {
+                    let _ = notices.send(Notice::Hosted(hosted.clone()));
+                    let notices = notices.clone();
+                    std::thread::spawn(move || {
+                        let ending = hosted.wait();
+                        drop(hosted);
+                        let _ = notices.send(Notice::Ended(ending, name));
+                    });
+                }
+                // It runs, and must not be lost for want of a socket: it runs on until the process ends.
+                Err(e) => {
+                    eprintln!("ferry: machine `{name}` runs here but cannot be controlled: {e}");
+                    std::mem::forget(guest);
+                }
+            }
+        }
+        ReceiveEvent::Ended { name, arrival } => {
+            drop(host.take_reservation(&name));
+            match arrival {
+                Arrival::Runs { digest_verified: Some(true) } => {
+                    eprintln!("ferry: machine `{name}`: its memory is the same as at the source");
+                }
+                Arrival::Runs { digest_verified: Some(false) } => {
+                    eprintln!("ferry: machine `{name}`: ITS MEMORY IS NOT WHAT IT WAS AT THE SOURCE: stop it");
+                }
+                Arrival::Runs { digest_verified: None } => {
+                    eprintln!("ferry: machine `{name}`: the link was lost before memory was compared");
+                }
+                Arrival::Void(why) => eprintln!("ferry: machine `{name}` did not come: {why}"),
+            }
+        }
+        ReceiveEvent::Turned(why) => eprintln!("ferry: {why}"),
+    }
+}

@@ -1,0 +1,172 @@
+//! `ferry vm`: machines of this host.
+
+use std::io::Write;
+use std::path::Path;
+
+use ferry_process_guest::{Config, ProcessGuest, Tracker};
+use ferry_refvmm::{Machine, MachineConfig, SerialSink};
+
+use crate::Failure;
+use crate::args::{Run, Vm};
+use crate::hosted::{Ending, Hosted};
+use crate::machine::AnyMachine;
+use crate::protocol::{Conversation, MachineInfo, Reply, Request};
+use crate::runtime_dir::RuntimeDir;
+
+pub(crate) fn main(runtime: &RuntimeDir, command: Vm) -> Result<(), Failure> {
+    match command {
+        Vm::Run(run) => boot(runtime, &run),
+        Vm::List { json } => list(runtime, json),
+        Vm::Show { name, json } => show(runtime, &name, json),
+        Vm::Pause { name } => ask(runtime, &name, &Request::Pause),
+        Vm::Resume { name, destination_is_dead } => {
+            ask(runtime, &name, &Request::Resume { destination_is_dead })
+        }
+        Vm::Stop { name } => ask(runtime, &name, &Request::Stop),
+    }
+}
+
+fn boot(runtime: &RuntimeDir, run: &Run) -> Result<(), Failure> {
+    let reservation = runtime.reserve(&run.name)?;
+    let machine = if run.kernel == Path::new(":process") { process(run)? } else { kvm(run)? };
+    let hosted = Hosted::start(machine.clone(), reservation)?;
+    machine.resume_by_operator().map_err(Failure::words)?;
+    eprintln!(
+        "ferry: machine `{}` runs ({} MiB, {} vCPUs)",
+        run.name,
+        run.memory >> 20,
+        run.cpus
+    );
+    finish(&hosted.wait(), hosted.name())
+}
+
+fn process(run: &Run) -> Result<AnyMachine, Failure> {
+    let mut guest = ProcessGuest::new(Config {
+        name: run.name.clone(),
+        memory_bytes: run.memory,
+        workers: run.cpus,
+        workload: run.cmdline.clone(),
+        tracker: Tracker::default(),
+    })?;
+    guest.run()?;
+    Ok(AnyMachine::process(guest))
+}
+
+fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
+    let builtin = run.kernel == Path::new(":guest");
+    let (image, cmdline) = if builtin {
+        let mut image = tempfile::NamedTempFile::new()?;
+        image.write_all(ferry_guest::ELF)?;
+        (Some(image), format!("cpus={} {}", run.cpus, run.cmdline))
+    } else {
+        (None, run.cmdline.clone())
+    };
+    let machine = Machine::boot(&MachineConfig {
+        name: run.name.clone(),
+        memory_bytes: run.memory,
+        cpus: run.cpus,
+        kernel: image.as_ref().map_or_else(|| run.kernel.clone(), |i| i.path().to_owned()),
+        initrd: run.initrd.clone(),
+        cmdline: cmdline.trim().to_owned(),
+        dirty_log: run.dirty_log.into(),
+        serial: run.serial.clone().map_or(SerialSink::Stdout, SerialSink::File),
+    })?;
+    Ok(AnyMachine::Kvm(machine))
+}
+
+/// Says how a machine's stay ended; an error if the guest did not end well.
+pub(crate) fn finish(ending: &Ending, name: &str) -> Result<(), Failure> {
+    match ending {
+        Ending::Moved(to) => eprintln!("ferry: machine `{name}` moved to {to}"),
+        Ending::Stopped => eprintln!("ferry: machine `{name}` was stopped"),
+        Ending::Ended(how) if how.starts_with("crashed") => {
+            return Err(Failure::words(format!("machine `{name}` {how}")));
+        }
+        Ending::Ended(how) => eprintln!("ferry: machine `{name}` {how}"),
+    }
+    Ok(())
+}
+
+fn list(runtime: &RuntimeDir, json: bool) -> Result<(), Failure> {
+    let mut machines = Vec::new();
+    for name in runtime.names()? {
+        // One that ended meanwhile is not listed.
+        if let Ok(info) = info(runtime, &name) {
+            machines.push(info);
+        }
+    }
+    if json {
+        println!("{}", serde_json::to_string_pretty(&machines)?);
+        return Ok(());
+    }
+    if machines.is_empty() {
+        println!("no machine runs here (runtime directory {})", runtime.path().display());
+        return Ok(());
+    }
+    println!("{:<20} {:<8} {:>4} {:>10} {:>10}  STATE", "NAME", "KIND", "CPUS", "MEMORY", "RESIDENT");
+    for m in machines {
+        let (memory, resident) = (mib(m.memory_bytes), mib(m.resident_bytes));
+        println!("{:<20} {:<8} {:>4} {memory:>10} {resident:>10}  {}", m.name, m.kind, m.cpus, m.state);
+    }
+    Ok(())
+}
+
+fn show(runtime: &RuntimeDir, name: &str, json: bool) -> Result<(), Failure> {
+    let m = info(runtime, name)?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&m)?);
+        return Ok(());
+    }
+    println!("name       {}", m.name);
+    println!("state      {}", m.state);
+    if let Some(to) = m.migrating_to {
+        println!("moving to  {to}");
+    }
+    println!("kind       {}, {} vCPUs", m.kind, m.cpus);
+    println!("memory     {}, {} resident", mib(m.memory_bytes), mib(m.resident_bytes));
+    println!("dirty log  {}", m.dirty_log);
+    if let (Some(written), Some(checked)) = (m.pages_written, m.pages_checked) {
+        println!("workload   {written} pages written, {checked} checked");
+    }
+    println!("process    {}", m.pid);
+    Ok(())
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}
+
+pub(crate) fn info(runtime: &RuntimeDir, name: &str) -> Result<MachineInfo, Failure> {
+    match exchange(runtime, name, &Request::Show)? {
+        Reply::Machine(info) => Ok(info),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// Asks for something that is done at once, and prints what was done.
+pub(crate) fn ask(runtime: &RuntimeDir, name: &str, request: &Request) -> Result<(), Failure> {
+    println!("{}", ask_quietly(runtime, name, request)?);
+    Ok(())
+}
+
+/// Asks for something that is done at once; returns what was done, in words.
+pub(crate) fn ask_quietly(runtime: &RuntimeDir, name: &str, request: &Request) -> Result<String, Failure> {
+    match exchange(runtime, name, request)? {
+        Reply::Done(words) => Ok(words),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn exchange(runtime: &RuntimeDir, name: &str, request: &Request) -> Result<Reply, Failure> {
+    let mut host = Conversation::new(runtime.connect(name)?);
+    host.say(request)?;
+    let gone = || Failure::words(format!("the process that hosts `{name}` ended without an answer"));
+    match host.hear()?.ok_or_else(gone)? {
+        Reply::Error(why) => Err(Failure::words(why)),
+        reply => Ok(reply),
+    }
+}
+
+pub(crate) fn unexpected(reply: &Reply) -> Failure {
+    Failure::words(format!("the hosting process answered something else ({reply:?}): is it another version?"))
+}
