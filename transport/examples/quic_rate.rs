@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Instant;
 
 use bytes::Bytes;
-use ferry_transport::{Connector, Identity, Listener, QuicConnector, QuicListener, pki};
+use ferry_transport::{Channel, Connector, Identity, Listener, QuicConnector, QuicListener, pki};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
@@ -47,12 +47,14 @@ fn copy(pki: &Path, bytes: usize, connections: usize) -> Result<f64, Error> {
     let receiver = destination.spawn(async move {
         let mut channels = Vec::new();
         for _ in 0..connections {
-            let mut channel = listener.accept().await.ok_or("no listener")??;
+            let Channel { mut source, sink, .. } =
+                listener.accept().await.ok_or("no listener")??;
             channels.push(tokio::spawn(async move {
+                let _open = sink;
                 let mut received = 0;
-                while let Some(piece) = channel.source.recv().await? {
+                while let Some(piece) = source.recv().await? {
                     received += piece.len();
-                    while let Some(piece) = channel.source.ready() {
+                    while let Some(piece) = source.ready() {
                         received += piece.len();
                     }
                 }
@@ -68,7 +70,7 @@ fn copy(pki: &Path, bytes: usize, connections: usize) -> Result<f64, Error> {
 
     let identity = Identity::load(&pki.join("source"))?;
     let barrier = std::sync::Arc::new(std::sync::Barrier::new(connections + 1));
-    let piece = Bytes::from((0..PIECE_BYTES).map(|i| (i % 251) as u8).collect::<Vec<_>>());
+    let piece = Bytes::from((0..=250).cycle().take(PIECE_BYTES).collect::<Vec<u8>>());
     let lanes: Vec<_> = (0..connections)
         .map(|_| {
             let connector = QuicConnector::new(&identity, to)?;

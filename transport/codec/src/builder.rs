@@ -29,7 +29,7 @@ use crate::{
 /// Where the pages begin in a buffer: room for the longest run table.
 const PAGES_AT: usize = HEADER_BYTES + MAX_BATCH_PAGES * RUN_BYTES;
 /// Buffers that may be with the link and still come back: a little more than a link's send window.
-const MAX_BUFFERS: usize = 20;
+const MAX_BUFFERS: usize = 12;
 
 /// Why a page was not taken into the batch: finish it and begin the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -151,3 +151,136 @@ impl CodecChooser {
         self.candidates.iter_mut().find(|c| c.codec == codec)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MAX_BATCH_BYTES;
+
+    const PAGE: usize = 4096;
+    const GBIT: f64 = 125e6;
+
+    /// Memory in which lz4 and zstd reach these ratios, on a host with these speeds (ns per byte).
+    #[derive(Clone, Copy)]
+    struct World {
+        lz4: (f64, f64),
+        zstd: (f64, f64),
+    }
+
+    const TEXT: World = World { lz4: (0.45, 1.0 / 0.6), zstd: (0.3, 1.0 / 0.4) };
+    const NOISE: World = World { lz4: (1.0, 0.3), zstd: (1.0, 0.5) };
+
+    fn encode(world: World, codec: Codec, raw: usize) -> (usize, Duration) {
+        let (ratio, ns) = match codec {
+            Codec::Lz4 => world.lz4,
+            Codec::Zstd => world.zstd,
+            Codec::Zero | Codec::Raw => (1.0, 0.0),
+        };
+        let times = |by: f64| (raw as f64 * by).round();
+        // The tests' sizes and times are small and positive.
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        (times(ratio) as usize, Duration::from_nanos(times(ns) as u64))
+    }
+
+    /// What was chosen for each of `batches`, and how many pages were compressed in all.
+    fn run(chooser: &mut CodecChooser, world: World, batches: usize) -> (Vec<Codec>, usize) {
+        let mut compressed = 0;
+        let chosen = (0..batches).map(|_| {
+            for codec in chooser.begin_batch() {
+                let (encoded, elapsed) = encode(world, codec, PAGE);
+                chooser.sampled(codec, PAGE, encoded, elapsed);
+                compressed += 1;
+            }
+            let codec = chooser.choose();
+            let (encoded, elapsed) = encode(world, codec, MAX_BATCH_BYTES);
+            chooser.encoded(codec, MAX_BATCH_BYTES, encoded, elapsed);
+            if codec != Codec::Raw {
+                compressed += 256;
+            }
+            codec
+        });
+        let chosen = chosen.collect();
+        (chosen, compressed)
+    }
+
+    fn chooser(bytes_per_second: f64) -> CodecChooser {
+        let mut chooser = CodecChooser::new(CodecSet::ALL);
+        chooser.set_link_rate(bytes_per_second);
+        chooser
+    }
+
+    #[test]
+    fn incompressible_pages_travel_raw_on_any_link_and_cost_few_samples() {
+        for rate in [0.01 * GBIT, GBIT, 10.0 * GBIT, 2e9] {
+            let (chosen, compressed) = run(&mut chooser(rate), NOISE, 640);
+            assert!(chosen.iter().all(|codec| *codec == Codec::Raw), "at {rate}");
+            assert!(compressed <= 22, "{compressed} pages compressed at {rate}");
+        }
+    }
+
+    #[test]
+    fn text_travels_raw_where_the_link_is_faster_than_the_codec() {
+        let (chosen, compressed) = run(&mut chooser(2e9), TEXT, 640);
+        assert!(chosen.iter().all(|codec| *codec == Codec::Raw));
+        assert!(compressed <= 22, "{compressed}");
+    }
+
+    #[test]
+    fn text_is_compressed_on_a_slow_link_from_the_first_batch() {
+        // 8 ns a byte: raw costs 8, lz4 1.7 + 3.6, zstd 2.5 + 2.4.
+        let (chosen, _) = run(&mut chooser(GBIT), TEXT, 100);
+        assert!(chosen.iter().all(|codec| *codec != Codec::Raw));
+        assert_eq!(chosen[99], Codec::Zstd);
+        // 2.7 ns a byte: raw 2.7, lz4 1.7 + 1.2, zstd 2.5 + 0.8.
+        let (chosen, _) = run(&mut chooser(3.0 * GBIT), TEXT, 100);
+        assert_eq!(chosen[99], Codec::Raw);
+        // 4 ns a byte: raw 4, lz4 1.7 + 1.8, zstd 2.5 + 1.2.
+        let (chosen, _) = run(&mut chooser(2.0 * GBIT), TEXT, 100);
+        assert_eq!(chosen[99], Codec::Lz4);
+    }
+
+    #[test]
+    fn only_negotiated_codecs_are_chosen() {
+        let mut only_lz4 = CodecChooser::new(CodecSet::from_iter([Codec::Lz4]));
+        only_lz4.set_link_rate(GBIT);
+        assert_eq!(run(&mut only_lz4, TEXT, 10).0[9], Codec::Lz4);
+        let mut none = CodecChooser::new(CodecSet::BASE);
+        none.set_link_rate(GBIT);
+        assert_eq!(run(&mut none, TEXT, 10), (vec![Codec::Raw; 10], 0));
+    }
+
+    #[test]
+    fn without_a_link_rate_pages_travel_raw() {
+        let (chosen, compressed) = run(&mut CodecChooser::new(CodecSet::ALL), TEXT, 100);
+        assert_eq!((chosen, compressed), (vec![Codec::Raw; 100], 0));
+    }
+
+    #[test]
+    fn a_batch_that_does_not_shrink_is_not_compressed_though_others_are() {
+        let mut chooser = chooser(GBIT);
+        run(&mut chooser, TEXT, 20);
+        assert_eq!(run(&mut chooser, NOISE, 1).0, [Codec::Raw]);
+        assert_ne!(run(&mut chooser, TEXT, 1).0, [Codec::Raw]);
+    }
+
+    #[test]
+    fn a_change_of_memory_or_link_is_noticed() {
+        let mut chooser = chooser(GBIT);
+        run(&mut chooser, NOISE, 200);
+        let (chosen, _) = run(&mut chooser, TEXT, 200);
+        assert_ne!(chosen[199], Codec::Raw, "text after noise");
+        chooser.set_link_rate(2e9);
+        assert_eq!(run(&mut chooser, TEXT, 1).0, [Codec::Raw], "a faster link");
+        chooser.set_link_rate(GBIT);
+        assert_ne!(run(&mut chooser, TEXT, 1).0, [Codec::Raw], "a slow link again");
+    }
+
+    #[test]
+    fn one_interruption_does_not_condemn_a_codec() {
+        let mut chooser = chooser(GBIT / 2.0);
+        run(&mut chooser, TEXT, 50);
+        let favourite = chooser.choose();
+        chooser.encoded(favourite, MAX_BATCH_BYTES, MAX_BATCH_BYTES / 3, Duration::from_secs(5));
+        assert_ne!(run(&mut chooser, TEXT, 1).0, [Codec::Raw]);
+    }
+}

@@ -7,7 +7,6 @@ use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, Incoming, ServerConfig};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinHandle;
 
 use super::errors::{self, Phase};
 use super::socket::endpoint;
@@ -24,11 +23,12 @@ const UNPROVEN_HANDSHAKES: usize = MAX_HANDSHAKES / 2;
 type Accepted = Result<Channel, LinkError>;
 
 /// Takes QUIC connections in, of peers that have a certificate of our authority.
+///
+/// When it is dropped, the connections that it accepted go on; new ones are refused. The address is
+/// free again when the last of them has ended.
 pub struct QuicListener {
     local: SocketAddr,
-    endpoint: Endpoint,
     accepted: mpsc::Receiver<Accepted>,
-    incoming: JoinHandle<()>,
 }
 
 impl QuicListener {
@@ -42,8 +42,8 @@ impl QuicListener {
         let local =
             endpoint.local_addr().map_err(|e| LinkError::Socket { addr, why: e.to_string() })?;
         let (to, accepted) = mpsc::channel(MAX_HANDSHAKES);
-        let incoming = tokio::spawn(take_in(endpoint.clone(), to));
-        Ok(Self { local, endpoint, accepted, incoming })
+        tokio::spawn(take_in(endpoint, to));
+        Ok(Self { local, accepted })
     }
 }
 
@@ -54,14 +54,6 @@ impl Listener for QuicListener {
 
     fn local_addr(&self) -> Option<SocketAddr> {
         Some(self.local)
-    }
-}
-
-impl Drop for QuicListener {
-    fn drop(&mut self) {
-        self.incoming.abort();
-        // The endpoint lives on for the connections that were accepted, and refuses others.
-        self.endpoint.set_server_config(None);
     }
 }
 
@@ -94,7 +86,12 @@ fn server_config(identity: &Identity) -> Result<ServerConfig, LinkError> {
 
 async fn take_in(endpoint: Endpoint, to: mpsc::Sender<Accepted>) {
     let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    while let Some(incoming) = endpoint.accept().await {
+    loop {
+        let incoming = tokio::select! {
+            incoming = endpoint.accept() => incoming,
+            () = to.closed() => break,
+        };
+        let Some(incoming) = incoming else { break };
         let busy = MAX_HANDSHAKES - places.available_permits() >= UNPROVEN_HANDSHAKES;
         if busy && incoming.may_retry() {
             // It may retry, so this cannot fail; and if it did, the peer would try again.
@@ -107,14 +104,23 @@ async fn take_in(endpoint: Endpoint, to: mpsc::Sender<Accepted>) {
         };
         let to = to.clone();
         tokio::spawn(async move {
-            let accepted = handshake(incoming).await;
-            if let Err(e) = &accepted {
-                tracing::debug!("a peer did not get in: {e}");
+            match handshake(incoming).await {
+                // The listener may be gone by now, and the channel is dropped with it.
+                Ok(channel) => drop(to.send(Ok(channel)).await),
+                Err(e) => {
+                    tracing::debug!("a peer did not get in: {e}");
+                    // Failures that nobody asks for must not keep out others.
+                    drop(to.try_send(Err(e)));
+                }
             }
-            // The listener may be gone by now, and the channel is dropped with it.
-            let _ = to.send(accepted).await;
             drop(place);
         });
+    }
+    loop {
+        tokio::select! {
+            Some(incoming) = endpoint.accept() => incoming.refuse(),
+            () = endpoint.wait_idle() => break,
+        }
     }
 }
 

@@ -14,7 +14,7 @@ mod stream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::congestion::BbrConfig;
+use quinn::congestion::CubicConfig;
 use quinn::{AckFrequencyConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::ring::{self, cipher_suite};
@@ -31,14 +31,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(1);
 const ALPN: &[u8] = b"ferry/1";
 const GREETING: [u8; 8] = *b"ferry/1\n";
 
-/// Bytes on their way, at most, per connection: 10 Gbit/s over 13 ms. Each side keeps up to this
+/// Bytes on their way, at most, per connection: 10 Gbit/s over 6 ms. Each side keeps up to this
 /// much: the sender what is not acknowledged, the receiver what is not read.
-const WINDOW_BYTES: u32 = 16 << 20;
+const WINDOW_BYTES: u32 = 8 << 20;
 /// The largest UDP payload that is tried. Ten segments, which is how many quinn hands to the kernel at
 /// once, must stay below 64 KiB.
 const MAX_UDP_PAYLOAD_BYTES: u16 = 6500;
 /// For the bursts of a fast link; the kernel may grant less.
-const SOCKET_BUFFER_BYTES: usize = 8 << 20;
+const SOCKET_BUFFER_BYTES: usize = 16 << 20;
 
 /// The cryptography that TLS uses: ring, with the fastest cipher first.
 pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
@@ -68,6 +68,7 @@ fn transport_config() -> Arc<TransportConfig> {
         .keep_alive_interval(Some(KEEP_ALIVE))
         .mtu_discovery_config(Some(mtu))
         .ack_frequency_config(Some(acks))
-        .congestion_controller_factory(Arc::new(BbrConfig::default()));
+        // Measured on loopback: BBR takes a third more CPU for the same bytes.
+        .congestion_controller_factory(Arc::new(CubicConfig::default()));
     Arc::new(config)
 }
