@@ -161,3 +161,121 @@ unsafe fn write(params: &Params, page: *mut u64, index: u32, version: u32) {
         true
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Kind;
+    use super::*;
+
+    #[repr(align(4096))]
+    struct Page([AtomicU64; WORDS]);
+
+    /// Four pages; one worker that goes round.
+    struct Ram {
+        pages: Vec<Page>,
+        table: Vec<AtomicU32>,
+    }
+
+    // SAFETY: both vectors keep their length, and indices below it are all that is asked for.
+    unsafe impl Arena for Ram {
+        fn page(&self, index: u64) -> *mut u64 {
+            self.pages[usize::try_from(index).unwrap()].0.as_ptr() as *mut u64
+        }
+        fn expected(&self, index: u64) -> *mut u32 {
+            self.table[usize::try_from(index).unwrap()].as_ptr()
+        }
+    }
+
+    impl Ram {
+        const PAGES: u32 = 4;
+
+        fn new() -> Self {
+            let page = |_| Page([const { AtomicU64::new(0) }; WORDS]);
+            let table = |_| AtomicU32::new(0);
+            Self { pages: (0..4).map(page).collect(), table: (0..4).map(table).collect() }
+        }
+
+        fn copy(&self, page: usize) -> Vec<u64> {
+            self.pages[page].0.iter().map(|w| w.load(Relaxed)).collect()
+        }
+
+        fn put(&self, page: usize, words: &[u64]) {
+            self.pages[page].0.iter().zip(words).for_each(|(w, v)| w.store(*v, Relaxed));
+        }
+
+        fn pass(&self, params: &Params, worker: &mut Worker) -> Result<(), Mismatch> {
+            let mut pace = Pace::new(params, 0, 0);
+            (0..Self::PAGES).try_for_each(|_| worker.step(params, self, &mut pace, 0).map(|_| ()))
+        }
+    }
+
+    fn after_passes(words: &str, passes: u32) -> (Ram, Params, Worker) {
+        let params = Params::parse(words).unwrap();
+        let (ram, mut worker) = (Ram::new(), Worker::new(&params, 0, Ram::PAGES.into()));
+        for _ in 0..passes {
+            ram.pass(&params, &mut worker).unwrap();
+        }
+        (ram, params, worker)
+    }
+
+    #[test]
+    fn one_wrong_bit_in_any_word_is_found_at_that_word() {
+        for percent in [0, 50, 100] {
+            for word in 0..WORDS {
+                let (ram, params, mut worker) = after_passes(&format!("random={percent}"), 2);
+                ram.pages[2].0[word].fetch_xor(1 << (word % 64), Relaxed);
+                let found = ram.pass(&params, &mut worker).unwrap_err();
+                assert_eq!((found.index, found.word as usize), (2, word));
+                assert_eq!(found.expected ^ found.found, 1 << (word % 64));
+            }
+        }
+    }
+
+    #[test]
+    fn an_old_a_foreign_a_half_and_a_lost_page_are_told_apart() {
+        let (ram, params, mut worker) = after_passes("", 3);
+        let old = ram.copy(1);
+        ram.pass(&params, &mut worker).unwrap();
+        let (now, other) = (ram.copy(1), ram.copy(3));
+        let half = [&now[..WORDS / 2], &old[WORDS / 2..]].concat();
+        for (words, kind) in [
+            (old, Kind::Stale),
+            (other, Kind::OtherPage),
+            (half, Kind::Torn),
+            (vec![0; WORDS], Kind::Zero),
+            (vec![7; WORDS], Kind::Garbage),
+        ] {
+            ram.put(1, &words);
+            let found = ram.pass(&params, &mut { worker }).unwrap_err();
+            assert_eq!((found.kind, found.index), (kind, 1));
+            // What stood before it in the pass was visited: make all as it was.
+            (ram.pages[0].0.iter().zip(0..)).for_each(|(w, i)| {
+                w.store(Stamp::new(1, 0, 4, 50).word(i), Relaxed);
+            });
+            ram.table[0].store(4, Relaxed);
+        }
+        ram.put(1, &now);
+        ram.table[1].store(2, Relaxed);
+        assert_eq!(ram.pass(&params, &mut worker).unwrap_err().kind, Kind::Newer);
+    }
+
+    #[test]
+    fn a_page_never_written_must_be_zero_and_is_left_alone_by_readers() {
+        let (ram, params, mut worker) = after_passes("pattern=read", 2);
+        assert_eq!((worker.checked, worker.written), (0, 0));
+        ram.pages[3].0[100].store(1, Relaxed);
+        ram.pass(&params, &mut worker).unwrap();
+        let params = Params::parse("").unwrap();
+        let found = ram.pass(&params, &mut worker).unwrap_err();
+        assert_eq!((found.kind, found.index, found.word), (Kind::NotBlank, 3, 100));
+    }
+
+    #[test]
+    fn a_lost_write_of_the_fill_is_found_by_a_reader() {
+        let (ram, params, mut worker) =
+            after_passes("pattern=read fill=all random=3 fill_random=90", 3);
+        assert_eq!((worker.written, worker.checked), (4, 8));
+        ram.put(2, &[0; WORDS]);
+        assert_eq!(ram.pass(&params, &mut worker).unwrap_err().kind, Kind::Zero);
+    }
+}
