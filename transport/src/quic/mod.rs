@@ -68,7 +68,8 @@ fn transport_config() -> Arc<TransportConfig> {
         .keep_alive_interval(Some(KEEP_ALIVE))
         .mtu_discovery_config(Some(mtu))
         .ack_frequency_config(Some(acks))
-        // Measured on loopback: BBR takes a third more CPU for the same bytes.
+        // On a busy loopback Cubic carried about a third more than quinn's BBR, for the same CPU time.
+        // Not compared on a path with delay or loss.
         .congestion_controller_factory(Arc::new(CubicConfig::default()));
     Arc::new(config)
 }
