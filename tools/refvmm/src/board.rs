@@ -119,7 +119,7 @@ impl Tracking {
     }
 }
 
-/// A machine's parts. Fields are dropped in this order: vCPUs, VM, then the memory under them.
+/// A machine's parts. Its memory outlives it.
 pub(crate) struct Board {
     pub(crate) vcpus: Arc<Vcpus>,
     pub(crate) console: Arc<Console>,
@@ -154,6 +154,16 @@ impl Board {
         let ram = memory::map(plan.shape.memory_bytes)?;
         let entry = fill(&ram)?;
         let view = memory::view(&ram)?;
+        Self::wire(kvm, plan, ram, &view, entry).inspect_err(|_| memory::empty(&view))
+    }
+
+    fn wire(
+        kvm: &Kvm,
+        plan: Plan<'_>,
+        ram: GuestRam,
+        view: &GuestView,
+        entry: Option<Entry>,
+    ) -> Result<(Self, Vec<JoinHandle<()>>), VmmError> {
         let vm = Arc::new(create_vm(kvm)?);
         vm.set_tss_address(TSS).asked(|| "set the TSS address".into())?;
         vm.set_identity_map_address(IDENTITY_MAP)
@@ -161,7 +171,7 @@ impl Board {
         vm.create_irq_chip().asked(|| "create the interrupt controllers".into())?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).asked(|| "create the timer (PIT)".into())?;
-        memory::give_to(&vm, &ram)?;
+        memory::give_to(&vm, view)?;
         let tracking = Tracking::set_up(&vm, plan.dirty_log, view.regions().to_vec())?;
         let console = Arc::new(Console::new(&vm, plan.serial)?);
 
@@ -169,7 +179,7 @@ impl Board {
         for (index, shown) in (0u32..).zip(&plan.cpuid) {
             let mut fd = vm.create_vcpu(index.into()).asked(|| format!("create vCPU {index}"))?;
             set_cpuid(&fd, index, shown)?;
-            set_tsc_khz(&fd, index, plan.tsc_khz)?;
+            set_tsc_khz(&vm, &fd, index, plan.tsc_khz)?;
             if let Tracking::Ring(rings) = &tracking {
                 rings
                     .add_vcpu(&fd)
@@ -190,7 +200,10 @@ impl Board {
         };
         let (vcpus, threads) = Vcpus::start(fds, Arc::clone(&console), rings, plan.name)?;
         let cpuid = plan.cpuid;
-        Ok((Self { vcpus, console, vm, tracking, format, cpuid, tsc_khz, view, ram }, threads))
+        Ok((
+            Self { vcpus, console, vm, tracking, format, cpuid, tsc_khz, view: view.clone(), ram },
+            threads,
+        ))
     }
 
     /// Fresh trackers of all writes to the machine's memory.
@@ -227,20 +240,18 @@ fn set_cpuid(fd: &VcpuFd, index: u32, shown: &[kvm_cpuid_entry2]) -> Result<(), 
 }
 
 /// Sets the TSC's rate where it differs from the host's by more than its accuracy (QEMU: 250 ppm).
-fn set_tsc_khz(fd: &VcpuFd, index: u32, wanted: Option<u32>) -> Result<(), VmmError> {
-    let Some(khz) = wanted else { return Ok(()) };
-    let here = fd.get_tsc_khz().asked(|| "tell the TSC's rate".into())?;
-    if tsc_differs(khz, here) {
-        fd.set_tsc_khz(khz).asked(|| {
-            format!("run the TSC of vCPU {index} at {khz} kHz: this host has {here} kHz and cannot scale it")
-        })?;
+fn set_tsc_khz(vm: &VmFd, fd: &VcpuFd, index: u32, wanted: Option<u32>) -> Result<(), VmmError> {
+    let Some(machine_khz) = wanted else { return Ok(()) };
+    let host_khz = fd.get_tsc_khz().asked(|| "tell the TSC's rate".into())?;
+    if u64::from(machine_khz.abs_diff(host_khz)) * 1_000_000 <= u64::from(host_khz) * 250 {
+        return Ok(());
     }
-    Ok(())
-}
-
-/// Whether two TSC rates are further apart than 250 ppm.
-pub(crate) fn tsc_differs(a_khz: u32, b_khz: u32) -> bool {
-    u64::from(a_khz.abs_diff(b_khz)) * 1_000_000 > u64::from(b_khz) * 250
+    // Without the capability KVM accepts a faster rate nevertheless, and then falls behind in leaps.
+    if !vm.check_extension(Cap::TscControl) {
+        return Err(VmmError::TscRate { machine_khz, host_khz });
+    }
+    fd.set_tsc_khz(machine_khz)
+        .asked(|| format!("run the TSC of vCPU {index} at {machine_khz} kHz"))
 }
 
 fn set_boot_state(fd: &mut VcpuFd, index: u32, entry: Entry) -> Result<(), VmmError> {

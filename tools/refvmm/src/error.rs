@@ -120,6 +120,16 @@ pub enum VmmError {
         /// The tracker's word.
         source: ferry_dirtylog::TrackError,
     },
+    /// The guest's time-stamp counter cannot be kept going at its rate.
+    #[error(
+        "the machine's TSC runs at {machine_khz} kHz; this host's at {host_khz} kHz, and it cannot scale it"
+    )]
+    TscRate {
+        /// The machine's rate in kHz.
+        machine_khz: u32,
+        /// The host's rate in kHz.
+        host_khz: u32,
+    },
     /// A thread could not be started.
     #[error("cannot start the thread of vCPU {index}: {source}")]
     Thread {

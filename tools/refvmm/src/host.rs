@@ -5,11 +5,12 @@ use std::collections::BTreeSet;
 use ferry_migrate::Host;
 use ferry_protocol::{HostCapabilities, MachineSpec, Refusal, wire};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::Kvm;
 
 use crate::arch::{cpuid, features};
 use crate::board::{self, Board, Plan};
 use crate::config::Shape;
+use crate::error::Asked;
 use crate::guest::{Carried, VMM};
 use crate::state::DEVICES;
 use crate::{Arrival, Machine, VmmError, memory};
@@ -29,6 +30,16 @@ impl RefHost {
     pub fn capabilities() -> Result<HostCapabilities, VmmError> {
         let kvm = board::open_kvm()?;
         offered(&kvm)
+    }
+
+    /// Frequency of this host's time-stamp counter, which guests see, in kHz.
+    ///
+    /// # Errors
+    /// No KVM, or it does not tell.
+    pub fn tsc_khz() -> Result<u32, VmmError> {
+        let vm = board::create_vm(&board::open_kvm()?)?;
+        let vcpu = vm.create_vcpu(0).asked(|| "create a vCPU".into())?;
+        vcpu.get_tsc_khz().asked(|| "tell the TSC's rate".into())
     }
 }
 
@@ -89,7 +100,10 @@ impl Machine {
             cpuid: carried.cpuid,
             tsc_khz: Some(carried.tsc_khz),
         };
-        let parts = Board::build(&kvm, plan, |_| Ok(None)).map_err(here)?;
+        let parts = Board::build(&kvm, plan, |_| Ok(None)).map_err(|e| match e {
+            VmmError::TscRate { .. } => vec![Refusal::new("cpu", e.to_string())],
+            e => here(e),
+        })?;
         Ok(Self::new(name, shape, parts, None))
     }
 }
@@ -129,14 +143,6 @@ fn carried(spec: &MachineSpec, kvm: &Kvm) -> Result<(Carried, Shape), Refusal> {
             unnamed.join(", ")
         )));
     }
-    let khz = host_tsc_khz(kvm).map_err(|e| Refusal::new("host", e.to_string()))?;
-    if board::tsc_differs(carried.tsc_khz, khz) && !kvm.check_extension(Cap::TscControl) {
-        let why = format!(
-            "the machine's TSC runs at {} kHz; this host's at {khz} kHz, and it cannot scale it",
-            carried.tsc_khz
-        );
-        return Err(Refusal::new("cpu", why));
-    }
     Ok((carried, shape))
 }
 
@@ -147,13 +153,6 @@ fn unnamed_features(lists: &[Vec<kvm_cpuid_entry2>], named: &[String]) -> Vec<St
         shown.extend(features::names(list));
     }
     shown.into_iter().filter(|f| !named.contains(f)).collect()
-}
-
-fn host_tsc_khz(kvm: &Kvm) -> Result<u32, VmmError> {
-    use crate::error::Asked;
-    let vm = board::create_vm(kvm)?;
-    let vcpu = vm.create_vcpu(0).asked(|| "create a vCPU".into())?;
-    vcpu.get_tsc_khz().asked(|| "tell the TSC's rate".into())
 }
 
 impl Host for RefHost {

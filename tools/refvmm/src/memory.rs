@@ -5,8 +5,6 @@
 //! the guest wrote it.
 #![expect(unsafe_code, reason = "memory slots are given to KVM by address")]
 
-use std::sync::Arc;
-
 use ferry_dirtylog::Region;
 use ferry_memory::GuestView;
 use ferry_pages::{PAGE_BYTES, Run};
@@ -87,18 +85,28 @@ fn regions(ram: &GuestRam) -> Vec<Region> {
         .collect()
 }
 
-/// The memory, for those who copy pages.
+/// The memory, for those who copy pages. It is never unmapped from here on, only emptied (see [`empty`]): a
+/// view may outlive the machine by a moment.
 pub(crate) fn view(ram: &GuestRam) -> Result<GuestView, VmmError> {
-    // SAFETY: `regions` names mappings of `ram`, readable and writable, whole and disjoint; nobody here
-    // holds references into them.
+    std::mem::forget(ram.clone());
+    // SAFETY: `regions` names mappings of `ram`, readable and writable, whole and disjoint, which the
+    // clone above, never dropped, keeps; nobody here holds references into them.
     unsafe { GuestView::new(regions(ram)) }
         .map_err(|e| VmmError::Map { bytes: 0, why: e.to_string() })
 }
 
-/// Gives `ram` to the VM as its memory slots.
-pub(crate) fn give_to(vm: &Arc<VmFd>, ram: &GuestRam) -> Result<(), VmmError> {
+/// Gives all memory back to the host, as the machine ends. A stretch of address space is left behind.
+pub(crate) fn empty(view: &GuestView) {
+    for r in view.regions() {
+        // Pages that the kernel does not take back cost memory, no more.
+        let _ = view.discard(r.run);
+    }
+}
+
+/// Gives memory to the VM as its slots.
+pub(crate) fn give_to(vm: &VmFd, view: &GuestView) -> Result<(), VmmError> {
     let page = PAGE_BYTES as u64;
-    for r in regions(ram) {
+    for r in view.regions() {
         let slot = kvm_userspace_memory_region {
             slot: r.slot,
             flags: 0,
@@ -106,8 +114,7 @@ pub(crate) fn give_to(vm: &Arc<VmFd>, ram: &GuestRam) -> Result<(), VmmError> {
             memory_size: r.run.pages * page,
             userspace_addr: r.host as u64,
         };
-        // SAFETY: `regions` names mappings of `ram`, whole and disjoint; the machine keeps `ram` for as
-        // long as its VM (see the order of fields in `Machine`).
+        // SAFETY: the regions of a `view` are whole mappings, disjoint, and never unmapped.
         unsafe { vm.set_user_memory_region(slot) }
             .asked(|| format!("take memory slot {} at {:#x}", r.slot, slot.guest_phys_addr))?;
     }

@@ -150,3 +150,27 @@ fn every_dirty_log_reports_the_page_that_the_guest_writes() {
         sources.iter_mut().for_each(|s| s.stop().unwrap());
     }
 }
+
+#[test]
+fn more_writes_than_a_dirty_ring_holds_are_all_reported() {
+    if !tiny::kvm() {
+        return;
+    }
+    for dirty_log in [DirtyLog::Bitmap, DirtyLog::Ring, DirtyLog::WriteProtect] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = ferry_refvmm::MachineConfig {
+            dirty_log,
+            memory_bytes: 128 << 20,
+            ..tiny::config(dir.path(), &tiny::elf(tiny::SWEEP, 0))
+        };
+        let mut machine = Machine::boot(&config).unwrap();
+        let mut sources = machine.dirty_sources().unwrap();
+        sources.iter_mut().for_each(|s| s.start().unwrap());
+        machine.resume_by_operator().unwrap();
+        tiny::eventually("the sweep", || tiny::printed(dir.path()) == b".");
+        let _permit = machine.pause().unwrap();
+        let mut dirty = ferry_pages::PageSet::new();
+        sources.iter_mut().for_each(|s| s.collect(&mut dirty).unwrap());
+        assert_eq!(dirty.count_in(tiny::SWEPT), tiny::SWEPT.pages, "{dirty_log:?}");
+    }
+}

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use ferry_pages::Run;
 use ferry_refvmm::{DirtyLog, MachineConfig, SerialSink};
 
 /// Where the ELF guests are loaded.
@@ -53,6 +54,21 @@ pub(crate) const ECHO: &[u8] = &[
     0xba, 0xf8, 0x03, 0x00, 0x00, //        mov edx, 0x3f8
     0xec, 0xfe, 0xc0, 0xee, 0xeb, 0xeb, //  in al, dx; inc al; out dx, al; jmp wait
 ];
+
+/// Writes a word to each of [`SWEPT`]'s pages, then prints `.`. It leaves the guest for each page, since a KVM that
+/// emulates ring 0 looks for a full ring only then.
+pub(crate) const SWEEP: &[u8] = &[
+    0xbf, 0x00, 0x00, 0x00, 0x01, //        mov edi, 16 MiB
+    0xff, 0x07, //                    next: inc dword [edi]
+    0xe6, 0x80, //                          out 0x80, al
+    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, //  add edi, 4096
+    0x81, 0xff, 0x00, 0x00, 0x00, 0x07, //  cmp edi, 112 MiB
+    0x72, 0xee, //                          jb next
+    0xba, 0xf8, 0x03, 0x00, 0x00, //        mov edx, 0x3f8
+    0xb0, 0x2e, 0xee, 0xeb, 0xfe, //        mov al, '.'; out dx, al; jmp $
+];
+/// What [`SWEEP`] writes: more pages than a dirty ring has entries.
+pub(crate) const SWEPT: Run = Run::new(0x1000, 0x6000);
 
 /// An ELF64 with `code` at [`LOAD`], `memory_bytes` of memory there, and notes that hold a PVH entry in the
 /// first of two note segments.
