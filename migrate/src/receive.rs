@@ -76,7 +76,8 @@ type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
 
 enum Message {
     Event(DestinationEvent),
-    Lane(FrameReader),
+    /// A lane, with the sink that says to the source that somebody is here.
+    Lane(FrameReader, Box<dyn ByteSink>),
 }
 
 struct Session {
@@ -180,8 +181,11 @@ async fn greet<H: Host + 'static>(
         }
         Hello::Lane { session, .. } => {
             let door = server.sessions().by_token.get(&session).and_then(|s| s.door.clone());
-            let joined = door.is_some_and(|door| door.send(Message::Lane(reader)).is_ok());
-            if !joined {
+            let joined = match door {
+                Some(door) => door.send(Message::Lane(reader, sink)).map_err(|e| e.0),
+                None => Err(Message::Lane(reader, sink)),
+            };
+            if let Err(Message::Lane(_, sink)) = joined {
                 server.turn_away(&peer, sink, "a lane for a session that is not open here").await;
             }
         }
@@ -323,7 +327,7 @@ impl<H: Host + 'static> Arriving<H> {
         while self.arrival.is_none() {
             match receiver.recv() {
                 Ok(Message::Event(event)) => self.handle(event),
-                Ok(Message::Lane(reader)) => self.lane(reader),
+                Ok(Message::Lane(reader, sink)) => self.lane(reader, sink),
                 Err(_) => self.handle(DestinationEvent::LinkLost("the host is shutting down".into())),
             }
             self.hand_over();
@@ -420,7 +424,7 @@ impl<H: Host + 'static> Arriving<H> {
         guest.load(&state).map_err(|e| words(&e))
     }
 
-    fn lane(&mut self, reader: FrameReader) {
+    fn lane(&mut self, reader: FrameReader, mut sink: Box<dyn ByteSink>) {
         let Some(installer) = self.installer.clone() else { return };
         if self.lanes_allowed == 0 {
             return self.handle(DestinationEvent::BadPages("more lanes than were offered".into()));
@@ -435,9 +439,16 @@ impl<H: Host + 'static> Arriving<H> {
                 let _ = door.send(Message::Event(DestinationEvent::Installed { round }));
             };
             let event = match receive_lane::run(reader, &installer, codecs, installed).await {
-                LaneEnd::Finished => return,
+                LaneEnd::Finished => {
+                    // The source is done with this lane, and may be gone.
+                    let _ = sink.finish().await;
+                    return;
+                }
                 LaneEnd::Lost(why) => DestinationEvent::LinkLost(why),
-                LaneEnd::Bad(why) => DestinationEvent::BadPages(why),
+                LaneEnd::Bad(why) => {
+                    sink.close(&why).await;
+                    DestinationEvent::BadPages(why)
+                }
             };
             let _ = door.send(Message::Event(event));
         });

@@ -94,11 +94,9 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
     }
     say(&migrate::words(&report, NAME, &to.to_string()));
     if report.machine == ferry_migrate::Whereabouts::RunsAtDestination {
-        let (first, later) = work_of_a_second(&destination)?;
+        let (written, checked) = work_of_a_second(&destination)?;
         say(&format!(
-            "At the destination it goes on: {} pages written and {} checked in the last second, none wrong; {}.",
-            later.0.saturating_sub(first.0),
-            later.1.saturating_sub(first.1),
+            "At the destination it is {}: {written} pages written and {checked} checked within a second, none wrong.",
             vm::info(&destination, NAME)?.state
         ));
         vm::ask_quietly(&destination, NAME, &Request::Stop)?;
@@ -158,12 +156,14 @@ fn wait_until_busy(source: &RuntimeDir, dir: &Path) -> Result<MachineInfo, Failu
     }
 }
 
-fn work_of_a_second(at: &RuntimeDir) -> Result<((u64, u64), (u64, u64)), Failure> {
-    let look = || -> Result<(u64, u64), Failure> {
-        let info = vm::info(at, NAME)?;
-        Ok((info.pages_written.unwrap_or(0), info.pages_checked.unwrap_or(0)))
-    };
-    let first = look()?;
+/// Pages written and checked within a second.
+fn work_of_a_second(at: &RuntimeDir) -> Result<(u64, u64), Failure> {
+    let first = vm::info(at, NAME)?;
     std::thread::sleep(Duration::from_secs(1));
-    Ok((first, look()?))
+    let later = vm::info(at, NAME)?;
+    let more = |a: Option<u64>, b: Option<u64>| b.unwrap_or(0).saturating_sub(a.unwrap_or(0));
+    Ok((
+        more(first.pages_written, later.pages_written),
+        more(first.pages_checked, later.pages_checked),
+    ))
 }

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use ferry_process_guest::{Config, ProcessGuest, Tracker};
-use ferry_refvmm::{Machine, MachineConfig, SerialSink};
+use ferry_refvmm::{Machine, MachineConfig, RefHost, SerialSink};
 
 use crate::Failure;
 use crate::args::{Run, Vm};
@@ -57,7 +57,9 @@ fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
     let (image, cmdline) = if builtin {
         let mut image = tempfile::NamedTempFile::new()?;
         image.write_all(ferry_guest::ELF)?;
-        (Some(image), format!("cpus={} {}", run.cpus, run.cmdline))
+        // Later words win: what the operator says counts.
+        let tsc_khz = RefHost::tsc_khz()?;
+        (Some(image), format!("cpus={} tsc_khz={tsc_khz} {}", run.cpus, run.cmdline))
     } else {
         (None, run.cmdline.clone())
     };
