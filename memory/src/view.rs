@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "raw copies from and to memory that a guest may change")]
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
@@ -18,6 +19,8 @@ use crate::{MemoryError, resident};
 pub struct GuestView {
     /// Ascending, disjoint.
     regions: Arc<[Region]>,
+    /// What keeps them mapped.
+    _owner: Arc<dyn Any + Send + Sync>,
 }
 
 /// A part of a request that lies in one region.
@@ -44,7 +47,13 @@ impl GuestView {
         if let Some(pair) = regions.windows(2).find(|w| w[0].run.end() > w[1].run.start) {
             return Err(MemoryError::Overlap(pair[0], pair[1]));
         }
-        Ok(Self { regions: regions.into() })
+        Ok(Self { regions: regions.into(), _owner: Arc::new(()) })
+    }
+
+    /// The same view, which keeps `owner` (the mapping, say) until it and its clones are gone.
+    #[must_use]
+    pub fn keeping(self, owner: impl Any + Send + Sync) -> Self {
+        Self { _owner: Arc::new(owner), ..self }
     }
 
     /// The regions, ascending.

@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "views of mappings that the tests own")]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use ferry_dirtylog::Region;
@@ -175,4 +177,27 @@ fn a_gibibyte_is_searched_and_every_page_found() {
         println!("resident, 1 GiB {kind}, {} pages: {:?}", found.len(), begin.elapsed());
         assert_eq!(found, expected);
     }
+}
+
+#[test]
+fn memory_stays_mapped_as_long_as_a_view_keeps_it() {
+    struct Owner(Mapping, Arc<AtomicBool>);
+    impl Drop for Owner {
+        fn drop(&mut self) {
+            self.1.store(true, Ordering::SeqCst);
+        }
+    }
+    let gone = Arc::new(AtomicBool::new(false));
+    let mapping = Mapping::anonymous(4).unwrap();
+    let region = mapping.region(0, 0);
+    let owner = Owner(mapping, gone.clone());
+    assert_eq!(owner.0.pages(), 4);
+    // SAFETY: the view keeps the mapping, and nothing else uses it.
+    let view = unsafe { GuestView::new(vec![region]) }.unwrap().keeping(owner);
+    let clone = view.clone();
+    drop(view);
+    assert!(!gone.load(Ordering::SeqCst));
+    clone.write(3, &[7; PAGE_BYTES]).unwrap();
+    drop(clone);
+    assert!(gone.load(Ordering::SeqCst));
 }

@@ -16,8 +16,8 @@ mod send_lane;
 
 pub use ferry_memory::GuestView;
 pub use ferry_protocol::{
-    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, PermitStub, Progress, Refusal, RunPermit,
-    StateError, StateReader, StateWriter, is_machine_name,
+    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, PermitStub, Progress, Refusal,
+    RunPermit, StateError, StateReader, StateWriter, is_machine_name,
 };
 pub use guest::{Guest, GuestError, Host};
 pub use receive::{ReceiveEvent, ReceiveOptions, receive};

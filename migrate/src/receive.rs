@@ -122,8 +122,12 @@ pub async fn receive<H: Host + 'static>(
     options: ReceiveOptions,
     tell: impl Fn(ReceiveEvent<H::Guest>) + Send + Sync + 'static,
 ) {
-    let server =
-        Arc::new(Server { host, options, tell: Arc::new(tell), sessions: Mutex::new(Sessions::default()) });
+    let server = Arc::new(Server {
+        host,
+        options,
+        tell: Arc::new(tell),
+        sessions: Mutex::new(Sessions::default()),
+    });
     while let Some(accepted) = listener.accept().await {
         match accepted {
             Ok(channel) => {
@@ -170,7 +174,9 @@ async fn greet<H: Host + 'static>(
                 server.admit().map_err(|why| Refusal::new("host", why))
             };
             match admitted {
-                Ok((token, receiver, door)) => server.begin(token, receiver, door, peer, reader, sink),
+                Ok((token, receiver, door)) => {
+                    server.begin(token, receiver, door, peer, reader, sink)
+                }
                 Err(refusal) => {
                     let why = refusal.why.clone();
                     // The source learns why; if it does not, it learns that the channel was closed.
@@ -190,7 +196,8 @@ async fn greet<H: Host + 'static>(
             }
         }
         Hello::Inquire { session } => {
-            let verdict = server.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
+            let verdict =
+                server.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
             if let Err(e) = say(&mut sink, &ToSource::Verdict(verdict)).await {
                 tracing::debug!("an inquiry of {peer} was not answered: {e}");
             }
@@ -272,7 +279,9 @@ impl<H: Host + 'static> Server<H> {
         }
         let (door, receiver) = channel();
         let token = rand::random();
-        sessions.by_token.insert(token, Session { verdict: Verdict::Pending, door: Some(door.clone()) });
+        sessions
+            .by_token
+            .insert(token, Session { verdict: Verdict::Pending, door: Some(door.clone()) });
         sessions.order.push(token);
         sessions.taken += 1;
         sessions.forget_oldest();
@@ -328,7 +337,9 @@ impl<H: Host + 'static> Arriving<H> {
             match receiver.recv() {
                 Ok(Message::Event(event)) => self.handle(event),
                 Ok(Message::Lane(reader, sink)) => self.lane(reader, sink),
-                Err(_) => self.handle(DestinationEvent::LinkLost("the host is shutting down".into())),
+                Err(_) => {
+                    self.handle(DestinationEvent::LinkLost("the host is shutting down".into()))
+                }
             }
             self.hand_over();
         }
@@ -432,7 +443,9 @@ impl<H: Host + 'static> Arriving<H> {
         self.lanes_allowed -= 1;
         let codecs = self.server.options.codecs;
         let sessions = self.server.sessions();
-        let Some(door) = sessions.by_token.get(&self.token).and_then(|s| s.door.clone()) else { return };
+        let Some(door) = sessions.by_token.get(&self.token).and_then(|s| s.door.clone()) else {
+            return;
+        };
         drop(sessions);
         self.runtime.spawn(async move {
             let installed = |round| {

@@ -35,7 +35,9 @@ pub(crate) async fn run(
         };
         let body = match reader.fill(header.body_bytes()).await {
             Ok(Some(body)) => body,
-            Ok(None) => return LaneEnd::Bad("the source finished a lane in the middle of a frame".into()),
+            Ok(None) => {
+                return LaneEnd::Bad("the source finished a lane in the middle of a frame".into());
+            }
             Err(e) => return LaneEnd::Lost(e.to_string()),
         };
         let batch = match decoder.decode(&header, body) {

@@ -107,8 +107,10 @@ mod tests {
     fn every_page_is_rearmed_once_before_it_is_handed_out_and_no_other_page_is() {
         let armed = Arc::new(Mutex::new(PageSet::new()));
         let trackers: Trackers = Arc::new(Mutex::new(vec![Box::new(Recorder(armed.clone()))]));
-        let pages: PageSet =
-            (0..4000).map(|i| Run::new(i * 37, 1 + i % 20)).chain([Run::new(1 << 30, 5000)]).collect();
+        let pages: PageSet = (0..4000)
+            .map(|i| Run::new(i * 37, 1 + i % 20))
+            .chain([Run::new(1 << 30, 5000)])
+            .collect();
         let round = Round::new(1, pages.clone(), Some(trackers));
         let mut given = PageSet::new();
         loop {

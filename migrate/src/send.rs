@@ -15,7 +15,8 @@ use ferry_codec::{CodecSet, is_zero, page_digest};
 use ferry_memory::GuestView;
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
 use ferry_protocol::{
-    Goals, Outcome, PermitStub, Progress, RunPermit, Source, SourceAction, SourceEvent, ToDestination,
+    Goals, Outcome, PermitStub, Progress, RunPermit, Source, SourceAction, SourceEvent,
+    ToDestination,
 };
 use ferry_transport::{Connector, Pacer};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -246,10 +247,8 @@ impl Engine<'_> {
     fn act(&mut self, action: SourceAction) -> Option<SourceEvent> {
         match action {
             SourceAction::Send(message) => {
-                let last = matches!(
-                    message,
-                    ToDestination::Abort { .. } | ToDestination::Verified { .. }
-                );
+                let last =
+                    matches!(message, ToDestination::Abort { .. } | ToDestination::Verified { .. });
                 self.control.send(&message);
                 if last {
                     self.control.finish();
@@ -307,7 +306,10 @@ impl Engine<'_> {
     }
 
     fn open_lanes(&mut self, session: u128, codecs: u8) -> Result<(), SourceEvent> {
-        let pacer = self.options.bandwidth_bytes_per_s.map(|rate| Mutex::new(Pacer::new(Some(rate), BURST_BYTES)));
+        let pacer = self
+            .options
+            .bandwidth_bytes_per_s
+            .map(|rate| Mutex::new(Pacer::new(Some(rate), BURST_BYTES)));
         let shared = Arc::new(Shared {
             connector: self.connector.clone(),
             view: self.memory.clone(),
@@ -329,7 +331,9 @@ impl Engine<'_> {
                         let _ = sender.send(Message::Lane(event));
                     });
                 })
-                .map_err(|e| SourceEvent::Failed(format!("cannot start a thread for lane {lane}: {e}")))?;
+                .map_err(|e| {
+                    SourceEvent::Failed(format!("cannot start a thread for lane {lane}: {e}"))
+                })?;
             self.lanes.push(Lane { rounds, thread });
         }
         Ok(())
@@ -353,7 +357,11 @@ impl Engine<'_> {
                 if sent.lanes_left == 0 {
                     let total = sent.total;
                     self.rounds.retain(|r| r.number != round);
-                    self.handle(SourceEvent::RoundSent { round, batches: total.batches, bytes: total.bytes });
+                    self.handle(SourceEvent::RoundSent {
+                        round,
+                        batches: total.batches,
+                        bytes: total.bytes,
+                    });
                 }
             }
             LaneEvent::LinkLost(e) => self.handle(SourceEvent::LinkLost(e.to_string())),
@@ -466,7 +474,8 @@ impl Engine<'_> {
             let _ = lane.thread.join();
         }
         self.control.join();
-        let outcome = self.outcome.take().unwrap_or_else(|| Outcome::Failed("the engine stopped".into()));
+        let outcome =
+            self.outcome.take().unwrap_or_else(|| Outcome::Failed("the engine stopped".into()));
         let switchover = self.machine.switchover();
         let (downtime_ms, downtime_parts_ms) = report::downtime(&switchover);
         let (kind, mut reason, mut machine, digests) = report::outcome(&outcome);

@@ -121,7 +121,11 @@ impl<'a> Sender<'a> {
         }
     }
 
-    async fn send_round(&mut self, round: &Round, sink: &mut dyn ByteSink) -> Result<LaneRound, LaneEvent> {
+    async fn send_round(
+        &mut self,
+        round: &Round,
+        sink: &mut dyn ByteSink,
+    ) -> Result<LaneRound, LaneEvent> {
         self.done = LaneRound::default();
         loop {
             if self.shared.stop.load(Ordering::Relaxed) {
@@ -144,7 +148,12 @@ impl<'a> Sender<'a> {
         Ok(self.done)
     }
 
-    async fn send_batch(&mut self, round: u32, runs: &[Run], sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {
+    async fn send_batch(
+        &mut self,
+        round: u32,
+        runs: &[Run],
+        sink: &mut dyn ByteSink,
+    ) -> Result<(), LaneEvent> {
         self.builder.begin(round);
         for gfn in runs.iter().flat_map(|r| r.start..r.end()) {
             let mut read = Ok(());
@@ -195,7 +204,9 @@ impl<'a> Sender<'a> {
         self.waited += waited;
         self.sent_while_waiting += bytes;
         if self.sent_while_waiting >= ENOUGH_BYTES {
-            self.chooser.set_link_rate(self.sent_while_waiting as f64 / self.waited.as_secs_f64().max(1e-9));
+            self.chooser.set_link_rate(
+                self.sent_while_waiting as f64 / self.waited.as_secs_f64().max(1e-9),
+            );
             self.waited = Duration::ZERO;
             self.sent_while_waiting = 0;
         }

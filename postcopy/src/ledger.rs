@@ -23,10 +23,10 @@ pub struct ChunkLedger {
 pub enum Admission {
     /// A newer copy is here: drop this one.
     Late,
-    /// Nothing was ever installed here: the page is still untouched.
-    First,
-    /// It replaces an older copy.
-    Replaces,
+    /// Nothing but zeros was installed here: the page reads as zero.
+    OverZeros,
+    /// It replaces an older copy that is not zero.
+    OverData,
 }
 
 impl Default for ChunkLedger {
@@ -42,13 +42,14 @@ impl ChunkLedger {
     /// Two copies of one round are equally new: a protocol that sends a page once a round never
     /// makes them.
     pub fn admit(&mut self, page: usize, round: u32, digest: u64) -> Admission {
-        let before = self.rounds[page];
-        if before > round {
+        if self.rounds[page] > round {
             return Admission::Late;
         }
         self.rounds[page] = round;
-        self.digests[page] = digest;
-        if before == 0 { Admission::First } else { Admission::Replaces }
+        match std::mem::replace(&mut self.digests[page], digest) {
+            0 => Admission::OverZeros,
+            _ => Admission::OverData,
+        }
     }
 
     /// Wrapping sum of the digests of all pages.
@@ -81,10 +82,10 @@ mod tests {
     #[test]
     fn a_late_page_is_not_admitted_and_changes_nothing() {
         let mut ledger = ChunkLedger::default();
-        assert_eq!(ledger.admit(7, 2, 20), Admission::First);
+        assert_eq!(ledger.admit(7, 2, 20), Admission::OverZeros);
         assert_eq!(ledger.admit(7, 1, 10), Admission::Late);
         assert_eq!(ledger.digest_sum(), 20);
-        assert_eq!(ledger.admit(7, 3, 30), Admission::Replaces);
+        assert_eq!(ledger.admit(7, 3, 30), Admission::OverData);
         assert_eq!(ledger.digest_sum(), 30);
     }
 

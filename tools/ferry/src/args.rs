@@ -249,8 +249,9 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         "T" => Some(40),
         _ => None,
     };
-    scaled(text, |number, unit| number.checked_mul(1 << shift(unit)?))
-        .ok_or_else(|| format!("`{text}` is not a size; write a whole number with K, M, G or T, such as 512M"))
+    scaled(text, |number, unit| number.checked_mul(1 << shift(unit)?)).ok_or_else(|| {
+        format!("`{text}` is not a size; write a whole number with K, M, G or T, such as 512M")
+    })
 }
 
 /// A rate such as `1Gbit`, in bytes a second.

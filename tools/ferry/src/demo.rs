@@ -126,7 +126,8 @@ fn receiver(dir: &Path) -> Result<(Host, SocketAddr), Failure> {
             .stderr(Stdio::piped())
             .spawn()?,
     );
-    let mut lines = BufReader::new(child.0.stderr.take().ok_or_else(|| Failure::words("no pipe"))?).lines();
+    let mut lines =
+        BufReader::new(child.0.stderr.take().ok_or_else(|| Failure::words("no pipe"))?).lines();
     let first = lines.next().transpose()?.unwrap_or_default();
     let to = first.split_whitespace().find_map(|word| word.parse().ok());
     let to = to.ok_or_else(|| Failure::words(format!("the destination did not start: {first}")))?;

@@ -40,7 +40,10 @@ struct Inner {
 
 impl Hosted {
     /// Hosts `machine` under its reserved name: answers on its control socket from here on.
-    pub(crate) fn start(machine: AnyMachine, reservation: Reservation) -> Result<Arc<Self>, RuntimeError> {
+    pub(crate) fn start(
+        machine: AnyMachine,
+        reservation: Reservation,
+    ) -> Result<Arc<Self>, RuntimeError> {
         let listener = reservation.listen()?;
         let hosted =
             Arc::new(Self { machine, reservation, inner: Mutex::default(), over: Condvar::new() });
@@ -155,7 +158,9 @@ impl Hosted {
     fn check_at_rest(&self, inner: &Inner) -> Result<(), String> {
         let name = self.name();
         if let Some((to, _)) = &inner.migrating {
-            return Err(format!("machine `{name}` is moving to {to}; wait, or `ferry cancel {name}`"));
+            return Err(format!(
+                "machine `{name}` is moving to {to}; wait, or `ferry cancel {name}`"
+            ));
         }
         if inner.in_doubt.is_some() {
             return Err(format!(
@@ -242,7 +247,10 @@ impl Hosted {
             }
             Left::InDoubt(stub) => inner.in_doubt = Some(stub),
             Left::Stopped(_permit, e) => {
-                tracing::error!("machine {} could not go on after its migration failed: {e}", self.name());
+                tracing::error!(
+                    "machine {} could not go on after its migration failed: {e}",
+                    self.name()
+                );
             }
         }
         Ok(sent.report)

@@ -114,7 +114,11 @@ impl Show {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate for display; the cast saturates")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rate for display; the cast saturates"
+)]
 fn whole(number: f64) -> u64 {
     number as u64
 }
@@ -132,7 +136,9 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         (_, Whereabouts::PausedAtSource) => {
             format!("machine `{name}` DID NOT ARRIVE and stays paused here, its state safe")
         }
-        (OutcomeKind::Cancelled, _) => format!("machine `{name}` goes on here: the move was cancelled"),
+        (OutcomeKind::Cancelled, _) => {
+            format!("machine `{name}` goes on here: the move was cancelled")
+        }
         (OutcomeKind::Refused, _) => format!("machine `{name}` goes on here: {to} refused it"),
         _ => format!("machine `{name}` goes on here: the move failed"),
     };
@@ -158,7 +164,11 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         r.link_bytes_per_s * 8.0 / 1e9,
         HumanBytes(r.state_bytes)
     );
-    let _ = writeln!(out, "  guest     dirtied {} pages/s meanwhile", HumanCount(whole(r.dirty_pages_per_s)));
+    let _ = writeln!(
+        out,
+        "  guest     dirtied {} pages/s meanwhile",
+        HumanCount(whole(r.dirty_pages_per_s))
+    );
     let n = |count| HumanCount(count).to_string();
     let _ = writeln!(
         out,
@@ -170,7 +180,9 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
     );
     if r.outcome == OutcomeKind::Completed {
         let verified = match (r.digest_verified, r.memory_differs) {
-            (true, _) => format!("the same on both sides (digest compared in {:.0} ms)", r.verify_ms),
+            (true, _) => {
+                format!("the same on both sides (digest compared in {:.0} ms)", r.verify_ms)
+            }
             (false, true) => "NOT THE SAME ON BOTH SIDES".into(),
             (false, false) => "not compared".into(),
         };

@@ -38,12 +38,17 @@ impl Host for AnyHost {
     fn prepare(&self, spec: &MachineSpec) -> Result<AnyMachine, Vec<Refusal>> {
         let name = self.name.as_deref().unwrap_or(&spec.name);
         if !is_machine_name(&spec.name) {
-            return Err(vec![Refusal::new("name", format!("`{:.64}` cannot name a machine", spec.name))]);
+            return Err(vec![Refusal::new(
+                "name",
+                format!("`{:.64}` cannot name a machine", spec.name),
+            )]);
         }
         let reservation =
             self.runtime.reserve(name).map_err(|e| vec![Refusal::new("name", e.to_string())])?;
         let machine = match spec.vmm.as_str() {
-            ferry_process_guest::VMM => ProcessHost::default().prepare(spec).map(AnyMachine::process),
+            ferry_process_guest::VMM => {
+                ProcessHost::default().prepare(spec).map(AnyMachine::process)
+            }
             _ => self.kvm.prepare(spec).map(AnyMachine::Kvm),
         }?;
         let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
@@ -108,7 +113,9 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
 
 fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Sender<Notice>) {
     match event {
-        ReceiveEvent::Arriving { name, peer } => eprintln!("ferry: machine `{name}` is coming from {peer}"),
+        ReceiveEvent::Arriving { name, peer } => {
+            eprintln!("ferry: machine `{name}` is coming from {peer}")
+        }
         ReceiveEvent::Arrived { guest, spec } => {
             let Some(reservation) = host.take_reservation(&spec.name) else { return };
             let name = reservation.name().to_owned();
@@ -136,10 +143,14 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
                     eprintln!("ferry: machine `{name}`: its memory is the same as at the source");
                 }
                 Arrival::Runs { digest_verified: Some(false) } => {
-                    eprintln!("ferry: machine `{name}`: ITS MEMORY IS NOT WHAT IT WAS AT THE SOURCE: stop it");
+                    eprintln!(
+                        "ferry: machine `{name}`: ITS MEMORY IS NOT WHAT IT WAS AT THE SOURCE: stop it"
+                    );
                 }
                 Arrival::Runs { digest_verified: None } => {
-                    eprintln!("ferry: machine `{name}`: the link was lost before memory was compared");
+                    eprintln!(
+                        "ferry: machine `{name}`: the link was lost before memory was compared"
+                    );
                 }
                 Arrival::Void(why) => eprintln!("ferry: machine `{name}` did not come: {why}"),
             }

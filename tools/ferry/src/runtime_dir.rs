@@ -62,7 +62,13 @@ impl RuntimeDir {
         }
         let fail = |source| RuntimeError::Dir { dir: self.0.clone(), source };
         let path = self.0.join(format!("{name}.lock"));
-        let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path).map_err(fail)?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(fail)?;
         match lock.try_lock() {
             Ok(()) => Ok(Reservation { name: name.to_owned(), dir: self.0.clone(), _lock: lock }),
             Err(TryLockError::WouldBlock) => {

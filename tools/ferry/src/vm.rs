@@ -31,12 +31,7 @@ fn boot(runtime: &RuntimeDir, run: &Run) -> Result<(), Failure> {
     let machine = if run.kernel == Path::new(":process") { process(run)? } else { kvm(run)? };
     let hosted = Hosted::start(machine.clone(), reservation)?;
     machine.resume_by_operator().map_err(Failure::words)?;
-    eprintln!(
-        "ferry: machine `{}` runs ({} MiB, {} vCPUs)",
-        run.name,
-        run.memory >> 20,
-        run.cpus
-    );
+    eprintln!("ferry: machine `{}` runs ({} MiB, {} vCPUs)", run.name, run.memory >> 20, run.cpus);
     finish(&hosted.wait(), hosted.name())
 }
 
@@ -105,10 +100,16 @@ fn list(runtime: &RuntimeDir, json: bool) -> Result<(), Failure> {
         println!("no machine runs here (runtime directory {})", runtime.path().display());
         return Ok(());
     }
-    println!("{:<20} {:<8} {:>4} {:>10} {:>10}  STATE", "NAME", "KIND", "CPUS", "MEMORY", "RESIDENT");
+    println!(
+        "{:<20} {:<8} {:>4} {:>10} {:>10}  STATE",
+        "NAME", "KIND", "CPUS", "MEMORY", "RESIDENT"
+    );
     for m in machines {
         let (memory, resident) = (mib(m.memory_bytes), mib(m.resident_bytes));
-        println!("{:<20} {:<8} {:>4} {memory:>10} {resident:>10}  {}", m.name, m.kind, m.cpus, m.state);
+        println!(
+            "{:<20} {:<8} {:>4} {memory:>10} {resident:>10}  {}",
+            m.name, m.kind, m.cpus, m.state
+        );
     }
     Ok(())
 }
@@ -152,7 +153,11 @@ pub(crate) fn ask(runtime: &RuntimeDir, name: &str, request: &Request) -> Result
 }
 
 /// Asks for something that is done at once; returns what was done, in words.
-pub(crate) fn ask_quietly(runtime: &RuntimeDir, name: &str, request: &Request) -> Result<String, Failure> {
+pub(crate) fn ask_quietly(
+    runtime: &RuntimeDir,
+    name: &str,
+    request: &Request,
+) -> Result<String, Failure> {
     match exchange(runtime, name, request)? {
         Reply::Done(words) => Ok(words),
         other => Err(unexpected(&other)),
@@ -162,7 +167,8 @@ pub(crate) fn ask_quietly(runtime: &RuntimeDir, name: &str, request: &Request) -
 fn exchange(runtime: &RuntimeDir, name: &str, request: &Request) -> Result<Reply, Failure> {
     let mut host = Conversation::new(runtime.connect(name)?);
     host.say(request)?;
-    let gone = || Failure::words(format!("the process that hosts `{name}` ended without an answer"));
+    let gone =
+        || Failure::words(format!("the process that hosts `{name}` ended without an answer"));
     match host.hear()?.ok_or_else(gone)? {
         Reply::Error(why) => Err(Failure::words(why)),
         reply => Ok(reply),
@@ -170,5 +176,7 @@ fn exchange(runtime: &RuntimeDir, name: &str, request: &Request) -> Result<Reply
 }
 
 pub(crate) fn unexpected(reply: &Reply) -> Failure {
-    Failure::words(format!("the hosting process answered something else ({reply:?}): is it another version?"))
+    Failure::words(format!(
+        "the hosting process answered something else ({reply:?}): is it another version?"
+    ))
 }

@@ -1,7 +1,5 @@
 //! The guest's memory: a table of versions, then the arena.
 
-use std::mem::ManuallyDrop;
-
 use ferry_guest::workload::{Arena, Params};
 use ferry_memory::{GuestView, Mapping};
 use ferry_pages::{PAGE_BYTES, Run};
@@ -48,8 +46,6 @@ impl Plan {
 /// The memory itself.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    /// Never unmapped, only emptied: a view may outlive the guest by a moment.
-    mapping: ManuallyDrop<Mapping>,
     view: GuestView,
     table: usize,
     arena: usize,
@@ -59,25 +55,17 @@ impl Memory {
     #[expect(unsafe_code, reason = "a view is of memory that is promised to stay")]
     pub(crate) fn map(config: &Config, plan: &Plan) -> Result<Self, ProcessError> {
         let fail = |e| ProcessError::Map { name: config.name.clone(), source: Box::new(e) };
-        let mapping = ManuallyDrop::new(Mapping::anonymous(plan.memory_pages).map_err(fail)?);
-        // SAFETY: the mapping is never undone, and is used by address and as atomics only.
-        let view = unsafe { GuestView::new(vec![mapping.region(0, 0)]) }.map_err(fail)?;
-        let table = mapping.host();
+        let mapping = Mapping::anonymous(plan.memory_pages).map_err(fail)?;
+        let (region, table) = (mapping.region(0, 0), mapping.host());
+        // SAFETY: the view keeps the mapping, which is used by address and as atomics only.
+        let view = unsafe { GuestView::new(vec![region]) }.map_err(fail)?.keeping(mapping);
         // Inside the mapping, which fits into the address space.
         let before = usize::try_from(plan.arena.start).unwrap_or(0) * PAGE_BYTES;
-        Ok(Self { mapping, view, table, arena: table + before })
+        Ok(Self { view, table, arena: table + before })
     }
 
     pub(crate) fn view(&self) -> GuestView {
         self.view.clone()
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // All that is left behind is a stretch of address space. Pages that the kernel does not take
-        // back cost memory, no more.
-        let _ = self.view.discard(Run::new(0, self.mapping.pages()));
     }
 }
 

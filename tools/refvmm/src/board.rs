@@ -154,7 +154,7 @@ impl Board {
         let ram = memory::map(plan.shape.memory_bytes)?;
         let entry = fill(&ram)?;
         let view = memory::view(&ram)?;
-        Self::wire(kvm, plan, ram, &view, entry).inspect_err(|_| memory::empty(&view))
+        Self::wire(kvm, plan, ram, &view, entry)
     }
 
     fn wire(

@@ -13,7 +13,7 @@ use crate::arch::cpuid;
 use crate::board::{self, Board, Plan};
 use crate::config::Shape;
 use crate::vcpu::Ended;
-use crate::{MachineConfig, VmmError, boot, memory};
+use crate::{MachineConfig, VmmError, boot};
 
 /// A virtual machine. Clones are handles to the same one; the last one that goes stops it.
 ///
@@ -318,6 +318,5 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.stop();
-        memory::empty(&self.board.view);
     }
 }

@@ -85,22 +85,12 @@ fn regions(ram: &GuestRam) -> Vec<Region> {
         .collect()
 }
 
-/// The memory, for those who copy pages. It is never unmapped from here on, only emptied (see [`empty`]): a
-/// view may outlive the machine by a moment.
+/// The memory, for those who copy pages: a view may outlive the machine by a moment, and keeps it mapped.
 pub(crate) fn view(ram: &GuestRam) -> Result<GuestView, VmmError> {
-    std::mem::forget(ram.clone());
     // SAFETY: `regions` names mappings of `ram`, readable and writable, whole and disjoint, which the
-    // clone above, never dropped, keeps; nobody here holds references into them.
-    unsafe { GuestView::new(regions(ram)) }
-        .map_err(|e| VmmError::Map { bytes: 0, why: e.to_string() })
-}
-
-/// Gives all memory back to the host, as the machine ends. A stretch of address space is left behind.
-pub(crate) fn empty(view: &GuestView) {
-    for r in view.regions() {
-        // Pages that the kernel does not take back cost memory, no more.
-        let _ = view.discard(r.run);
-    }
+    // view keeps by a clone of `ram`; nobody here holds references into them.
+    let view = unsafe { GuestView::new(regions(ram)) };
+    view.map(|v| v.keeping(ram.clone())).map_err(|e| VmmError::Map { bytes: 0, why: e.to_string() })
 }
 
 /// Gives memory to the VM as its slots.
