@@ -1,0 +1,154 @@
+//! Guests, and moving them over QUIC on loopback.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ferry_guest::status::{self, State, StatusView};
+use ferry_migrate::{
+    Canceller, Guest, Host, Left, OutcomeKind, ReceiveEvent, ReceiveOptions, Report, SendOptions,
+    receive, send,
+};
+use ferry_pages::PAGE_BYTES;
+use ferry_process_guest::{Config, ProcessGuest, Tracker};
+use ferry_refvmm::{DirtyLog, Machine, MachineConfig, SerialSink};
+use ferry_transport::{Identity, Listener, QuicConnector, QuicListener, pki};
+use tokio::runtime::Runtime;
+
+use crate::Failure;
+
+/// A private authority with two hosts, and files that guests boot from.
+pub(crate) struct Pki {
+    dir: tempfile::TempDir,
+}
+
+impl Pki {
+    pub(crate) fn new() -> Result<Self, Failure> {
+        let dir = tempfile::tempdir()?;
+        pki::init(dir.path(), &["source".to_owned(), "destination".to_owned()])?;
+        Ok(Self { dir })
+    }
+
+    pub(crate) fn destination(&self) -> Result<Identity, Failure> {
+        Ok(Identity::load(&self.dir.path().join("destination"))?)
+    }
+
+    pub(crate) fn connector(&self, to: SocketAddr) -> Result<QuicConnector, Failure> {
+        let identity = Identity::load(&self.dir.path().join("source"))?;
+        Ok(QuicConnector::new(&identity, to)?)
+    }
+
+    /// Loopback, any port.
+    pub(crate) fn any() -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, 0).into()
+    }
+
+    fn kernel(&self) -> Result<PathBuf, Failure> {
+        let path = self.dir.path().join("ferry-guest.elf");
+        std::fs::write(&path, ferry_guest::ELF)?;
+        Ok(path)
+    }
+}
+
+/// The runtime that a destination lives on.
+pub(crate) fn runtime() -> Result<Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}
+
+/// A host that takes guests in.
+pub(crate) struct Destination<G> {
+    _runtime: Runtime,
+    connector: Arc<QuicConnector>,
+    events: Receiver<ReceiveEvent<G>>,
+}
+
+impl<G: Guest + 'static> Destination<G> {
+    pub(crate) fn new<H: Host<Guest = G> + 'static>(pki: &Pki, host: H) -> Result<Self, Failure> {
+        let runtime = runtime()?;
+        let identity = pki.destination()?;
+        let listener = runtime.block_on(async { QuicListener::bind(&identity, Pki::any()) })?;
+        let to = listener.local_addr().ok_or("no address")?;
+        let (sender, events) = channel();
+        let tell = move |event| {
+            let _ = sender.send(event);
+        };
+        runtime.spawn(receive(Box::new(listener), Arc::new(host), ReceiveOptions::default(), tell));
+        Ok(Self { _runtime: runtime, connector: Arc::new(pki.connector(to)?), events })
+    }
+
+    /// Moves `guest` here; only a move with the right memory at the end counts.
+    pub(crate) fn take(&self, mut guest: G, options: &SendOptions) -> Result<(Report, G), Failure> {
+        let connector = self.connector.clone();
+        let sent = send(&mut guest, connector, options, &Canceller::default(), &mut |_| {});
+        let report = sent.report;
+        let whole = report.outcome == OutcomeKind::Completed && report.digest_verified;
+        if !whole || !matches!(sent.left, Left::Nothing) {
+            return Err(format!("a move failed: {report:?}").into());
+        }
+        drop(guest);
+        let mut arrived = None;
+        loop {
+            match self.events.recv_timeout(Duration::from_secs(10))? {
+                ReceiveEvent::Arrived { guest, .. } => arrived = Some(guest),
+                ReceiveEvent::Ended { .. } => break,
+                ReceiveEvent::Arriving { .. } | ReceiveEvent::Turned(_) => {}
+            }
+        }
+        Ok((report, arrived.ok_or("no machine arrived")?))
+    }
+}
+
+/// A process guest with a worker that does `workload`, its fill done.
+pub(crate) fn process(memory_bytes: u64, workload: &str) -> Result<ProcessGuest, Failure> {
+    let config = Config {
+        name: "bench".into(),
+        memory_bytes,
+        workers: 1,
+        workload: workload.into(),
+        tracker: Tracker::default(),
+    };
+    let mut guest = ProcessGuest::new(config)?;
+    guest.run()?;
+    wait(|| Ok(guest.status().workload == State::Running))?;
+    Ok(guest)
+}
+
+/// A KVM guest with a vCPU that does `workload`, its fill done.
+pub(crate) fn kvm(pki: &Pki, memory_bytes: u64, workload: &str) -> Result<Machine, Failure> {
+    let machine = Machine::boot(&MachineConfig {
+        name: "bench".into(),
+        memory_bytes,
+        cpus: 1,
+        kernel: pki.kernel()?,
+        initrd: None,
+        cmdline: workload.into(),
+        dirty_log: DirtyLog::Auto,
+        serial: SerialSink::Discard,
+    })?;
+    machine.resume_by_operator()?;
+    let memory = machine.memory();
+    wait(|| {
+        if let Some(how) = machine.wait_ended(Duration::ZERO) {
+            return Err(how.to_string().into());
+        }
+        let mut page = vec![0; status::BYTES];
+        memory.read(status::GPA / PAGE_BYTES as u64, &mut page)?;
+        let state = StatusView::parse(&page).ok().and_then(|view| view.state());
+        Ok(state == Some(State::Running))
+    })?;
+    Ok(machine)
+}
+
+fn wait(mut ready: impl FnMut() -> Result<bool, Failure>) -> Result<(), Failure> {
+    let began = Instant::now();
+    while !ready()? {
+        if began.elapsed() > Duration::from_secs(120) {
+            return Err("the guest did not fill its memory within two minutes".into());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
