@@ -1,0 +1,64 @@
+# Two commands do all set-up: `make demo` and `make test`. `make help` lists the rest.
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint setup cargo-deny
+
+CARGO ?= cargo
+CARGO_DENY_VERSION := 0.18.3
+PACKAGES := build-essential libclang-dev
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: setup ## Move a busy guest between two processes here, and print the report
+	@$(CARGO) build --release --locked -p ferry
+	@target="$${CARGO_TARGET_DIR:-target}"; "$$target/release/ferry" demo
+
+test: setup ## Run every test; what cannot run here is listed as SKIP at the end
+	@$(CARGO) test --workspace --locked -- --show-output 2>&1 | awk ' \
+		/^successes:$$/ { quiet = 1 } \
+		/^(failures:|test result:)/ { quiet = 0 } \
+		/^---- .* stdout ----$$/ { name = $$2 } \
+		/^SKIP: / { skipped[++n] = "SKIP " name ": " substr($$0, 7) } \
+		!quiet { print; fflush() } \
+		END { for (i = 1; i <= n; i++) print skipped[i] }'
+
+bench: setup ## Run the benchmarks: ratios measured in one run
+	@$(CARGO) run --release --locked -p ferry-bench
+
+lint: setup cargo-deny ## Check formatting, lints, documentation, licences and dependencies
+	$(CARGO) fmt --all --check
+	rustfmt --check --edition 2024 tools/guest/kernel/main.rs
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
+	$(CARGO) deny --locked check --hide-inclusion-graph licenses bans sources
+
+# Says what is missing; installs it where that is possible without asking for a password.
+setup:
+	@command -v $(CARGO) >/dev/null || { \
+		echo "cargo is missing: install Rust 1.95 or newer (rustup.rs), open a new shell, and try again" >&2; exit 1; }
+	@compiler() { echo '#include <linux/userfaultfd.h>' | cc -E - >/dev/null 2>&1; }; \
+	libclang() { [ -n "$$LIBCLANG_PATH" ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q 'libclang[-.0-9]*\.so' \
+		|| ls /usr/lib/llvm-*/lib/libclang*.so /usr/lib64/libclang*.so >/dev/null 2>&1; }; \
+	ready() { compiler && libclang; }; \
+	if ! ready; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "Installing $(PACKAGES)"; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(PACKAGES); \
+		fi; \
+		ready || { \
+			echo "A C compiler, the kernel's headers or libclang are missing. On Debian or Ubuntu:" >&2; \
+			echo "  sudo apt-get install $(PACKAGES)" >&2; \
+			echo "On Fedora:" >&2; \
+			echo "  sudo dnf install gcc kernel-headers clang-devel" >&2; \
+			exit 1; }; \
+	fi
+
+# Unoptimised: it builds much faster, and the check takes seconds anyway.
+cargo-deny:
+	@$(CARGO) deny --version >/dev/null 2>&1 || { \
+		echo "Installing cargo-deny $(CARGO_DENY_VERSION) (some minutes, once)"; \
+		CARGO_PROFILE_DEV_DEBUG=false $(CARGO) install cargo-deny --locked --version $(CARGO_DENY_VERSION) \
+			--no-default-features --debug; }
