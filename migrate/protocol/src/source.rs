@@ -33,6 +33,9 @@ use crate::{MachineSpec, Refusal, RunPermit};
 
 /// How long to wait for an answer of a peer whose connection is alive.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// The guest stands still no longer than this (or twice its downtime goal, if that is more) before the
+/// commit: a peer that takes no more pages must not freeze it.
+const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to ask what became of a committed machine before the operator is told.
 const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two questions.
@@ -77,7 +80,7 @@ pub enum SourceEvent {
 }
 
 /// What the engine does next.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub enum SourceAction {
     /// Send on the control channel.
     Send(ToDestination),
@@ -155,8 +158,6 @@ pub enum Progress {
     InDoubt(String),
 }
 
-impl Eq for Progress {}
-
 /// How a migration ended, seen from the source.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -212,7 +213,7 @@ enum Phase {
     Negotiating,
     Starting { lanes: bool, resident: Option<PageSet> },
     Sending { began: Duration, pages: u64 },
-    Acknowledging { began: Duration, pages: u64, bytes: u64 },
+    Acknowledging { began: Duration, sent: Duration, pages: u64, bytes: u64 },
     Harvesting { facts: RoundFacts },
     WaitingReady,
     Pausing,
@@ -340,7 +341,7 @@ impl Source {
             (Phase::Sending { began, pages }, SourceEvent::RoundSent { round, batches, bytes })
                 if round == self.round =>
             {
-                self.phase = Phase::Acknowledging { began: *began, pages: *pages, bytes };
+                self.phase = Phase::Acknowledging { began: *began, sent: now, pages: *pages, bytes };
                 self.send(ToDestination::RoundEnd { round, batches });
                 self.expect_answer(now);
             }
@@ -423,7 +424,7 @@ impl Source {
                     self.pause(now);
                 }
             }
-            (Phase::Acknowledging { began, pages, bytes }, ToSource::RoundDone { round })
+            (Phase::Acknowledging { began, sent, pages, bytes }, ToSource::RoundDone { round })
                 if round == self.round =>
             {
                 let facts = RoundFacts {
@@ -432,6 +433,7 @@ impl Source {
                     pages: *pages,
                     bytes: *bytes,
                     dirty: 0,
+                    acknowledged_in: now.saturating_sub(*sent),
                     elapsed: now,
                 };
                 self.in_flight.clear();
@@ -545,8 +547,12 @@ impl Source {
     fn pause(&mut self, now: Duration) {
         self.switchover.pause = now;
         self.phase = Phase::Pausing;
-        self.deadline = None;
+        self.deadline = Some(now.saturating_add(self.longest_standstill()));
         self.actions.push_back(SourceAction::Pause);
+    }
+
+    fn longest_standstill(&self) -> Duration {
+        STANDSTILL_TIMEOUT.max(self.policy.goals().max_downtime.saturating_mul(2))
     }
 
     fn paused(&mut self, now: Duration, permit: RunPermit) {
@@ -657,6 +663,15 @@ impl Source {
                     self.fail_before_commit(why);
                 }
             }
+            Phase::Pausing
+            | Phase::LastHarvest
+            | Phase::Saving
+            | Phase::HarvestAfterSave
+            | Phase::FinalSending => self.fail_before_commit(format!(
+                "the last pages were not sent {} s after the guest was stopped: the destination takes no \
+                 more, or the link is far slower than it was",
+                self.longest_standstill().as_secs()
+            )),
             _ => self.fail_before_commit(format!(
                 "no answer from the destination for {} s",
                 ANSWER_TIMEOUT.as_secs()

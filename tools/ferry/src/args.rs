@@ -39,7 +39,7 @@ pub(crate) enum Command {
     #[command(
         after_help = "Example:\n  ferry migrate web1 --to 10.0.0.2:7000 --identity pki/host1 --max-downtime 20ms\n\n\
                       Exit status: 0 the machine runs at the destination, its memory the same as far as was compared; 1 it does not run there; \
-                      2 it runs there, but its memory is not the same."
+                      2 the command line is wrong; 3 it runs there, but its memory is not the same."
     )]
     Migrate(Migrate),
     /// End the migration of a machine; it goes on here. Nothing changes once it is handed over.

@@ -29,7 +29,7 @@ pub(crate) fn main(runtime: &RuntimeDir, args: &Migrate) -> Result<ExitCode, Fai
 /// 0 only when the machine runs at the destination.
 pub(crate) fn exit_code(report: &Report) -> ExitCode {
     match report.outcome {
-        OutcomeKind::Completed if report.memory_differs => ExitCode::from(2),
+        OutcomeKind::Completed if report.memory_differs => ExitCode::from(3),
         OutcomeKind::Completed => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     }
