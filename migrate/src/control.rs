@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use ferry_protocol::{Hello, ToDestination, ToSource, wire};
 use ferry_transport::{ByteSource, Channel, Connector, FrameReader, LinkError, send_message};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
+
+use crate::send_lane::FAREWELL;
 
 /// What the control thread tells the engine.
 pub(crate) enum ControlEvent {
@@ -22,9 +26,14 @@ enum Order {
     Inquire(u128),
 }
 
+/// An inquiry that takes longer has failed: ask again.
+const INQUIRY_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The engine's hold on the control thread.
 pub(crate) struct Control {
     orders: UnboundedSender<Order>,
+    /// Set when the engine waits for the thread's end.
+    ending: watch::Sender<bool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -50,6 +59,7 @@ impl Control {
 
     pub(crate) fn join(&mut self) {
         self.finish();
+        self.ending.send_replace(true);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -63,6 +73,7 @@ pub(crate) fn start(
 ) -> Control {
     let tell: Tell = Arc::new(tell);
     let (orders, receiver) = unbounded_channel();
+    let (ending, mut ended) = watch::channel(false);
     let run = move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
@@ -70,11 +81,20 @@ pub(crate) fn start(
                 return tell(ControlEvent::Lost(format!("no runtime for the control channel: {e}")));
             }
         };
-        runtime.block_on(talk(connector.as_ref(), receiver, tell));
+        runtime.block_on(async {
+            tokio::select! {
+                () = talk(connector.as_ref(), receiver, tell) => {}
+                // A peer that is alive but reads nothing must not hold up the end.
+                () = async {
+                    let _ = ended.wait_for(|ended| *ended).await;
+                    tokio::time::sleep(FAREWELL).await;
+                } => {}
+            }
+        });
     };
     // Without a thread the orders' receiver is dropped, and the engine's deadline ends the migration.
     let thread = std::thread::Builder::new().name("ferry-control".into()).spawn(run).ok();
-    Control { orders, thread }
+    Control { orders, ending, thread }
 }
 
 async fn talk(connector: &dyn Connector, mut orders: UnboundedReceiver<Order>, tell: Tell) {
@@ -139,7 +159,10 @@ async fn inquire(connector: &dyn Connector, session: u128) -> ControlEvent {
         let channel = open(connector, &Hello::Inquire { session }).await?;
         FrameReader::new(channel.source).read_message(wire::MAX_MESSAGE_BYTES).await
     };
-    match ask.await {
+    let Ok(answer) = tokio::time::timeout(INQUIRY_TIMEOUT, ask).await else {
+        return ControlEvent::Lost("the destination does not answer".into());
+    };
+    match answer {
         Ok(Some(bytes)) => match wire::decode(&bytes) {
             Ok(message) => ControlEvent::Message(message),
             Err(e) => ControlEvent::Lost(e.to_string()),

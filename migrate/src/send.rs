@@ -5,7 +5,7 @@
 //! is one order.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -20,6 +20,7 @@ use ferry_protocol::{
 };
 use ferry_transport::{Connector, Pacer};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
 
 use crate::control::{self, ControlEvent};
 use crate::report::{self, PageCounts, Report};
@@ -317,7 +318,7 @@ impl Engine<'_> {
             session,
             pacer,
             bytes: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
+            stop: watch::Sender::new(false),
             began: self.began,
         });
         self.shared = Some(shared.clone());
@@ -446,9 +447,6 @@ impl Engine<'_> {
     }
 
     fn stop_tracking(&mut self) {
-        if let Some(shared) = &self.shared {
-            shared.stop.store(true, Ordering::Relaxed);
-        }
         for tracker in self.trackers.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
             if let Err(e) = tracker.stop() {
                 tracing::warn!("{}", words(&e));
@@ -465,8 +463,8 @@ impl Engine<'_> {
     }
 
     fn finish(mut self, total: Duration) -> Sent {
-        if let Some(shared) = &self.shared {
-            shared.stop.store(true, Ordering::Relaxed);
+        if let (Some(shared), false) = (&self.shared, matches!(self.outcome, Some(Outcome::Completed { .. }))) {
+            shared.stop.send_replace(true);
         }
         for lane in std::mem::take(&mut self.lanes) {
             drop(lane.rounds);

@@ -3,7 +3,7 @@
 //! A lane is a connection with a thread and a runtime of its own: encoding and encryption of one lane
 //! share a core, and lanes spread over cores.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,13 @@ use ferry_pages::Run;
 use ferry_protocol::Hello;
 use ferry_transport::{ByteSink, Channel, Connector, LinkError, Pacer, send_message};
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::watch;
 
 use crate::report::PageCounts;
 use crate::round::Round;
+
+/// How long a peer that is alive may take to acknowledge the end.
+pub(crate) const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What all lanes of a migration share.
 pub(crate) struct Shared {
@@ -27,8 +31,8 @@ pub(crate) struct Shared {
     pub(crate) pacer: Option<Mutex<Pacer>>,
     /// Bytes put on the link so far, for whoever watches.
     pub(crate) bytes: std::sync::atomic::AtomicU64,
-    /// The migration is over: leave the round.
-    pub(crate) stop: AtomicBool,
+    /// The migration is over: leave the round, even if the peer takes no more bytes.
+    pub(crate) stop: watch::Sender<bool>,
     pub(crate) began: Instant,
 }
 
@@ -60,8 +64,13 @@ pub(crate) fn run(
         Ok(runtime) => runtime,
         Err(e) => return tell(LaneEvent::Failed(format!("lane {lane}: no runtime: {e}"))),
     };
+    let mut stop = shared.stop.subscribe();
     runtime.block_on(async {
-        let mut channel = match open(shared, lane).await {
+        let opened = tokio::select! {
+            opened = open(shared, lane) => opened,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        let mut channel = match opened {
             Ok(channel) => channel,
             Err(e) => return tell(LaneEvent::LinkLost(e)),
         };
@@ -78,15 +87,25 @@ pub(crate) fn run(
                     };
                     return tell(LaneEvent::LinkLost(why));
                 }
+                _ = stop.wait_for(|stop| *stop) => break,
             };
             let Some(round) = round else { break };
-            match sender.send_round(&round, channel.sink.as_mut()).await {
+            let sent = tokio::select! {
+                biased;
+                sent = sender.send_round(&round, channel.sink.as_mut()) => sent,
+                _ = stop.wait_for(|stop| *stop) => break,
+            };
+            match sent {
                 Ok(done) => tell(LaneEvent::RoundSent { round: round.number, done }),
                 Err(event) => return tell(event),
             }
         }
-        // Waits until the peer has everything, or is gone.
-        let _ = channel.sink.finish().await;
+        if *shared.stop.borrow() {
+            channel.sink.close("the migration ended").await;
+        } else {
+            // Waits until the peer has everything, or is gone.
+            let _ = tokio::time::timeout(FAREWELL, channel.sink.finish()).await;
+        }
     });
 }
 
@@ -128,7 +147,7 @@ impl<'a> Sender<'a> {
     ) -> Result<LaneRound, LaneEvent> {
         self.done = LaneRound::default();
         loop {
-            if self.shared.stop.load(Ordering::Relaxed) {
+            if *self.shared.stop.borrow() {
                 return Err(LaneEvent::Failed("the migration is over".into()));
             }
             let runs = round.next_batch().map_err(|e| LaneEvent::Failed(e.to_string()))?;
