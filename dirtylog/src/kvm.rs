@@ -6,7 +6,7 @@
 #![expect(unsafe_code, reason = "ioctls that kvm-ioctls lacks, and memory shared with the kernel")]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -90,20 +90,43 @@ pub(crate) fn clear_dirty_log(
 
 /// Re-arms every page whose ring entry was marked as read, in all rings; how many.
 ///
-/// Not from two threads at a time.
-pub(crate) fn reset_dirty_rings(vm: &VmFd) -> io::Result<u64> {
+/// Not from two threads at a time. A signal ends it early.
+fn reset_dirty_rings(vm: &VmFd) -> io::Result<u64> {
     // SAFETY: the descriptor is a VM's and the call takes no argument.
     let ret = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
     u64::try_from(ret).map_err(|_| io::Error::last_os_error())
 }
 
 /// The dirty ring of one vCPU, mapped.
+///
+/// The kernel writes at its `dirty_index` and re-arms from its `reset_index` on, for as long as entries are
+/// marked as read (virt/kvm/dirty_ring.c). It tells neither; `next` is the second, counted along.
+///
+/// # When it overflows
+/// A vCPU is stopped while the kernel counts more than a limit between the two indices, which leaves 64
+/// entries and more in reserve. A KVM that emulates many writes before it looks writes over entries that
+/// nobody has read: their pages are lost, and `dirty_index` is ahead of all that can be read by as many.
+///
+/// ```text
+///   next = reset_index          first dirty entry      dirty_index
+///   │ ······ gap: never filled ······ │ D D D D D D D D │
+/// ```
+///
+/// Such a gap is seen as soon as the kernel writes behind it, and is then marked as read, all of it: the
+/// kernel passes over it. Never more than is known to lie before `dirty_index` may be marked, or the
+/// kernel's count would be negative, which it takes for full, for ever.
 pub(crate) struct DirtyRing {
     entries: NonNull<kvm_dirty_gfn>,
     /// How many entries: a power of two.
     count: u32,
-    /// The next to read; counts on and wraps.
+    /// The next to read and re-arm: the kernel's `reset_index`, which counts on and wraps.
     next: u32,
+    /// There may be a gap: it has overflowed.
+    gaps: bool,
+    /// Where `next` was when the vCPU was last let go on after it had stopped at a full ring.
+    full_at: Option<u32>,
+    /// Whose ring it is.
+    vcpu: RawFd,
 }
 
 // SAFETY: the mapping belongs to the value alone and is not tied to a thread; all access is by `&mut`.
@@ -133,31 +156,132 @@ impl DirtyRing {
         }
         let entries =
             NonNull::new(map.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        Ok(Self { entries, count, next: 0 })
+        let vcpu = vcpu.as_raw_fd();
+        Ok(Self { entries, count, next: 0, gaps: false, full_at: None, vcpu })
     }
 
-    /// Reads what the kernel has put in and marks it as read; calls `page` with slot and page in slot.
+    /// Whether it is the ring of `vcpu`.
+    pub(crate) fn is_of(&self, vcpu: &VcpuFd) -> bool {
+        self.vcpu == vcpu.as_raw_fd()
+    }
+
+    /// Reads what the kernel has put in and re-arms it; calls `page` with slot and page in slot. True if
+    /// the ring has overflowed: pages are missing, and what was read may be torn.
+    pub(crate) fn empty(&mut self, vm: &VmFd, page: impl FnMut(u32, u64)) -> io::Result<bool> {
+        let first = self.next;
+        let (marked, read) = self.mark(page);
+        if marked == 0 {
+            return Ok(false);
+        }
+        let all = self.reset(vm, marked)?;
+        // Three signs that the kernel came round: no entry was free; one that was marked, but not re-armed
+        // yet, is written over; the one before the first is in use again.
+        let round = self.flags(first.wrapping_sub(1)).load(Ordering::Acquire) & ENTRY_DIRTY != 0;
+        let overflowed = read == self.count || !all || round;
+        self.gaps |= overflowed;
+        Ok(overflowed)
+    }
+
+    /// Gets a vCPU going that stops at a full ring although the ring was just emptied: the kernel counts
+    /// entries that it has written over. True if it was so.
     ///
-    /// Re-armed are the pages by [`reset_dirty_rings`] only.
-    pub(crate) fn harvest(&mut self, mut page: impl FnMut(u32, u64)) {
+    /// Called once for each time that the vCPU stopped, after `empty`.
+    pub(crate) fn release(&mut self, vm: &VmFd) -> io::Result<bool> {
+        // The vCPU was let go on, found the ring full, and nothing was re-armed meanwhile: the kernel
+        // counts as many entries as its limit or more, and none can be read.
+        let stuck = self.full_at == Some(self.next);
+        if stuck {
+            self.gaps = true;
+            // The limit is the number of entries less 64, or 576 on CPUs with a page log (which take no
+            // ring of less than 1024): a quarter is always below it.
+            let marked = self.mark_gap(0, self.count / 4);
+            self.reset(vm, marked)?;
+        }
+        self.full_at = Some(self.next);
+        Ok(stuck)
+    }
+
+    /// Marks what can be read, and gaps before it, from `next` on: how many in all, and how many of them
+    /// were read.
+    fn mark(&self, mut page: impl FnMut(u32, u64)) -> (u32, u32) {
+        let (mut marked, mut read) = (0, 0);
         // At most one turn: entries that the kernel adds behind are for the next time.
-        for _ in 0..self.count {
-            let at = (self.next & (self.count - 1)) as usize;
-            // SAFETY: `at` is below `count`, so that the entry lies in the mapping.
-            let entry = unsafe { self.entries.add(at) };
-            // SAFETY: `flags` is aligned, in the mapping, and both sides access it atomically.
-            let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry.as_ptr()).flags) };
+        while marked < self.count {
+            let at = self.next.wrapping_add(marked);
             // Acquire: slot and offset are read only after the kernel has published them.
-            if flags.load(Ordering::Acquire) & (ENTRY_DIRTY | ENTRY_RESET) != ENTRY_DIRTY {
+            let flags = self.flags(at).load(Ordering::Acquire);
+            if flags & ENTRY_RESET != 0 {
+                // Read before; the kernel had stopped short of it.
+                marked += 1;
+            } else if flags & ENTRY_DIRTY != 0 {
+                // SAFETY: the entry lies in the mapping. The kernel leaves it alone from DIRTY until it was
+                // RESET, or writes plain integers over it in a ring that overflows.
+                let entry = unsafe { self.entry(at).read_volatile() };
+                // Release: the kernel may reuse the entry as soon as it sees the flag.
+                self.flags(at).store(ENTRY_RESET, Ordering::Release);
+                marked += 1;
+                read += 1;
+                page(entry.slot, entry.offset);
+            } else {
+                let behind = (marked + 1..self.count).find(|i| {
+                    self.gaps
+                        && self.flags(self.next.wrapping_add(*i)).load(Ordering::Acquire)
+                            & ENTRY_DIRTY
+                            != 0
+                });
+                let Some(behind) = behind else { break };
+                marked += self.mark_gap(marked, behind - marked);
+            }
+        }
+        (marked, read)
+    }
+
+    /// Marks `length` empty entries as read, `from` entries after `next`, up to one that is not empty; how
+    /// many. Slot and page are what the entry last held: at worst they are re-armed once more.
+    fn mark_gap(&self, from: u32, length: u32) -> u32 {
+        (0..length)
+            .find(|i| {
+                self.flags(self.next.wrapping_add(from + i))
+                    .compare_exchange(0, ENTRY_RESET, Ordering::Release, Ordering::Relaxed)
+                    .is_err()
+            })
+            .unwrap_or(length)
+    }
+
+    /// Has the kernel re-arm `marked` entries from `next` on and advances `next` as far as it came. False if
+    /// it stopped at an entry that it had written over.
+    fn reset(&mut self, vm: &VmFd, marked: u32) -> io::Result<bool> {
+        let mut left = marked;
+        // A signal ends the call early, at times before it has done anything.
+        for _ in 0..10_000 {
+            let done = match reset_dirty_rings(vm) {
+                Ok(done) => u32::try_from(done).unwrap_or(u32::MAX).min(left),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => return Err(error),
+            };
+            self.next = self.next.wrapping_add(done);
+            left -= done;
+            if left == 0 {
+                return Ok(true);
+            }
+            if self.flags(self.next).load(Ordering::Acquire) & ENTRY_RESET == 0 {
                 break;
             }
-            // SAFETY: the kernel leaves an entry alone from DIRTY until it was RESET.
-            let read = unsafe { entry.read_volatile() };
-            // Release: the kernel may reuse the entry as soon as it sees the flag.
-            flags.store(ENTRY_RESET, Ordering::Release);
-            self.next = self.next.wrapping_add(1);
-            page(read.slot, read.offset);
         }
+        Ok(false)
+    }
+
+    /// The flags of an entry by its running number.
+    fn flags(&self, index: u32) -> &AtomicU32 {
+        // SAFETY: aligned and in the mapping, which lives as long as `self`; both sides access flags
+        // atomically.
+        unsafe { AtomicU32::from_ptr(&raw mut (*self.entry(index)).flags) }
+    }
+
+    /// An entry by its running number.
+    fn entry(&self, index: u32) -> *mut kvm_dirty_gfn {
+        // SAFETY: the remainder is below `count`, so that the entry lies in the mapping.
+        unsafe { self.entries.add((index & (self.count - 1)) as usize) }.as_ptr()
     }
 }
 

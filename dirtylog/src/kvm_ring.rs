@@ -9,16 +9,22 @@
 //!                                                ├─ harvest, reset ──► pending ──► collect
 //!   migration thread ── collect ─────────────────┘   (under one lock: the kernel wants one resetter)
 //! ```
+//!
+//! # A ring that overflows
+//! A KVM that emulates a guest's kernel instead of running it can write more pages than a ring holds before
+//! it looks whether it is full. That is found here; the pages are lost. The next `collect` therefore turns
+//! logging off and on, which protects every page anew, and *then* reports all: what was written before is
+//! in the report, what is written later is logged. How the ring itself gets back in step, see `DirtyRing`.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ferry_pages::PageSet;
+use ferry_pages::{PageSet, Run};
 use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::kvm::DirtyRing;
-use crate::{DirtySource, Region, TrackError, kvm, place};
+use crate::{DirtySource, Region, TrackError, kvm, pagemap, place};
 
 const NAME: &str = "kvm-ring";
 
@@ -41,6 +47,10 @@ struct State {
     pending: PageSet,
     /// Slot and page of an entry that no region has: a page that cannot be reported.
     stray: Option<(u32, u64)>,
+    /// A ring has overflowed: pages were lost that the next `collect` must make up for.
+    overflowed: bool,
+    /// The operator was told.
+    warned: bool,
 }
 
 impl KvmRings {
@@ -96,10 +106,43 @@ impl KvmRings {
     ///
     /// No page is lost: the next `collect` returns it.
     ///
+    /// On a machine of several vCPUs use [`on_full_of`](Self::on_full_of): one whose ring has overflowed by
+    /// more than it holds can be got going only by name.
+    ///
     /// # Errors
     /// The kernel refused to reset the rings.
     pub fn on_full(&self) -> Result<(), TrackError> {
-        self.lock().drain(&self.vm)
+        self.full(|rings| match rings {
+            [only] => Some(only),
+            _ => None,
+        })
+    }
+
+    /// Empties the rings: what the thread of `vcpu` does each time that it left with
+    /// `KVM_EXIT_DIRTY_RING_FULL`, and at no other time, before it runs on.
+    ///
+    /// No page is lost: the next `collect` returns it.
+    ///
+    /// # Errors
+    /// The kernel refused to reset the rings.
+    pub fn on_full_of(&self, vcpu: &VcpuFd) -> Result<(), TrackError> {
+        self.full(|rings| rings.iter_mut().find(|r| r.is_of(vcpu)))
+    }
+
+    fn full(
+        &self,
+        which: impl FnOnce(&mut [DirtyRing]) -> Option<&mut DirtyRing>,
+    ) -> Result<(), TrackError> {
+        let mut state = self.lock();
+        state.drain(&self.vm)?;
+        let stuck = match which(&mut state.rings) {
+            Some(ring) => ring.release(&self.vm).map_err(reset_failed)?,
+            None => false,
+        };
+        if stuck {
+            state.note_overflow();
+        }
+        Ok(())
     }
 
     /// A tracker of `regions`, which are memory slots of the machine with no other flag than logging.
@@ -116,22 +159,50 @@ impl KvmRings {
 impl State {
     /// Moves what the rings hold to `pending` and re-arms it.
     fn drain(&mut self, vm: &VmFd) -> Result<(), TrackError> {
-        let Self { rings, regions, pending, stray } = self;
+        let Self { rings, regions, pending, stray, .. } = self;
+        let mut overflowed = false;
+        // One after the other: what the kernel says to have re-armed is then of one ring.
         for ring in rings {
-            ring.harvest(|slot, page| {
+            let mut unknown = None;
+            let torn = ring.empty(vm, |slot, page| {
                 let region = regions.iter().find(|r| r.slot == slot && page < r.run.pages);
                 match region {
                     Some(region) => {
                         pending.insert(region.run.start + page);
                     }
-                    None => *stray = Some((slot, page)),
+                    None => unknown = Some((slot, page)),
                 }
             });
+            let torn = torn.map_err(reset_failed)?;
+            overflowed |= torn;
+            if !torn {
+                *stray = stray.or(unknown);
+            }
         }
-        kvm::reset_dirty_rings(vm)
-            .map_err(|e| TrackError::new(NAME, "resetting the dirty rings", e))?;
+        if overflowed {
+            self.note_overflow();
+        }
         Ok(())
     }
+
+    fn note_overflow(&mut self) {
+        // With nothing tracked, what the rings hold is of nobody's interest.
+        if self.regions.is_empty() {
+            return;
+        }
+        self.overflowed = true;
+        if !std::mem::replace(&mut self.warned, true) {
+            tracing::warn!(
+                "a vCPU dirtied more pages than its dirty ring holds before the kernel stopped it, as happens \
+                 where KVM emulates the guest's kernel: no page is lost, but all of the machine's memory counts \
+                 as dirty again each time; --dirty-log bitmap avoids it"
+            );
+        }
+    }
+}
+
+fn reset_failed(error: io::Error) -> TrackError {
+    TrackError::new(NAME, "resetting the dirty rings", error)
 }
 
 /// Dirty tracking of vCPU writes by the rings of [`KvmRings`]. Re-arms as it collects.
@@ -160,6 +231,21 @@ impl KvmRing {
     }
 }
 
+/// Adds all pages that a guest can have written. (A page of shared memory may hold data without being
+/// mapped, so that all of it counts.)
+fn insert_written(region: &Region, into: &mut PageSet) {
+    let run = region.run;
+    let scanned = match region.backing {
+        None => pagemap::populated(region.host, run.pages, |first, pages| {
+            into.insert_run(Run::new(run.start + first, pages));
+        }),
+        Some(_) => Err(io::ErrorKind::Unsupported.into()),
+    };
+    if scanned.is_err() {
+        into.insert_run(run);
+    }
+}
+
 impl DirtySource for KvmRing {
     fn name(&self) -> &'static str {
         NAME
@@ -172,6 +258,7 @@ impl DirtySource for KvmRing {
         // What was left of an earlier time says nothing about this one.
         state.pending.clear();
         state.stray = None;
+        state.overflowed = false;
         state.regions.clone_from(&self.regions);
         drop(state);
         self.log(true)
@@ -180,6 +267,15 @@ impl DirtySource for KvmRing {
     fn collect(&mut self, into: &mut PageSet) -> Result<(), TrackError> {
         let mut state = self.rings.lock();
         state.drain(&self.rings.vm)?;
+        if state.overflowed {
+            // What a ring loses from here on is found by a later drain.
+            self.log(false)?;
+            self.log(true)?;
+            state.overflowed = false;
+            for region in &self.regions {
+                insert_written(region, into);
+            }
+        }
         into.union_with(&std::mem::take(&mut state.pending));
         match state.stray.take() {
             None => Ok(()),

@@ -1,6 +1,7 @@
-//! A machine of two vCPUs that run one loop in ring 3: add 1 to a word of each page of a run.
+//! A machine of two vCPUs that run one loop: add 1 to a word of each page of a run.
 //!
-//! There is no kernel in it. Each vCPU is put straight into 64-bit ring 3 with memory mapped one to one;
+//! There is no kernel in it. Each vCPU is put straight into 64-bit ring 3, or ring 0 (which some KVMs emulate,
+//! and then look for a full dirty ring only when the loop has ended), with memory mapped one to one;
 //! the host sets its registers for a run and enters it, the loop ends with an `out`, which leaves.
 //! Code and page tables lie in a memory slot of their own that is never tracked.
 
@@ -103,6 +104,18 @@ impl KvmMachine {
         Some(Self { vcpus, vm, rings, full: AtomicUsize::new(0), view, make, _mappings: mappings })
     }
 
+    /// The same with its loop in ring 0.
+    pub(crate) fn in_ring_0(self) -> Self {
+        for vcpu in &self.vcpus {
+            let mut sregs = vcpu.get_sregs().unwrap();
+            let data = kvm_segment { selector: 0x10, dpl: 0, ..sregs.ds };
+            sregs.cs = kvm_segment { selector: 0x8, dpl: 0, ..sregs.cs };
+            (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+            vcpu.set_sregs(&sregs).unwrap();
+        }
+        self
+    }
+
     pub(crate) fn bitmap(&self) -> Box<dyn DirtySource> {
         Box::new(KvmBitmap::new(Arc::clone(&self.vm), self.regions()).unwrap())
     }
@@ -180,7 +193,7 @@ fn touch(vcpu: &mut VcpuFd, run: Run, word: u64, rings: Option<&KvmRings>, full:
             Ok(VcpuExit::IoOut(0x10, _)) => return,
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
                 full.fetch_add(1, Ordering::Relaxed);
-                rings.unwrap().on_full().unwrap();
+                rings.unwrap().on_full_of(vcpu).unwrap();
             }
             Ok(exit) => panic!("vCPU left with {exit:?}"),
             Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {}

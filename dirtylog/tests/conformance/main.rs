@@ -6,6 +6,7 @@ mod suite;
 
 use std::sync::Arc;
 
+use ferry_pages::Run;
 use kvm_machine::{KvmMachine, Rings};
 use plain_machine::PlainMachine;
 use suite::{EXTENTS, Machine};
@@ -47,6 +48,7 @@ held_by! {
     kvm_bitmap_memfd => KvmMachine::new(Rings::None, true, KvmMachine::bitmap);
     kvm_bitmap_without_manual_protect => KvmMachine::new(Rings::None, false, KvmMachine::plain_bitmap);
     kvm_ring => KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring);
+    kvm_ring_in_ring_0 => ring_0();
     kvm_uffd_private => KvmMachine::new(Rings::None, false, KvmMachine::write_protected);
     kvm_uffd_memfd => KvmMachine::new(Rings::None, true, KvmMachine::write_protected);
 }
@@ -71,6 +73,66 @@ fn a_full_ring_loses_no_page() {
     }
 }
 
+/// A machine whose dirty rings overflow where KVM emulates ring 0: it has four times as many pages.
+fn ring_0() -> Option<KvmMachine> {
+    KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring).map(KvmMachine::in_ring_0)
+}
+
+/// Also when nobody collects for long, and the vCPUs have dirtied many times what their rings hold.
+#[test]
+fn a_ring_that_overflows_loses_no_page_and_no_vcpu() {
+    let Some(mut machine) = ring_0() else { return };
+    let mut source = machine.source();
+    source.start().unwrap();
+    let few = [Run::new(EXTENTS[0].start + 7, 3), Run::new(EXTENTS[1].start + 900, 40)];
+    for sweeps in [1, 2, 1, 30, 1] {
+        // Both at once: none is helped by what is done for the other.
+        for _ in 0..sweeps {
+            machine.write_during(&EXTENTS, &mut std::thread::yield_now);
+        }
+        let exits = machine.rings_were_full();
+        assert_eq!(suite::collect(source.as_mut()), suite::all(), "{sweeps} sweeps");
+        // In step again at once: no entry is read twice, none is missed.
+        for turn in 0..3 {
+            machine.write(&few);
+            let reported = suite::collect(source.as_mut());
+            assert_eq!(reported, few.into_iter().collect(), "{sweeps} sweeps, turn {turn}");
+        }
+        println!("{sweeps} sweeps: stopped {exits} times");
+    }
+    source.stop().unwrap();
+    machine.write(&EXTENTS);
+}
+
+/// Harvests that come too late, and at any moment of an overflow.
+#[test]
+fn an_overflow_between_harvests_loses_no_page() {
+    let Some(mut machine) = ring_0() else { return };
+    let mut rests = (0..40).cycle().map(|i| std::time::Duration::from_millis(i * 17 % 40));
+    for _ in 0..3 {
+        suite::nothing_is_lost(&mut machine, &mut || {
+            rests.by_ref().take(1).for_each(std::thread::sleep)
+        });
+    }
+}
+
+/// What a ring lost is made up for also when tracking starts anew.
+#[test]
+fn an_overflow_does_not_outlast_its_tracker() {
+    let Some(mut machine) = ring_0() else { return };
+    for _ in 0..3 {
+        let mut source = machine.source();
+        source.start().unwrap();
+        machine.write(&EXTENTS);
+        source.stop().unwrap();
+        source.start().unwrap();
+        assert!(suite::collect(source.as_mut()).is_empty());
+        let few = [Run::new(EXTENTS[1].start + 100, 50), Run::new(EXTENTS[0].start, 5)];
+        machine.write(&few);
+        assert_eq!(suite::collect(source.as_mut()), few.into_iter().collect());
+    }
+}
+
 /// With rings enabled and nothing tracking, the machine runs as any other.
 #[test]
 fn rings_that_nobody_reads_do_not_stop_the_machine() {
@@ -85,7 +147,7 @@ fn rings_that_nobody_reads_do_not_stop_the_machine() {
 #[test]
 fn an_initially_set_bitmap_reports_only_populated_pages() {
     let Some(mut machine) = KvmMachine::new(Rings::None, false, KvmMachine::bitmap) else { return };
-    let written = [ferry_pages::Run::new(EXTENTS[1].start + 5, 70)];
+    let written = [Run::new(EXTENTS[1].start + 5, 70)];
     machine.write(&written);
     let populated = suite::populated(&machine);
     let mut source = machine.source();
@@ -99,7 +161,7 @@ fn an_initially_set_bitmap_reports_only_populated_pages() {
 #[test]
 fn marks_outside_of_memory_are_ignored() {
     use ferry_dirtylog::{DirtySource, SoftwareBitmap};
-    use ferry_pages::{PageSet, Run};
+    use ferry_pages::PageSet;
     let mut bitmap = Arc::new(SoftwareBitmap::new(EXTENTS));
     bitmap.start().unwrap();
     bitmap.mark(EXTENTS[0].end());

@@ -126,6 +126,11 @@ pub(crate) fn dense_writes_are_reported_to_the_last_page(machine: &mut impl Mach
 /// In one pass each processor writes each page once, all at about the same place: a write comes soon after
 /// another that is just being collected, re-armed or copied, and no later write hides that it was lost.
 pub(crate) fn no_write_of_a_running_machine_is_lost(machine: &mut impl Machine) {
+    nothing_is_lost(machine, &mut || {});
+}
+
+/// The same with something between the harvests.
+pub(crate) fn nothing_is_lost(machine: &mut impl Machine, between: &mut dyn FnMut()) {
     machine.write(&sparse());
     let mut copy = Copy { view: machine.view().clone(), bytes: vec![0; total_bytes()] };
     let mut source = machine.source();
@@ -138,6 +143,7 @@ pub(crate) fn no_write_of_a_running_machine_is_lost(machine: &mut impl Machine) 
         machine.write_during(&EXTENTS, &mut || {
             let reported = collect(source.as_mut());
             copy.update(source.as_mut(), &reported);
+            between();
             rounds += 1;
         });
         // The machine is paused: one harvest more, and the copy is the machine.
