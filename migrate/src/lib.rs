@@ -15,6 +15,7 @@ mod send;
 mod send_lane;
 
 pub use ferry_memory::GuestView;
+pub use ferry_pages::PageSet;
 pub use ferry_protocol::{
     Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, PermitStub, Progress, Refusal,
     RunPermit, StateError, StateReader, StateWriter, is_machine_name,

@@ -225,7 +225,8 @@ mod tests {
     #[test]
     fn a_long_round_trip_counts_against_the_goal() {
         let mut p = Policy::new(Goals::default());
-        let far = RoundFacts { acknowledged_in: Duration::from_millis(60), ..facts(1, 10_000, 0, 1) };
+        let far =
+            RoundFacts { acknowledged_in: Duration::from_millis(60), ..facts(1, 10_000, 0, 1) };
         assert!(matches!(p.after_round(far), Decision::Round(_)));
         assert!(p.expected_downtime() > Duration::from_millis(60));
     }

@@ -341,7 +341,8 @@ impl Source {
             (Phase::Sending { began, pages }, SourceEvent::RoundSent { round, batches, bytes })
                 if round == self.round =>
             {
-                self.phase = Phase::Acknowledging { began: *began, sent: now, pages: *pages, bytes };
+                self.phase =
+                    Phase::Acknowledging { began: *began, sent: now, pages: *pages, bytes };
                 self.send(ToDestination::RoundEnd { round, batches });
                 self.expect_answer(now);
             }

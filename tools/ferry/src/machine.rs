@@ -7,9 +7,9 @@ use std::time::Duration;
 use ferry_dirtylog::DirtySource;
 use ferry_guest::status::{self, StatusView};
 use ferry_migrate::{
-    Guest, GuestError, GuestView, MachineSpec, RunPermit, StateReader, StateWriter,
+    Guest, GuestError, GuestView, MachineSpec, PageSet, RunPermit, StateReader, StateWriter,
 };
-use ferry_process_guest::ProcessGuest;
+use ferry_process_guest::{ProcessGuest, Tracker};
 use ferry_refvmm::{Machine, MachineStatus};
 
 /// Clones are handles to the same machine.
@@ -51,7 +51,10 @@ impl AnyMachine {
     pub(crate) fn dirty_log(&self) -> String {
         match self {
             Self::Kvm(m) => m.dirty_log().into(),
-            Self::Process(p) => format!("{:?}", lock(p).config().tracker),
+            Self::Process(p) => match lock(p).config().tracker {
+                Tracker::UffdWriteProtect => "write-protect".into(),
+                Tracker::Software => "software".into(),
+            },
         }
     }
 
@@ -128,6 +131,9 @@ impl Guest for AnyMachine {
     }
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
         self.with(|g| g.dirty_sources())
+    }
+    fn return_dirty(&mut self, pages: &PageSet) {
+        self.with(|g| g.return_dirty(pages));
     }
     fn pause(&mut self) -> Result<RunPermit, GuestError> {
         self.with(|g| g.pause())
