@@ -58,31 +58,76 @@ impl Installer {
         if !*open {
             return Ok(false);
         }
-        let mut digests = batch.digests.iter().copied();
+        let mut digests = batch.digests;
         for (run, mut bytes) in batch.run_bytes() {
             for (number, first, part) in by_chunk(run) {
                 let Some(chunk) = self.chunk(number, part.start) else { continue };
                 let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
                 let ledger = chunk.get_or_insert_with(Box::default);
-                for page in 0..usize::try_from(part.pages).unwrap_or(0) {
-                    let gfn = part.start + page as u64;
-                    if batch.codec == Codec::Zero {
-                        // Zero over untouched memory stays untouched.
-                        if ledger.admit(first + page, batch.round, 0) == Admission::OverData {
-                            self.view.write(gfn, &ZERO_PAGE)?;
-                        }
-                    } else {
-                        let (content, rest) = bytes.split_at(PAGE_BYTES);
-                        bytes = rest;
-                        let digest = digests.next().unwrap_or(0);
-                        if ledger.admit(first + page, batch.round, digest) != Admission::Late {
-                            self.view.write(gfn, content)?;
-                        }
-                    }
+                if batch.codec == Codec::Zero {
+                    self.install_zeros(ledger, first, part, batch.round)?;
+                } else {
+                    // A run has its bytes and digests: the decoder saw to it.
+                    let pages = usize::try_from(part.pages).unwrap_or(0);
+                    let (these, rest) = bytes.split_at(pages * PAGE_BYTES);
+                    let (of_these, later) = digests.split_at(pages);
+                    (bytes, digests) = (rest, later);
+                    self.install_data(ledger, first, part, batch.round, these, of_these)?;
                 }
             }
         }
         Ok(true)
+    }
+
+    fn install_zeros(
+        &self,
+        ledger: &mut ChunkLedger,
+        first: usize,
+        part: Run,
+        round: u32,
+    ) -> Result<(), MemoryError> {
+        for (page, gfn) in (first..).zip(part.start..part.end()) {
+            // Zero over untouched memory stays untouched.
+            if ledger.admit(page, round, 0) == Admission::OverData {
+                self.view.write(gfn, &ZERO_PAGE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what is not late, in stretches as long as can be: a fault for each page would cost more
+    /// than all else that is done for it here.
+    fn install_data(
+        &self,
+        ledger: &mut ChunkLedger,
+        first: usize,
+        part: Run,
+        round: u32,
+        bytes: &[u8],
+        digests: &[u64],
+    ) -> Result<(), MemoryError> {
+        let mut at = 0;
+        while at < digests.len() {
+            let (begin, mut untouched) = (at, false);
+            while let Some(digest) = digests.get(at) {
+                match ledger.admit(first + at, round, *digest) {
+                    Admission::Late => break,
+                    Admission::OverZeros => untouched = true,
+                    Admission::OverData => {}
+                }
+                at += 1;
+            }
+            if at > begin {
+                let run = Run::new(part.start + begin as u64, (at - begin) as u64);
+                if untouched {
+                    self.view.prefault_write(run)?;
+                }
+                self.view.write(run.start, &bytes[begin * PAGE_BYTES..at * PAGE_BYTES])?;
+            }
+            // The late one.
+            at += 1;
+        }
+        Ok(())
     }
 
     /// Wrapping sum of the digests of all pages as installed.
