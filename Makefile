@@ -38,7 +38,7 @@ lint: setup cargo-deny ## Check formatting, lints, documentation, licences and d
 # Says what is missing; installs it where that is possible without asking for a password.
 setup:
 	@command -v $(CARGO) >/dev/null || { \
-		echo "cargo is missing: install Rust 1.95 or newer (rustup.rs), open a new shell, and try again" >&2; exit 1; }
+		echo "cargo is missing: install Rust 1.95 or newer, open a new shell, and try again" >&2; exit 1; }
 	@compiler() { echo '#include <linux/userfaultfd.h>' | cc -E - >/dev/null 2>&1; }; \
 	libclang() { [ -n "$$LIBCLANG_PATH" ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q 'libclang[-.0-9]*\.so' \
 		|| ls /usr/lib/llvm-*/lib/libclang*.so /usr/lib64/libclang*.so >/dev/null 2>&1; }; \
