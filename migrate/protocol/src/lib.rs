@@ -7,6 +7,7 @@
 
 mod destination;
 mod messages;
+mod outcome;
 mod permit;
 mod policy;
 mod source;
@@ -19,9 +20,10 @@ pub use messages::{
     Hello, MAX_HELLO_BYTES, MAX_LANES, NotFerry, ToDestination, ToSource, VERSION_MAX, VERSION_MIN,
     Verdict,
 };
+pub use outcome::{Outcome, Progress, Switchover};
 pub use permit::{PermitStub, RunPermit};
 pub use policy::{Decision, Goals, Policy, RoundFacts};
-pub use source::{Outcome, Progress, Source, SourceAction, SourceEvent, Switchover};
+pub use source::{Source, SourceAction, SourceEvent};
 pub use spec::{DeviceSpec, HostCapabilities, MachineSpec, is_machine_name};
 pub use state::{MAX_SECTION_BYTES, StateError, StateReader, StateWriter};
 
