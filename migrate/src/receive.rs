@@ -180,7 +180,7 @@ async fn greet<H: Host + 'static>(
                 Err(refusal) => {
                     let why = refusal.why.clone();
                     // The source learns why; if it does not, it learns that the channel was closed.
-                    let _ = say(&mut sink, &ToSource::Refused { reasons: vec![refusal] }).await;
+                    let _ = say_last(&mut sink, reader, &ToSource::Refused { reasons: vec![refusal] }).await;
                     server.turn_away(&peer, sink, &why).await;
                 }
             }
@@ -198,17 +198,30 @@ async fn greet<H: Host + 'static>(
         Hello::Inquire { session } => {
             let verdict =
                 server.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
-            if let Err(e) = say(&mut sink, &ToSource::Verdict(verdict)).await {
+            if let Err(e) = say_last(&mut sink, reader, &ToSource::Verdict(verdict)).await {
                 tracing::debug!("an inquiry of {peer} was not answered: {e}");
             }
         }
     }
 }
 
-async fn say(sink: &mut Box<dyn ByteSink>, message: &ToSource) -> Result<(), LinkError> {
+/// Says the last word of a channel, and holds it open until the peer has read it and hung up: what is not
+/// read yet when a channel is closed may be lost.
+async fn say_last(
+    sink: &mut Box<dyn ByteSink>,
+    reader: FrameReader,
+    message: &ToSource,
+) -> Result<(), LinkError> {
     let bytes = wire::encode(message).unwrap_or_default();
-    send_message(sink.as_mut(), &bytes).await?;
-    sink.finish().await
+    let (mut source, _) = reader.into_parts();
+    let farewell = async {
+        send_message(sink.as_mut(), &bytes).await?;
+        sink.finish().await?;
+        while let Ok(Some(_)) = source.recv().await {}
+        Ok(())
+    };
+    // A peer that stays has had its time.
+    tokio::time::timeout(HELLO_TIMEOUT, farewell).await.unwrap_or(Ok(()))
 }
 
 async fn write(mut sink: Box<dyn ByteSink>, mut messages: UnboundedReceiver<Vec<u8>>) {
