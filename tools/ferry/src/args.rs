@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -187,7 +187,7 @@ impl From<DirtyLogArg> for DirtyLog {
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
     /// UDP address to listen on, such as 0.0.0.0:7000.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
     pub(crate) listen: SocketAddr,
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
@@ -211,7 +211,7 @@ pub(crate) struct Migrate {
     /// The machine.
     pub(crate) name: String,
     /// Where `ferry receive` listens.
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
     pub(crate) to: SocketAddr,
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
@@ -237,6 +237,14 @@ pub(crate) struct Migrate {
 pub(crate) enum Mode {
     /// Rounds of dirty pages while the guest runs, then a short stop.
     PreCopy,
+}
+
+/// An address such as `10.0.0.2:7000`, or a host's name and a port.
+fn parse_addr(text: &str) -> Result<SocketAddr, String> {
+    let found = text.to_socket_addrs().map_err(|e| e.to_string());
+    found
+        .and_then(|mut all| all.next().ok_or_else(|| "the name has no address".into()))
+        .map_err(|why| format!("{why}; write HOST:PORT, such as 10.0.0.2:7000"))
 }
 
 /// A size such as `512M`: bytes, with K, M, G or T for 1024, 1024², …

@@ -6,7 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferry_migrate::{
-    Canceller, Goals, Guest, Left, OutcomeKind, PermitStub, Report, SendEvent, SendOptions, send,
+    Canceller, Goals, Guest, Left, OutcomeKind, PermitStub, Report, SendEvent, SendOptions,
+    Whereabouts, send,
 };
 use ferry_transport::{Identity, QuicConnector};
 
@@ -211,6 +212,16 @@ impl Hosted {
     }
 
     fn migrate(&self, how: &MigrateRequest, client: &mut Conversation) -> Result<Report, String> {
+        {
+            let inner = self.inner();
+            if let (Some(_), Err(why)) = (&inner.in_doubt, self.check_at_rest(&inner)) {
+                // Whoever reads the report must not take it for running.
+                return Ok(Report {
+                    machine: Whereabouts::PausedAtSource,
+                    ..Report::not_begun(why)
+                });
+            }
+        }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
         let connector = QuicConnector::new(&identity, how.to).map_err(|e| e.to_string())?;
         let canceller = Canceller::default();

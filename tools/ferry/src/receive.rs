@@ -1,6 +1,7 @@
 //! `ferry receive`: takes machines in and hosts them.
 
 use std::collections::HashMap;
+use std::fs::OpenOptions;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -47,7 +48,9 @@ impl Host for AnyHost {
             self.runtime.reserve(name).map_err(|e| vec![Refusal::new("name", e.to_string())])?;
         let machine = match spec.vmm.as_str() {
             ferry_process_guest::VMM => {
-                ProcessHost::default().prepare(spec).map(AnyMachine::process)
+                // Under the name that it has here, it moves on.
+                let spec = MachineSpec { name: name.to_owned(), ..spec.clone() };
+                ProcessHost::default().prepare(&spec).map(AnyMachine::process)
             }
             _ => self.kvm.prepare(spec).map(AnyMachine::Kvm),
         }?;
@@ -67,6 +70,13 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
     if let Some(name) = &args.name {
         // Says now what would otherwise be said to the first source.
         drop(runtime.reserve(name)?);
+    }
+    if let Some(path) = &args.serial {
+        // As above.
+        let opened = OpenOptions::new().append(true).create(true).open(path);
+        opened.map_err(|e| {
+            Failure::words(format!("cannot open serial output {}: {e}", path.display()))
+        })?;
     }
     let host = Arc::new(AnyHost {
         runtime,

@@ -3,11 +3,12 @@
 use std::io::Write;
 use std::path::Path;
 
+use ferry_guest::workload::Params;
 use ferry_process_guest::{Config, ProcessGuest, Tracker};
 use ferry_refvmm::{Machine, MachineConfig, RefHost, SerialSink};
 
 use crate::Failure;
-use crate::args::{Run, Vm};
+use crate::args::{DirtyLogArg, Run, Vm};
 use crate::hosted::{Ending, Hosted};
 use crate::machine::AnyMachine;
 use crate::protocol::{Conversation, MachineInfo, Reply, Request};
@@ -36,6 +37,11 @@ fn boot(runtime: &RuntimeDir, run: &Run) -> Result<(), Failure> {
 }
 
 fn process(run: &Run) -> Result<AnyMachine, Failure> {
+    if !matches!(run.dirty_log, DirtyLogArg::Auto | DirtyLogArg::WriteProtect) {
+        return Err(Failure::words(
+            "a process guest has no KVM to log its writes: --dirty-log can be write-protect or auto",
+        ));
+    }
     let mut guest = ProcessGuest::new(Config {
         name: run.name.clone(),
         memory_bytes: run.memory,
@@ -50,6 +56,8 @@ fn process(run: &Run) -> Result<AnyMachine, Failure> {
 fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
     let builtin = run.kernel == Path::new(":guest");
     let (image, cmdline) = if builtin {
+        // The guest would say so on its console, and halt.
+        Params::parse(&run.cmdline).map_err(|e| Failure::words(e.to_string()))?;
         let mut image = tempfile::NamedTempFile::new()?;
         image.write_all(ferry_guest::ELF)?;
         // Later words win: what the operator says counts.
