@@ -1,0 +1,68 @@
+//! Two network namespaces joined by a cable that can be cut.
+
+use std::io;
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The addresses of the two ends.
+pub(crate) const ADDRESSES: [&str; 2] = ["10.77.77.1", "10.77.77.2"];
+
+/// Two namespaces; they go with this.
+pub(crate) struct Network([String; 2]);
+
+/// Why a command did not succeed, in words.
+pub(crate) fn why_not(tried: io::Result<Output>) -> Option<String> {
+    match tried {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        Err(e) => Some(e.to_string()),
+    }
+}
+
+fn ip(words: &str) -> Option<String> {
+    why_not(Command::new("ip").args(words.split_whitespace()).output())
+        .map(|why| format!("`ip {words}`: {why}"))
+}
+
+impl Network {
+    /// None, with a word on standard output, where this is not permitted.
+    pub(crate) fn new() -> Option<Self> {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let id = format!("{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let network = Self(["a", "b"].map(|end| format!("ferry-{id}-{end}")));
+        let [a, b] = &network.0;
+        let mut commands = vec![
+            format!("netns add {a}"),
+            format!("netns add {b}"),
+            format!("-n {a} link add cable type veth peer name cable netns {b}"),
+        ];
+        for (end, address) in network.0.iter().zip(ADDRESSES) {
+            commands.push(format!("-n {end} address add {address}/24 dev cable"));
+            commands.push(format!("-n {end} link set cable up"));
+        }
+        if let Some(why) = commands.iter().find_map(|words| ip(words)) {
+            println!("SKIP: no network of two hosts can be made: {why}");
+            return None;
+        }
+        Some(network)
+    }
+
+    /// What runs a command at one end.
+    pub(crate) fn at(&self, end: usize) -> Vec<String> {
+        ["ip", "netns", "exec", &self.0[end]].map(str::to_owned).into()
+    }
+
+    /// `down` cuts the cable, `up` joins it.
+    pub(crate) fn set_link(&self, state: &str) {
+        assert_eq!(ip(&format!("-n {} link set cable {state}", self.0[0])), None);
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for end in &self.0 {
+            // It may not have been made.
+            let _ = ip(&format!("netns delete {end}"));
+        }
+    }
+}
