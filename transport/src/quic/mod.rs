@@ -34,6 +34,12 @@ const GREETING: [u8; 8] = *b"ferry/1\n";
 /// Bytes on their way, at most, per connection: 10 Gbit/s over 6 ms. Each side keeps up to this
 /// much: the sender what is not acknowledged, the receiver what is not read.
 const WINDOW_BYTES: u32 = 8 << 20;
+/// What may leave before the first acknowledgement: a machine's state, in one flight. The window does
+/// not grow on a control channel, which is mostly silent, and the guest stands still meanwhile.
+const INITIAL_WINDOW_BYTES: u64 = 64 << 10;
+/// Fewer packets than are acknowledged together are acknowledged after this long. At the usual 25 ms a
+/// sender with a small window would stand still for as long.
+const MAX_ACK_DELAY: Duration = Duration::from_millis(1);
 /// The largest UDP payload that is tried. Ten segments, which is how many quinn hands to the kernel at
 /// once, must stay below 64 KiB.
 const MAX_UDP_PAYLOAD_BYTES: u16 = 6500;
@@ -55,7 +61,9 @@ fn transport_config() -> Arc<TransportConfig> {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(MAX_UDP_PAYLOAD_BYTES);
     let mut acks = AckFrequencyConfig::default();
-    acks.ack_eliciting_threshold(VarInt::from_u32(20));
+    acks.ack_eliciting_threshold(VarInt::from_u32(20)).max_ack_delay(Some(MAX_ACK_DELAY));
+    let mut congestion = CubicConfig::default();
+    congestion.initial_window(INITIAL_WINDOW_BYTES);
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
@@ -70,6 +78,6 @@ fn transport_config() -> Arc<TransportConfig> {
         .ack_frequency_config(Some(acks))
         // On a busy loopback Cubic carried about a third more than quinn's BBR, for the same CPU time.
         // Not compared on a path with delay or loss.
-        .congestion_controller_factory(Arc::new(CubicConfig::default()));
+        .congestion_controller_factory(Arc::new(congestion));
     Arc::new(config)
 }
