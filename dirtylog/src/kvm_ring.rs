@@ -136,7 +136,9 @@ impl KvmRings {
         let mut state = self.lock();
         state.drain(&self.vm)?;
         let stuck = match which(&mut state.rings) {
-            Some(ring) => ring.release(&self.vm).map_err(reset_failed)?,
+            Some(ring) => {
+                ring.release(|| kvm::reset_dirty_rings(&self.vm)).map_err(reset_failed)?
+            }
             None => false,
         };
         if stuck {
@@ -164,15 +166,18 @@ impl State {
         // One after the other: what the kernel says to have re-armed is then of one ring.
         for ring in rings {
             let mut unknown = None;
-            let torn = ring.empty(vm, |slot, page| {
-                let region = regions.iter().find(|r| r.slot == slot && page < r.run.pages);
-                match region {
-                    Some(region) => {
-                        pending.insert(region.run.start + page);
+            let torn = ring.empty(
+                || kvm::reset_dirty_rings(vm),
+                |slot, page| {
+                    let region = regions.iter().find(|r| r.slot == slot && page < r.run.pages);
+                    match region {
+                        Some(region) => {
+                            pending.insert(region.run.start + page);
+                        }
+                        None => unknown = Some((slot, page)),
                     }
-                    None => unknown = Some((slot, page)),
-                }
-            });
+                },
+            );
             let torn = torn.map_err(reset_failed)?;
             overflowed |= torn;
             if !torn {

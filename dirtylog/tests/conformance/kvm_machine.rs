@@ -104,16 +104,16 @@ impl KvmMachine {
         Some(Self { vcpus, vm, rings, full: AtomicUsize::new(0), view, make, _mappings: mappings })
     }
 
-    /// The same with its loop in ring 0.
-    pub(crate) fn in_ring_0(self) -> Self {
+    /// Has the loop run in ring 0 or ring 3 from here on.
+    pub(crate) fn set_ring(&self, ring: u8) {
         for vcpu in &self.vcpus {
             let mut sregs = vcpu.get_sregs().unwrap();
-            let data = kvm_segment { selector: 0x10, dpl: 0, ..sregs.ds };
-            sregs.cs = kvm_segment { selector: 0x8, dpl: 0, ..sregs.cs };
+            let selector = |entry: u16| entry << 3 | u16::from(ring);
+            let data = kvm_segment { selector: selector(3), dpl: ring, ..sregs.ds };
+            sregs.cs = kvm_segment { selector: selector(4), dpl: ring, ..sregs.cs };
             (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
             vcpu.set_sregs(&sregs).unwrap();
         }
-        self
     }
 
     pub(crate) fn bitmap(&self) -> Box<dyn DirtySource> {

@@ -75,7 +75,9 @@ fn a_full_ring_loses_no_page() {
 
 /// A machine whose dirty rings overflow where KVM emulates ring 0: it has four times as many pages.
 fn ring_0() -> Option<KvmMachine> {
-    KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring).map(KvmMachine::in_ring_0)
+    let machine = KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring)?;
+    machine.set_ring(0);
+    Some(machine)
 }
 
 /// Also when nobody collects for long, and the vCPUs have dirtied many times what their rings hold.
@@ -102,6 +104,32 @@ fn a_ring_that_overflows_loses_no_page_and_no_vcpu() {
     }
     source.stop().unwrap();
     machine.write(&EXTENTS);
+}
+
+/// Ring 3 writes where ring 0 has pushed its entries out of the ring: nothing but the collect after the
+/// overflow has these pages logged again. And a vCPU in ring 3 stops at a ring that counts as full.
+#[test]
+fn a_page_whose_entry_was_lost_is_logged_again() {
+    let Some(mut machine) = ring_0() else { return };
+    let mut source = machine.source();
+    source.start().unwrap();
+    let few = [Run::new(EXTENTS[0].start, 60), Run::new(EXTENTS[1].start, 400)];
+    let others = [Run::new(EXTENTS[0].start + 60, 964), Run::new(EXTENTS[1].start + 400, 2600)];
+    for turn in 0..6 {
+        machine.set_ring(3);
+        machine.write(&few);
+        machine.set_ring(0);
+        (0..turn).for_each(|_| machine.write_during(&others, &mut std::thread::yield_now));
+        machine.write(&others);
+        if turn % 2 == 1 {
+            machine.set_ring(3);
+            machine.write(&few);
+        }
+        assert_eq!(suite::collect(source.as_mut()), suite::all(), "turn {turn}");
+        machine.set_ring(3);
+        machine.write(&few);
+        assert_eq!(suite::collect(source.as_mut()), few.into_iter().collect(), "turn {turn}");
+    }
 }
 
 /// Harvests that come too late, and at any moment of an overflow.
