@@ -42,7 +42,7 @@ fn moved<H: Host + 'static>(
     let destination = Destination::new(&plan.pki, host)?;
     let mut reports = Vec::new();
     for _ in 0..plan.repeats {
-        let (report, arrived) = destination.take(guest, &plan.options)?;
+        let (report, _, arrived) = destination.take(guest, &plan.options)?;
         guest = arrived;
         reports.push(report);
     }

@@ -1,6 +1,23 @@
 //! Figures of several runs.
 
 use std::fmt;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// CPU time of this process so far, all threads together.
+pub(crate) fn cpu_time() -> Duration {
+    // Not before 1970, and not for 500 years: it fits.
+    clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
+}
+
+/// What something took.
+#[derive(Clone, Copy)]
+pub(crate) struct Cost {
+    pub(crate) took: Duration,
+    /// CPU time, both hosts together.
+    pub(crate) cpu: Duration,
+}
 
 /// What was measured in several runs, ascending.
 pub(crate) struct Figures(Vec<f64>);

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use ferry_guest::status::{self, State, StatusView};
 use ferry_migrate::{
-    Canceller, Guest, Host, Left, OutcomeKind, ReceiveEvent, ReceiveOptions, Report, SendOptions,
-    receive, send,
+    Canceller, Guest, Host, Left, OutcomeKind, Progress, ReceiveEvent, ReceiveOptions, Report,
+    SendEvent, SendOptions, receive, send,
 };
 use ferry_pages::PAGE_BYTES;
 use ferry_process_guest::{Config, ProcessGuest, Tracker};
@@ -19,6 +19,7 @@ use ferry_transport::{Identity, Listener, QuicConnector, QuicListener, pki};
 use tokio::runtime::Runtime;
 
 use crate::Failure;
+use crate::figures::cpu_time;
 
 /// A private authority with two hosts, and files that guests boot from.
 pub(crate) struct Pki {
@@ -53,9 +54,9 @@ impl Pki {
     }
 }
 
-/// The runtime that a destination lives on.
-pub(crate) fn runtime() -> Result<Runtime, Failure> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+/// The runtime that a destination lives on, its threads called `name` (for profilers).
+pub(crate) fn runtime(name: &str) -> Result<Runtime, Failure> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(name).build()?)
 }
 
 /// A host that takes guests in.
@@ -67,7 +68,7 @@ pub(crate) struct Destination<G> {
 
 impl<G: Guest + 'static> Destination<G> {
     pub(crate) fn new<H: Host<Guest = G> + 'static>(pki: &Pki, host: H) -> Result<Self, Failure> {
-        let runtime = runtime()?;
+        let runtime = runtime("destination")?;
         let identity = pki.destination()?;
         let listener = runtime.block_on(async { QuicListener::bind(&identity, Pki::any()) })?;
         let to = listener.local_addr().ok_or("no address")?;
@@ -79,10 +80,21 @@ impl<G: Guest + 'static> Destination<G> {
         Ok(Self { _runtime: runtime, connector: Arc::new(pki.connector(to)?), events })
     }
 
-    /// Moves `guest` here; only a move with the right memory at the end counts.
-    pub(crate) fn take(&self, mut guest: G, options: &SendOptions) -> Result<(Report, G), Failure> {
+    /// Moves `guest` here; only a move with the right memory at the end counts. Also tells the CPU time
+    /// until the guest ran here.
+    pub(crate) fn take(
+        &self,
+        mut guest: G,
+        options: &SendOptions,
+    ) -> Result<(Report, Duration, G), Failure> {
         let connector = self.connector.clone();
-        let sent = send(&mut guest, connector, options, &Canceller::default(), &mut |_| {});
+        let (cpu_before, mut cpu) = (cpu_time(), Duration::ZERO);
+        let mut watch = |event| {
+            if matches!(event, SendEvent::Progress(Progress::Running)) {
+                cpu = cpu_time().saturating_sub(cpu_before);
+            }
+        };
+        let sent = send(&mut guest, connector, options, &Canceller::default(), &mut watch);
         let report = sent.report;
         let whole = report.outcome == OutcomeKind::Completed && report.digest_verified;
         if !whole || !matches!(sent.left, Left::Nothing) {
@@ -97,7 +109,7 @@ impl<G: Guest + 'static> Destination<G> {
                 ReceiveEvent::Arriving { .. } | ReceiveEvent::Turned(_) => {}
             }
         }
-        Ok((report, arrived.ok_or("no machine arrived")?))
+        Ok((report, cpu, arrived.ok_or("no machine arrived")?))
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<(), Failure> {
     let total = |memory_bytes: u64, prepare: &dyn Fn(&ProcessGuest) -> Result<(), Failure>| {
         let guest = process(memory_bytes, "pattern=idle")?;
         prepare(&guest)?;
-        let (report, _) = destination.take(guest, &plan.options)?;
+        let (report, ..) = destination.take(guest, &plan.options)?;
         Ok::<_, Failure>((report.total_ms, report.pages.zero))
     };
     let nothing = |_: &ProcessGuest| Ok(());

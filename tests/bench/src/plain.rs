@@ -8,13 +8,14 @@ use bytes::Bytes;
 use ferry_transport::{Channel, Connector, Listener, QuicListener};
 
 use crate::Failure;
+use crate::figures::{Cost, cpu_time};
 use crate::moves::{Pki, runtime};
 
 /// Sends `bytes` over `connections` connections, each from a thread with a runtime of its own, as the
-/// engine's lanes do; the receiver counts and drops them. Returns bytes a second; connecting is left out.
-pub(crate) fn copy(pki: &Pki, bytes: &Bytes, connections: u16) -> Result<f64, Failure> {
+/// engine's lanes do; the receiver counts and drops them. Connecting is left out.
+pub(crate) fn copy(pki: &Pki, bytes: &Bytes, connections: u16) -> Result<Cost, Failure> {
     let connections = usize::from(connections);
-    let destination = runtime()?;
+    let destination = runtime("plain")?;
     let identity = pki.destination()?;
     let mut listener = destination.block_on(async { QuicListener::bind(&identity, Pki::any()) })?;
     let to = listener.local_addr().ok_or("no address")?;
@@ -38,20 +39,21 @@ pub(crate) fn copy(pki: &Pki, bytes: &Bytes, connections: u16) -> Result<f64, Fa
             let connector = pki.connector(to)?;
             let part = bytes.slice(lane * share..bytes.len().min((lane + 1) * share));
             let barrier = barrier.clone();
-            Ok(thread::spawn(move || send(&connector, part, &barrier)))
+            let lane = thread::Builder::new().name("plain-lane".into());
+            Ok(lane.spawn(move || send(&connector, part, &barrier))?)
         })
         .collect::<Result<_, Failure>>()?;
     barrier.wait();
-    let began = Instant::now();
+    let (began, cpu_before) = (Instant::now(), cpu_time());
     for lane in lanes {
         lane.join().map_err(|_| "a lane panicked")??;
     }
     let received: usize = destination.block_on(receiver)??;
-    let took = began.elapsed();
+    let cost = Cost { took: began.elapsed(), cpu: cpu_time().saturating_sub(cpu_before) };
     if received != bytes.len() {
         return Err(format!("{received} bytes came, {} were sent", bytes.len()).into());
     }
-    Ok(received as f64 / took.as_secs_f64())
+    Ok(cost)
 }
 
 fn send(connector: &dyn Connector, mut part: Bytes, barrier: &Barrier) -> Result<(), Failure> {
