@@ -147,11 +147,12 @@ impl DirtyRing {
                 read += 1;
                 page(entry.slot, entry.offset);
             } else {
+                if !self.gaps {
+                    break;
+                }
                 let behind = (marked + 1..self.count).find(|i| {
-                    self.gaps
-                        && self.flags(self.next.wrapping_add(*i)).load(Ordering::Acquire)
-                            & ENTRY_DIRTY
-                            != 0
+                    let flags = self.flags(self.next.wrapping_add(*i));
+                    flags.load(Ordering::Acquire) & ENTRY_DIRTY != 0
                 });
                 let Some(behind) = behind else { break };
                 marked += self.mark_gap(marked, behind - marked);
