@@ -35,6 +35,14 @@ pub fn ferry() -> &'static Path {
         build.args(["build", "--quiet", "-p", "ferry", "--manifest-path"]);
         build.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../../Cargo.toml"));
         build.arg("--target-dir").arg(target);
+        // What cargo says of this package is not so of others: build scripts that look at it would run
+        // again, and half of all crates after them.
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+                build.env_remove(name);
+            }
+        }
         if profile.ends_with("release") {
             build.arg("--release");
         }
