@@ -102,22 +102,6 @@ impl KvmRings {
         Ok(())
     }
 
-    /// Empties the rings: what a vCPU thread does on `KVM_EXIT_DIRTY_RING_FULL` before it runs on.
-    ///
-    /// No page is lost: the next `collect` returns it.
-    ///
-    /// On a machine of several vCPUs use [`on_full_of`](Self::on_full_of): one whose ring has overflowed by
-    /// more than it holds can be got going only by name.
-    ///
-    /// # Errors
-    /// The kernel refused to reset the rings.
-    pub fn on_full(&self) -> Result<(), TrackError> {
-        self.full(|rings| match rings {
-            [only] => Some(only),
-            _ => None,
-        })
-    }
-
     /// Empties the rings: what the thread of `vcpu` does each time that it left with
     /// `KVM_EXIT_DIRTY_RING_FULL`, and at no other time, before it runs on.
     ///
@@ -125,23 +109,11 @@ impl KvmRings {
     ///
     /// # Errors
     /// The kernel refused to reset the rings.
-    pub fn on_full_of(&self, vcpu: &VcpuFd) -> Result<(), TrackError> {
-        self.full(|rings| rings.iter_mut().find(|r| r.is_of(vcpu)))
-    }
-
-    fn full(
-        &self,
-        which: impl FnOnce(&mut [DirtyRing]) -> Option<&mut DirtyRing>,
-    ) -> Result<(), TrackError> {
+    pub fn on_full(&self, vcpu: &VcpuFd) -> Result<(), TrackError> {
         let mut state = self.lock();
         state.drain(&self.vm)?;
-        let stuck = match which(&mut state.rings) {
-            Some(ring) => {
-                ring.release(|| kvm::reset_dirty_rings(&self.vm)).map_err(reset_failed)?
-            }
-            None => false,
-        };
-        if stuck {
+        let Some(ring) = state.rings.iter_mut().find(|r| r.is_of(vcpu)) else { return Ok(()) };
+        if ring.release(|| kvm::reset_dirty_rings(&self.vm)).map_err(reset_failed)? {
             state.note_overflow();
         }
         Ok(())

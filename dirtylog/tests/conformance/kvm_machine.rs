@@ -193,7 +193,7 @@ fn touch(vcpu: &mut VcpuFd, run: Run, word: u64, rings: Option<&KvmRings>, full:
             Ok(VcpuExit::IoOut(0x10, _)) => return,
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
                 full.fetch_add(1, Ordering::Relaxed);
-                rings.unwrap().on_full_of(vcpu).unwrap();
+                rings.unwrap().on_full(vcpu).unwrap();
             }
             Ok(exit) => panic!("vCPU left with {exit:?}"),
             Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {}

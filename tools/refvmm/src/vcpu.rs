@@ -280,7 +280,7 @@ impl Vcpus {
                 Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
                 Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
-                    if let Some(Err(e)) = self.rings.as_ref().map(|r| r.on_full()) {
+                    if let Some(Err(e)) = self.rings.as_ref().map(|r| r.on_full(fd)) {
                         return crashed(e.to_string());
                     }
                 }
