@@ -1,0 +1,246 @@
+//! The link is cut, loses or stalls, before and after the commit: one side runs the machine, never two.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use ferry_migrate::{Arrival, Canceller, Left, OutcomeKind, Sent, Whereabouts};
+use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
+use ferry_protocol::{ToDestination, ToSource};
+
+use crate::stage::{
+    Deal, Destination, Dice, Link, Maker, Process, Relay, Subject, Watched, WatchedHost, Witness,
+    Word, eventually, goes_on, migrate, pass,
+};
+use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
+
+struct Stage {
+    witness: Arc<Witness>,
+    source: Watched<ProcessGuest>,
+    destination: Destination<Watched<ProcessGuest>>,
+}
+
+fn stage(link: Link) -> Stage {
+    let maker = Process {
+        tracker: Tracker::UffdWriteProtect,
+        memory_bytes: 64 * MIB,
+        workload: BUSY.into(),
+    };
+    let witness = Witness::new();
+    let source = Watched::running(maker.busy_guest(), &witness);
+    let host = WatchedHost { host: ProcessHost::default(), witness: witness.clone() };
+    Stage { witness, source, destination: Destination::start(link, host) }
+}
+
+impl Stage {
+    fn relay(
+        &self,
+        mends: bool,
+        tamper: impl Fn(Word<'_>, &Bytes) -> Deal + Send + Sync + 'static,
+    ) -> Relay {
+        Relay::new(&self.destination.connector, self.destination.handle(), mends, tamper)
+    }
+
+    fn migrate_by(&mut self, relay: &Relay) -> Sent {
+        migrate(&mut self.source, &relay.connector(), &options(2))
+    }
+
+    /// The machine is at its source, and moves once nobody tampers.
+    fn then_moves(mut self) {
+        assert_eq!(self.witness.running(), 1);
+        let clean = self.relay(false, pass);
+        let sent = self.migrate_by(&clean);
+        assert_completed(&sent);
+        let (arrived, _) = self.destination.arrival().expect("a machine");
+        goes_on(&arrived, ARENA_PAGES);
+        assert_eq!(self.witness.running(), 1);
+    }
+}
+
+/// Bytes of a whole migration, about: the link is cut anywhere in them.
+const ALL_BYTES: u64 = 40 << 20;
+
+fn cut_anywhere(link: Link, seed: u64, times: u32) {
+    let mut at = stage(link);
+    let mut dice = Dice(seed);
+    let (mut kept, mut left) = (0, 0);
+    for n in 0..times {
+        // The first ones fall into the negotiation.
+        let bytes = if n < 4 { dice.below(1200) } else { dice.below(ALL_BYTES) };
+        let relay = at.relay(true, pass).cut_after(bytes);
+        let sent = at.migrate_by(&relay);
+        match sent.report.machine {
+            Whereabouts::RunsAtSource => {
+                assert_eq!(sent.report.outcome, OutcomeKind::Failed, "cut after {bytes} bytes");
+                assert!(!sent.report.reason.is_empty());
+                assert_goes_on_at_source(&sent, &at.source);
+                kept += 1;
+            }
+            Whereabouts::RunsAtDestination => {
+                assert!(!sent.report.memory_differs, "{}", sent.report.reason);
+                at.source = at.destination.arrival().expect("a machine").0;
+                goes_on(&at.source, ARENA_PAGES);
+                left += 1;
+            }
+            Whereabouts::PausedAtSource => panic!("the destination could be asked: {sent:?}"),
+        }
+        assert_eq!(at.witness.running(), 1, "cut after {bytes} bytes");
+    }
+    println!("cut {times} times: {kept} times it stayed, {left} times it had left");
+    assert!(kept > 4);
+    at.then_moves();
+}
+
+#[test]
+fn a_link_cut_after_any_byte_leaves_one_machine_that_runs() {
+    cut_anywhere(Link::Memory, 11, 30);
+}
+
+#[test]
+fn a_quic_link_cut_after_any_byte_leaves_one_machine_that_runs() {
+    cut_anywhere(Link::Quic, 12, 8);
+}
+
+#[test]
+fn a_destination_that_ran_says_so_when_its_word_was_lost() {
+    let mut at = stage(Link::Memory);
+    let relay = at.relay(true, |word, _| match word {
+        Word::ToSource(ToSource::Running { .. }) => Deal::Cut,
+        _ => Deal::Pass,
+    });
+    let sent = at.migrate_by(&relay);
+    assert_eq!(sent.report.outcome, OutcomeKind::Completed, "{}", sent.report.reason);
+    assert!(!sent.report.digest_verified && !sent.report.memory_differs);
+    assert!(sent.report.reason.contains("asked"), "{}", sent.report.reason);
+    assert!(matches!(sent.left, Left::Nothing));
+    let (arrived, arrival) = at.destination.arrival().expect("a machine");
+    assert_eq!(arrival, Arrival::Runs { digest_verified: None });
+    goes_on(&arrived, ARENA_PAGES);
+    assert!(!at.source.runs());
+    assert_eq!(at.witness.running(), 1);
+}
+
+#[test]
+fn a_machine_whose_commit_was_lost_goes_on_at_its_source_by_the_destinations_word() {
+    let mut at = stage(Link::Memory);
+    let relay = at.relay(true, |word, _| match word {
+        Word::ToDestination(ToDestination::Commit { .. }) => Deal::Cut,
+        _ => Deal::Pass,
+    });
+    let sent = at.migrate_by(&relay);
+    assert_eq!(sent.report.outcome, OutcomeKind::Failed);
+    assert!(sent.report.reason.contains("never ran"), "{}", sent.report.reason);
+    assert_goes_on_at_source(&sent, &at.source);
+    at.destination.void();
+    at.then_moves();
+}
+
+#[test]
+fn a_machine_whose_last_pages_were_lost_goes_on_at_its_source_by_the_destinations_word() {
+    let mut at = stage(Link::Memory);
+    // The frames of the last rounds vanish; the commit arrives, and then the line is cut.
+    let relay = at.relay(true, |word, _| match word {
+        Word::Frame(header) if header.round > 1 => Deal::Lose,
+        Word::ToDestination(ToDestination::Commit { .. }) => Deal::PassAndCut,
+        _ => Deal::Pass,
+    });
+    // One round, and then the switchover: a round without its frames would never be acknowledged.
+    let mut at_once = options(2);
+    at_once.goals.max_downtime = Duration::from_secs(100);
+    let sent = migrate(&mut at.source, &relay.connector(), &at_once);
+    assert_eq!(sent.report.outcome, OutcomeKind::Failed, "{}", sent.report.reason);
+    assert!(sent.report.reason.contains("never ran"), "{}", sent.report.reason);
+    assert_goes_on_at_source(&sent, &at.source);
+    at.destination.void();
+    at.then_moves();
+}
+
+#[test]
+fn a_machine_stays_paused_when_nobody_can_say_whether_it_runs_elsewhere() {
+    let mut at = stage(Link::Memory);
+    let relay = at.relay(false, |word, _| match word {
+        Word::ToSource(ToSource::Running { .. }) => Deal::Cut,
+        _ => Deal::Pass,
+    });
+    // While it is in doubt, and after: the machine runs at the destination, and only there.
+    let sent = at.migrate_by(&relay);
+    let (arrived, arrival) = at.destination.arrival().expect("a machine");
+    assert_eq!(arrival, Arrival::Runs { digest_verified: None });
+    goes_on(&arrived, ARENA_PAGES);
+    assert_eq!(sent.report.outcome, OutcomeKind::Failed);
+    assert_eq!(sent.report.machine, Whereabouts::PausedAtSource);
+    assert!(sent.report.reason.contains("stays paused"), "{}", sent.report.reason);
+    assert!(matches!(sent.left, Left::InDoubt(_)), "{:?}", sent.left);
+    let stood = at.source.written();
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!at.source.runs());
+    assert_eq!(at.source.written(), stood, "a paused machine writes nothing");
+    assert_eq!(at.witness.running(), 1);
+    assert_eq!(at.witness.times_started(), 2, "once at each side");
+}
+
+#[test]
+fn a_guest_is_not_frozen_by_a_peer_that_takes_no_last_pages() {
+    let mut at = stage(Link::Memory);
+    let relay = at.relay(false, |word, _| match word {
+        Word::Frame(header) if header.round > 1 => Deal::Stall,
+        _ => Deal::Pass,
+    });
+    let mut at_once = options(1);
+    at_once.goals.max_downtime = Duration::from_secs(4);
+    let began = Instant::now();
+    let sent = migrate(&mut at.source, &relay.connector(), &at_once);
+    assert_eq!(sent.report.outcome, OutcomeKind::Failed, "{}", sent.report.reason);
+    assert!(sent.report.reason.contains("last pages"), "{}", sent.report.reason);
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    assert_goes_on_at_source(&sent, &at.source);
+    at.destination.void();
+    at.then_moves();
+}
+
+/// A peer whose computer lives and who reads nothing must not hold the operator.
+fn cancelled_while_stalled(link: Link, stalls: fn(&Word<'_>) -> bool) {
+    let mut at = stage(link);
+    let stalled = Arc::new(AtomicBool::new(false));
+    let relay = at.relay(false, {
+        let stalled = stalled.clone();
+        move |word, _| {
+            if stalls(&word) {
+                stalled.store(true, Ordering::SeqCst);
+                Deal::Stall
+            } else {
+                Deal::Pass
+            }
+        }
+    });
+    let canceller = Canceller::default();
+    let cancelled_at = std::thread::spawn({
+        let canceller = canceller.clone();
+        move || {
+            eventually("it stalls", || stalled.load(Ordering::SeqCst));
+            std::thread::sleep(Duration::from_millis(300));
+            canceller.cancel();
+            Instant::now()
+        }
+    });
+    let connector = relay.connector();
+    let sent = ferry_migrate::send(&mut at.source, connector, &options(2), &canceller, &mut |_| {});
+    let took = cancelled_at.join().unwrap().elapsed();
+    assert_eq!(sent.report.outcome, OutcomeKind::Cancelled, "{}", sent.report.reason);
+    assert!(took < Duration::from_secs(8), "the operator waited {took:?}");
+    assert_goes_on_at_source(&sent, &at.source);
+    assert_eq!(at.witness.running(), 1);
+}
+
+#[test]
+fn a_migration_to_a_peer_that_takes_no_more_pages_can_be_cancelled() {
+    cancelled_while_stalled(Link::Memory, |word| matches!(word, Word::Frame(_)));
+}
+
+#[test]
+fn a_migration_to_a_peer_that_does_not_answer_can_be_cancelled() {
+    cancelled_while_stalled(Link::Memory, |word| {
+        matches!(word, Word::ToDestination(ToDestination::RoundEnd { .. }))
+    });
+}
