@@ -78,7 +78,9 @@ pub(crate) fn start(
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(e) => {
-                return tell(ControlEvent::Lost(format!("no runtime for the control channel: {e}")));
+                return tell(ControlEvent::Lost(format!(
+                    "no runtime for the control channel: {e}"
+                )));
             }
         };
         runtime.block_on(async {

@@ -463,7 +463,9 @@ impl Engine<'_> {
     }
 
     fn finish(mut self, total: Duration) -> Sent {
-        if let (Some(shared), false) = (&self.shared, matches!(self.outcome, Some(Outcome::Completed { .. }))) {
+        if let (Some(shared), false) =
+            (&self.shared, matches!(self.outcome, Some(Outcome::Completed { .. })))
+        {
             shared.stop.send_replace(true);
         }
         for lane in std::mem::take(&mut self.lanes) {

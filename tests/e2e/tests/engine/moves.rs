@@ -71,6 +71,39 @@ fn every_backend_and_guest_moves_under_load_over_quic_and_three_lanes() {
     every_kind(Link::Quic, 3);
 }
 
+/// Moves a guest that rewrites 1 MiB of its 16: the other pages travel once.
+fn sends_no_more_than_was_written<M: Maker>(maker: &M) {
+    let mut source = maker.busy_guest();
+    let destination = Destination::start(Link::Memory, maker.host());
+    let resident = source.memory().resident().unwrap().len();
+    let sent = migrate(&mut source, &destination.connector, &options(1));
+    assert_completed(&sent);
+    let report = &sent.report;
+    let pages = report.pages.raw + report.pages.lz4 + report.pages.zstd + report.pages.zero;
+    // The working set, its table, a status page and the like.
+    let each_round = MIB / 4096 + 64;
+    let most = resident + each_round * u64::from(report.rounds);
+    assert!(pages <= most, "{pages} pages sent in {} rounds, {resident} resident", report.rounds);
+    drop(destination.arrival().expect("a machine"));
+}
+
+#[test]
+fn pages_that_are_not_written_again_travel_once() {
+    let workload = "pattern=working-set set=1M arena=16M fill=all";
+    let with_kvm = has_kvm();
+    for kind in Kind::ALL {
+        println!("{kind:?}");
+        match kind {
+            Kind::Process(tracker) => sends_no_more_than_was_written(&process(tracker, workload)),
+            Kind::Kvm(dirty_log) if with_kvm => {
+                let workload = workload.into();
+                sends_no_more_than_was_written(&Kvm { workload, ..kvm(dirty_log) });
+            }
+            Kind::Kvm(_) => {}
+        }
+    }
+}
+
 #[test]
 fn pages_travel_only_by_codecs_that_both_sides_have() {
     let lz4 = CodecSet::from_iter([Codec::Lz4]);
