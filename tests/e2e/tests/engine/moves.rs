@@ -29,7 +29,9 @@ fn moves<M: Maker>(maker: &M, link: Link, lanes: u16) {
     let destination = Destination::start(link, host);
     let before = source.memory().resident().unwrap().len();
     let written = source.written();
-    let sent = migrate(&mut source, &destination.connector, &options(lanes));
+    // So slow that a guest gets to run meanwhile, however busy the computer is.
+    let slow = SendOptions { bandwidth_bytes_per_s: Some(80_000_000), ..options(lanes) };
+    let sent = migrate(&mut source, &destination.connector, &slow);
     assert_completed(&sent);
     let report = &sent.report;
     assert!(report.rounds >= 2, "a guest that writes without pause takes more than one round");
