@@ -180,7 +180,9 @@ async fn greet<H: Host + 'static>(
                 Err(refusal) => {
                     let why = refusal.why.clone();
                     // The source learns why; if it does not, it learns that the channel was closed.
-                    let _ = say_last(&mut sink, reader, &ToSource::Refused { reasons: vec![refusal] }).await;
+                    let _ =
+                        say_last(&mut sink, reader, &ToSource::Refused { reasons: vec![refusal] })
+                            .await;
                     server.turn_away(&peer, sink, &why).await;
                 }
             }
