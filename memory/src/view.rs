@@ -24,12 +24,12 @@ pub struct GuestView {
 }
 
 /// A part of a request that lies in one region.
-struct Part {
+pub(crate) struct Part {
     /// Where in this process.
-    host: *mut u8,
-    bytes: usize,
-    run: Run,
-    region: Region,
+    pub(crate) host: *mut u8,
+    pub(crate) bytes: usize,
+    pub(crate) run: Run,
+    pub(crate) region: Region,
 }
 
 impl GuestView {
@@ -77,6 +77,28 @@ impl GuestView {
             }
             Ok(())
         })
+    }
+
+    /// Whether the page at frame `gfn` is zero, found without copying it; looks no further than the first
+    /// block that is not. A write at the same time may go unseen, as in [`read`](Self::read).
+    ///
+    /// # Errors
+    /// It is not guest memory.
+    pub fn is_zero(&self, gfn: u64) -> Result<bool, MemoryError> {
+        /// Wide enough for vector instructions, short enough to cost little on a page of data.
+        type Block = [u64; 32];
+        let mut zero = true;
+        self.each(gfn, PAGE_BYTES, |part| {
+            let blocks = part.host.cast::<Block>();
+            zero = (0..part.bytes / size_of::<Block>()).all(|i| {
+                // SAFETY: in the part, which is mapped (contract of `new`, bounds by `each`), and aligned
+                // as a page is. The block is copied out, and any value of it is good.
+                let block = unsafe { blocks.add(i).read() };
+                block.iter().fold(0, |all, word| all | word) == 0
+            });
+            Ok(())
+        })?;
+        Ok(zero)
     }
 
     /// Appends the pages of `run` to `out`.
@@ -177,7 +199,7 @@ impl GuestView {
     }
 
     /// Calls `act` for the parts of `bytes` bytes from frame `gfn` on, once all are known to be there.
-    fn each(
+    pub(crate) fn each(
         &self,
         gfn: u64,
         bytes: usize,

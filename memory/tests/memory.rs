@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use ferry_dirtylog::Region;
-use ferry_memory::{GuestView, Mapping, MemoryError, resident};
+use ferry_memory::{Filler, GuestView, Mapping, MemoryError, resident};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 
 /// Memory of both kinds, in two regions that touch and one behind a hole, and its view.
@@ -200,4 +200,43 @@ fn memory_stays_mapped_as_long_as_a_view_keeps_it() {
     clone.write(3, &[7; PAGE_BYTES]).unwrap();
     drop(clone);
     assert!(gone.load(Ordering::SeqCst));
+}
+
+#[test]
+fn filling_makes_missing_pages_replaces_others_and_touches_no_more() {
+    for Machine { view, .. } in machines() {
+        view.write(113, &page(1)).unwrap();
+        view.write(118, &page(2)).unwrap();
+        let filler = Filler::new(view.clone());
+        // Over what is there and what is not, in two regions that touch; then all of it again.
+        for add in [3u8, 4] {
+            let data: Vec<u8> = (0..8).flat_map(|i| page(add + i)).collect();
+            filler.fill(112, &data).unwrap();
+            let mut back = vec![0; data.len()];
+            view.read(112, &mut back).unwrap();
+            assert_eq!(back, data);
+        }
+        assert!(matches!(filler.fill(143, &[7; 2 * PAGE_BYTES]), Err(MemoryError::Outside { .. })));
+        assert_eq!(view.resident().unwrap(), set(&[Run::new(112, 8)]));
+        drop(filler);
+        // Nobody fills a missing page any more, and nobody waits for it.
+        view.write(300, &page(5)).unwrap();
+        assert_eq!(view.resident().unwrap(), set(&[Run::new(112, 8), Run::new(300, 1)]));
+    }
+}
+
+#[test]
+fn one_set_bit_anywhere_is_seen_in_place() {
+    for Machine { view, .. } in machines() {
+        assert!(view.is_zero(200).unwrap());
+        for at in (0..PAGE_BYTES).step_by(61).chain([PAGE_BYTES - 1]) {
+            let mut bytes = page(0);
+            bytes[at] = 1;
+            view.write(200, &bytes).unwrap();
+            assert!(!view.is_zero(200).unwrap(), "byte {at}");
+        }
+        view.write(200, &page(0)).unwrap();
+        assert!(view.is_zero(200).unwrap());
+        assert!(matches!(view.is_zero(150), Err(MemoryError::Outside { .. })));
+    }
 }

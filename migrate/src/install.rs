@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use ferry_codec::{Batch, Codec};
-use ferry_memory::{GuestView, MemoryError};
+use ferry_memory::{Filler, GuestView, MemoryError};
 use ferry_pages::{Layout, PAGE_BYTES, Run};
 use ferry_postcopy::{Admission, CHUNK_PAGES, ChunkLedger, by_chunk};
 
@@ -16,8 +16,8 @@ pub(crate) struct Installer {
     chunks: Vec<Mutex<Option<Box<ChunkLedger>>>>,
     /// Chunks in front of each extent, and the extent's first chunk number.
     extents: Vec<(Run, u64, usize)>,
-    /// Held for reading while a batch is installed; false once the guest may run.
-    open: RwLock<bool>,
+    /// Held for reading while a batch is installed; none once the guest may run.
+    open: RwLock<Option<Filler>>,
 }
 
 const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
@@ -34,7 +34,8 @@ impl Installer {
             count += usize::try_from(last - first + 1).unwrap_or(0);
         }
         let chunks = (0..count).map(|_| Mutex::new(None)).collect();
-        Self { view, layout, chunks, extents, open: RwLock::new(true) }
+        let open = RwLock::new(Some(Filler::new(view.clone())));
+        Self { view, layout, chunks, extents, open }
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -49,15 +50,13 @@ impl Installer {
 
     /// Ends installing: returns when no page is being written, and none will be again.
     pub(crate) fn close(&self) {
-        *self.open.write().unwrap_or_else(PoisonError::into_inner) = false;
+        *self.open.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Installs the pages of `batch` that are not late; false once it is closed.
     pub(crate) fn install(&self, batch: &Batch<'_>) -> Result<bool, MemoryError> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        if !*open {
-            return Ok(false);
-        }
+        let Some(filler) = &*open else { return Ok(false) };
         let mut digests = batch.digests;
         for (run, mut bytes) in batch.run_bytes() {
             for (number, first, part) in by_chunk(run) {
@@ -72,7 +71,7 @@ impl Installer {
                     let (these, rest) = bytes.split_at(pages * PAGE_BYTES);
                     let (of_these, later) = digests.split_at(pages);
                     (bytes, digests) = (rest, later);
-                    self.install_data(ledger, first, part, batch.round, these, of_these)?;
+                    self.install_data(filler, ledger, (first, part), batch.round, these, of_these)?;
                 }
             }
         }
@@ -99,9 +98,9 @@ impl Installer {
     /// than all else that is done for it here.
     fn install_data(
         &self,
+        filler: &Filler,
         ledger: &mut ChunkLedger,
-        first: usize,
-        part: Run,
+        (first, part): (usize, Run),
         round: u32,
         bytes: &[u8],
         digests: &[u64],
@@ -118,11 +117,9 @@ impl Installer {
                 at += 1;
             }
             if at > begin {
-                let run = Run::new(part.start + begin as u64, (at - begin) as u64);
-                if untouched {
-                    self.view.prefault_write(run)?;
-                }
-                self.view.write(run.start, &bytes[begin * PAGE_BYTES..at * PAGE_BYTES])?;
+                let (gfn, pages) =
+                    (part.start + begin as u64, &bytes[begin * PAGE_BYTES..at * PAGE_BYTES]);
+                if untouched { filler.fill(gfn, pages) } else { self.view.write(gfn, pages) }?;
             }
             // The late one.
             at += 1;
