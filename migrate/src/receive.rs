@@ -462,7 +462,10 @@ impl<H: Host + 'static> Arriving<H> {
             return;
         };
         drop(sessions);
-        self.runtime.spawn(async move {
+        // A thread of its own: on the runtime's threads, the lane's connection would stand still while
+        // pages are verified and written.
+        let runtime = self.runtime.clone();
+        let run = async move {
             let installed = |round| {
                 let _ = door.send(Message::Event(DestinationEvent::Installed { round }));
             };
@@ -479,7 +482,12 @@ impl<H: Host + 'static> Arriving<H> {
                 }
             };
             let _ = door.send(Message::Event(event));
-        });
+        };
+        let thread = std::thread::Builder::new().name("ferry-install".into());
+        if let Err(e) = thread.spawn(move || runtime.block_on(run)) {
+            let why = format!("cannot start a thread for a lane: {e}");
+            self.handle(DestinationEvent::LinkLost(why));
+        }
     }
 
     /// Gives a machine that runs to the host.
