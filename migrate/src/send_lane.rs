@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use ferry_codec::{BatchBuilder, Codec, CodecChooser, CodecSet, NotTaken, zero_frames};
-use ferry_memory::GuestView;
+use ferry_memory::{GuestView, MemoryError};
 use ferry_pages::Run;
 use ferry_protocol::Hello;
 use ferry_transport::{ByteSink, Channel, Connector, LinkError, Pacer, send_message};
@@ -175,9 +175,15 @@ impl<'a> Sender<'a> {
     ) -> Result<(), LaneEvent> {
         self.builder.begin(round);
         for gfn in runs.iter().flat_map(|r| r.start..r.end()) {
+            let view = &self.shared.view;
+            let fail = |e: MemoryError| LaneEvent::Failed(e.to_string());
             let mut read = Ok(());
-            let taken = self.builder.push(gfn, |page| read = self.shared.view.read(gfn, page));
-            read.map_err(|e| LaneEvent::Failed(e.to_string()))?;
+            let taken = if view.is_zero(gfn).map_err(fail)? {
+                self.builder.push_zero(gfn)
+            } else {
+                self.builder.push(gfn, |page| read = view.read(gfn, page))
+            };
+            read.map_err(fail)?;
             // A round hands out ascending pages, no more than a batch takes.
             taken.map_err(|e: NotTaken| LaneEvent::Failed(format!("frame {gfn:#x}: {e}")))?;
         }

@@ -124,6 +124,22 @@ impl BatchBuilder {
         Ok(())
     }
 
+    /// Adds the page at frame `gfn`, which was seen to be zero where it lies: spares the copy.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push).
+    pub fn push_zero(&mut self, gfn: u64) -> Result<(), NotTaken> {
+        if gfn < self.next_gfn {
+            return Err(NotTaken::NotAscending);
+        }
+        if self.zeros.len() == MAX_ZERO_RUNS {
+            return Err(NotTaken::Full);
+        }
+        append(&mut self.zeros, gfn);
+        self.next_gfn = gfn.saturating_add(1);
+        Ok(())
+    }
+
     /// The bytes of one data page, and how many `codec` makes of them: a cheap look at whether
     /// compressing the batch is worth it. None in a batch without data.
     pub fn sample(&mut self, codec: Codec) -> Option<(usize, usize)> {

@@ -448,3 +448,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_page_seen_to_be_zero_is_as_one_that_was_copied() {
+    let built = |seen: bool| {
+        let mut builder = BatchBuilder::new();
+        builder.begin(3);
+        for gfn in 1..60 {
+            if seen && gfn % 7 == 0 {
+                builder.push_zero(gfn).unwrap();
+                assert_eq!(builder.push_zero(gfn), Err(NotTaken::NotAscending));
+            } else {
+                builder.push(gfn, |to| to.copy_from_slice(&page(gfn))).unwrap();
+            }
+        }
+        let built = builder.finish(Codec::Raw);
+        (built.frame, built.zeros.to_vec())
+    };
+    assert_eq!(built(true), built(false));
+    let mut builder = BatchBuilder::new();
+    builder.begin(1);
+    let taken = (0..).take_while(|i| builder.push_zero(2 * i).is_ok()).count();
+    assert_eq!(taken, MAX_ZERO_RUNS);
+}
