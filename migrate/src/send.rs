@@ -42,11 +42,12 @@ pub struct SendOptions {
 }
 
 impl Default for SendOptions {
-    /// Default goals, no limit, every codec, and a lane for each two cores (at least one, at most
-    /// four): a lane keeps a core busy here and another one at the destination.
+    /// Default goals, no limit, every codec, and a lane for each two cores, at least two and at most four:
+    /// a lane keeps a core busy here and another one at the destination, and while one encodes, its own
+    /// connection stands still.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let lanes = u16::try_from(cores / 2).unwrap_or(4).clamp(1, 4);
+        let lanes = u16::try_from(cores / 2).unwrap_or(4).clamp(2, 4);
         Self { goals: Goals::default(), bandwidth_bytes_per_s: None, lanes, codecs: CodecSet::ALL }
     }
 }
