@@ -12,8 +12,15 @@ use crate::figures::{Cost, cpu_time};
 use crate::moves::{Pki, runtime};
 
 /// Sends `bytes` over `connections` connections, each from a thread with a runtime of its own, as the
-/// engine's lanes do; the receiver counts and drops them. Connecting is left out.
-pub(crate) fn copy(pki: &Pki, bytes: &Bytes, connections: u16) -> Result<Cost, Failure> {
+/// engine's lanes do. The receiver counts and drops them, or keeps them in memory that it touches for the
+/// first time, as a machine's destination must. Connecting is left out.
+pub(crate) fn copy(
+    pki: &Pki,
+    bytes: &Bytes,
+    connections: u16,
+    keep: bool,
+) -> Result<Cost, Failure> {
+    let share = bytes.len().div_ceil(usize::from(connections));
     let connections = usize::from(connections);
     let destination = runtime("plain")?;
     let identity = pki.destination()?;
@@ -23,17 +30,19 @@ pub(crate) fn copy(pki: &Pki, bytes: &Bytes, connections: u16) -> Result<Cost, F
         let mut channels = Vec::new();
         for _ in 0..connections {
             let channel = listener.accept().await.ok_or("no listener")??;
-            channels.push(tokio::spawn(count(channel)));
+            channels.push(tokio::spawn(take(channel, keep.then_some(share))));
         }
-        let mut received = 0;
+        let (mut received, mut all_kept) = (0, Vec::new());
         for channel in channels {
-            received += channel.await??;
+            let (bytes, kept) = channel.await??;
+            received += bytes;
+            all_kept.push(kept);
         }
-        Ok::<_, Failure>(received)
+        // Given back to the system after the clock was read.
+        Ok::<_, Failure>((received, all_kept))
     });
 
     let barrier = Arc::new(Barrier::new(connections + 1));
-    let share = bytes.len().div_ceil(connections);
     let lanes: Vec<_> = (0..connections)
         .map(|lane| {
             let connector = pki.connector(to)?;
@@ -48,7 +57,7 @@ pub(crate) fn copy(pki: &Pki, bytes: &Bytes, connections: u16) -> Result<Cost, F
     for lane in lanes {
         lane.join().map_err(|_| "a lane panicked")??;
     }
-    let received: usize = destination.block_on(receiver)??;
+    let (received, _kept) = destination.block_on(receiver)??;
     let cost = Cost { took: began.elapsed(), cpu: cpu_time().saturating_sub(cpu_before) };
     if received != bytes.len() {
         return Err(format!("{received} bytes came, {} were sent", bytes.len()).into());
@@ -72,15 +81,21 @@ fn send(connector: &dyn Connector, mut part: Bytes, barrier: &Barrier) -> Result
     })
 }
 
-async fn count(channel: Channel) -> Result<usize, Failure> {
+/// Takes all that comes, and returns how much it was, and it; `keep`: bytes to make room for.
+async fn take(channel: Channel, keep: Option<usize>) -> Result<(usize, Option<Vec<u8>>), Failure> {
     let Channel { mut source, sink, .. } = channel;
     let _open = sink;
+    let mut kept = keep.map(Vec::with_capacity);
     let mut received = 0;
-    while let Some(piece) = source.recv().await? {
-        received += piece.len();
-        while let Some(piece) = source.ready() {
+    while let Some(first) = source.recv().await? {
+        let mut next = Some(first);
+        while let Some(piece) = next {
             received += piece.len();
+            if let Some(kept) = &mut kept {
+                kept.extend_from_slice(&piece);
+            }
+            next = source.ready();
         }
     }
-    Ok(received)
+    Ok((received, kept))
 }
