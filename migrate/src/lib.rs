@@ -25,8 +25,8 @@ pub use receive::{ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Report, Whereabouts};
 pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, send};
 
-/// An error with its causes, as one line.
-fn words(e: &dyn std::error::Error) -> String {
+/// An error with its causes, as one line: `what: why: why that`.
+pub fn words(e: &dyn std::error::Error) -> String {
     let mut out = e.to_string();
     let mut cause = e.source();
     while let Some(c) = cause {

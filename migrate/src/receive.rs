@@ -316,6 +316,7 @@ struct Arriving<H: Host> {
     spec: Option<MachineSpec>,
     guest: Option<H::Guest>,
     installer: Option<Arc<Installer>>,
+    codecs: CodecSet,
     lanes_allowed: u16,
     arrival: Option<Arrival>,
     running: bool,
@@ -341,6 +342,7 @@ impl<H: Host + 'static> Arriving<H> {
             spec: None,
             guest: None,
             installer: None,
+            codecs: CodecSet::from_bits(0),
             lanes_allowed: 0,
             arrival: None,
             running: false,
@@ -404,7 +406,8 @@ impl<H: Host + 'static> Arriving<H> {
                 None
             }
             DestinationAction::Build(spec) => Some(DestinationEvent::Built(self.build(spec))),
-            DestinationAction::AcceptLanes { lanes } => {
+            DestinationAction::AcceptLanes { codecs, lanes } => {
+                self.codecs = CodecSet::from_bits(codecs);
                 self.lanes_allowed = lanes;
                 None
             }
@@ -456,7 +459,7 @@ impl<H: Host + 'static> Arriving<H> {
             return self.handle(DestinationEvent::BadPages("more lanes than were offered".into()));
         }
         self.lanes_allowed -= 1;
-        let codecs = self.server.options.codecs;
+        let codecs = self.codecs;
         let sessions = self.server.sessions();
         let Some(door) = sessions.by_token.get(&self.token).and_then(|s| s.door.clone()) else {
             return;

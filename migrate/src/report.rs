@@ -29,6 +29,8 @@ pub enum Whereabouts {
     RunsAtSource,
     /// It stands still at the source, its state safe, and does not go on by itself.
     PausedAtSource,
+    /// Nothing was learned of it: there is no such machine, or the process that runs it did not answer.
+    Unknown,
 }
 
 /// Pages sent, by codec.
@@ -123,12 +125,12 @@ pub struct Report {
 }
 
 impl Report {
-    /// The report of a migration that could not even begin; the machine, if there is one, goes on.
-    pub fn not_begun(reason: impl Into<String>) -> Self {
+    /// The report of a migration that could not even begin.
+    pub fn not_begun(reason: impl Into<String>, machine: Whereabouts) -> Self {
         Self {
             outcome: OutcomeKind::Failed,
             reason: reason.into(),
-            machine: Whereabouts::RunsAtSource,
+            machine,
             mode: MODE.into(),
             total_ms: 0.0,
             downtime_ms: 0.0,

@@ -158,7 +158,6 @@ pub fn send(
         lanes_open: 0,
         rounds: Vec::new(),
         round_pages: 0,
-        bytes: 0,
         state_bytes: 0,
         pages: PageCounts::default(),
         dirty_rate: DirtyRate::new(&layout),
@@ -197,7 +196,6 @@ struct Engine<'a> {
     lanes_open: usize,
     rounds: Vec<SentRound>,
     round_pages: u64,
-    bytes: u64,
     state_bytes: u64,
     pages: PageCounts,
     dirty_rate: DirtyRate,
@@ -355,7 +353,6 @@ impl Engine<'_> {
                 sent.total.batches += done.batches;
                 sent.total.bytes += done.bytes;
                 self.pages.merge(done.pages);
-                self.bytes += done.bytes;
                 if sent.lanes_left == 0 {
                     let total = sent.total;
                     self.rounds.retain(|r| r.number != round);
@@ -492,6 +489,7 @@ impl Engine<'_> {
             }
         };
         let policy = self.machine.policy();
+        let bytes_sent = self.shared.as_ref().map_or(0, |s| s.bytes.load(Ordering::Relaxed));
         let report = Report {
             outcome: kind,
             reason,
@@ -501,7 +499,7 @@ impl Engine<'_> {
             downtime_ms,
             downtime_parts_ms,
             verify_ms: ran_at.map_or(0.0, |at| report::ms(total.saturating_sub(at))),
-            bytes_sent: self.bytes,
+            bytes_sent,
             state_bytes: self.state_bytes,
             rounds: self.machine.rounds(),
             pages: self.pages,

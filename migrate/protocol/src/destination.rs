@@ -52,6 +52,8 @@ pub enum DestinationAction {
     Build(MachineSpec),
     /// Let `lanes` lanes join the session.
     AcceptLanes {
+        /// Codecs that both sides have.
+        codecs: u8,
         /// How many.
         lanes: u16,
     },
@@ -214,7 +216,7 @@ impl Destination {
             return self.refuse(reasons);
         }
         self.phase = Phase::Receiving;
-        self.actions.push_back(DestinationAction::AcceptLanes { lanes });
+        self.actions.push_back(DestinationAction::AcceptLanes { codecs, lanes });
         self.send(ToSource::Accepted { version: VERSION_MAX, session: self.session, codecs });
         if self.prepare_asked {
             self.send(ToSource::Ready);

@@ -11,7 +11,7 @@ use ferry_migrate::{
 };
 use ferry_transport::{Identity, QuicConnector};
 
-use crate::machine::AnyMachine;
+use crate::machine::{AnyMachine, PAGE_BYTES};
 use crate::protocol::{Conversation, MachineInfo, MigrateRequest, Progress, Reply, Request};
 use crate::runtime_dir::{Reservation, RuntimeError};
 
@@ -145,7 +145,7 @@ impl Hosted {
             kind: self.machine.kind().into(),
             state,
             memory_bytes: spec.memory_bytes(),
-            resident_bytes: resident * 4096,
+            resident_bytes: resident * PAGE_BYTES,
             cpus: spec.vcpus,
             dirty_log: self.machine.dirty_log(),
             pid: std::process::id(),
@@ -216,10 +216,7 @@ impl Hosted {
             let inner = self.inner();
             if let (Some(_), Err(why)) = (&inner.in_doubt, self.check_at_rest(&inner)) {
                 // Whoever reads the report must not take it for running.
-                return Ok(Report {
-                    machine: Whereabouts::PausedAtSource,
-                    ..Report::not_begun(why)
-                });
+                return Ok(Report::not_begun(why, Whereabouts::PausedAtSource));
             }
         }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;

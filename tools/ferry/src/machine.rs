@@ -118,7 +118,7 @@ impl AnyMachine {
 }
 
 /// Bytes in a page of guest memory.
-const PAGE_BYTES: u64 = 4096;
+pub(crate) const PAGE_BYTES: u64 = 4096;
 
 fn lock(guest: &Mutex<ProcessGuest>) -> MutexGuard<'_, ProcessGuest> {
     guest.lock().unwrap_or_else(PoisonError::into_inner)

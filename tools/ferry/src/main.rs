@@ -37,16 +37,7 @@ impl std::fmt::Display for Failure {
 
 impl<E: std::error::Error> From<E> for Failure {
     fn from(e: E) -> Self {
-        let mut words = e.to_string();
-        let mut cause = e.source();
-        while let Some(c) = cause {
-            let more = c.to_string();
-            if !words.contains(&more) {
-                words += &format!(": {more}");
-            }
-            cause = c.source();
-        }
-        Self(words)
+        Self(ferry_migrate::words(&e))
     }
 }
 

@@ -15,7 +15,7 @@ use crate::runtime_dir::RuntimeDir;
 pub(crate) fn main(runtime: &RuntimeDir, args: &Migrate) -> Result<ExitCode, Failure> {
     let report = match migrate(runtime, args) {
         Ok(report) => report,
-        Err(e) if args.json => Report::not_begun(e.to_string()),
+        Err(e) if args.json => Report::not_begun(e.to_string(), Whereabouts::Unknown),
         Err(e) => return Err(e),
     };
     if args.json {

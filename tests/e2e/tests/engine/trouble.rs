@@ -84,6 +84,7 @@ fn cut_anywhere(link: Link, seed: u64, times: u32) {
                 left += 1;
             }
             Whereabouts::PausedAtSource => panic!("the destination could be asked: {sent:?}"),
+            Whereabouts::Unknown => panic!("this engine has the machine: {sent:?}"),
         }
         assert_eq!(at.witness.running(), 1, "cut after {bytes} bytes");
     }
