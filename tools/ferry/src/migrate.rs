@@ -56,6 +56,10 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
                 show.end();
                 return Ok(*report);
             }
+            // The hosting process has the machine, and did not begin.
+            Some(Reply::Error(why)) if args.json => {
+                return Ok(Report::not_begun(why, Whereabouts::RunsAtSource));
+            }
             Some(Reply::Error(why)) => return Err(Failure::words(why)),
             Some(other) => return Err(crate::vm::unexpected(&other)),
             None => {
