@@ -1,0 +1,293 @@
+//! In which order the source pushes the pages that nobody has asked for yet.
+//!
+//! What a guest touches next is near what it touched last, in space or in time:
+//!
+//! 1. **Cursors.** Each fault starts one. It follows the stride of the faults before it, if they have
+//!    one, and then bubbles: it grows outward from the fault, three pages up for each page down
+//!    (Hines and Gopalan, "Post-copy based live virtual machine migration using adaptive
+//!    pre-paging and dynamic self-ballooning", VEE 2009).
+//! 2. **The record** of the working set, in its own order.
+//! 3. **The sweep** of all that is left, from low to high.
+
+use std::collections::VecDeque;
+
+use ferry_pages::{PageSet, Run};
+
+/// Faults in which a stride is looked for. Several vCPUs interleave theirs.
+const RECENT_FAULTS: usize = 32;
+/// Strides that are known at a time.
+const STREAMS: usize = 8;
+/// The longest stride, in pages.
+const LONGEST_STRIDE: u64 = 512;
+/// Pages that a new stream is followed ahead; each fault that proves it doubles them.
+const FIRST_DEPTH: u64 = 16;
+const DEEPEST: u64 = 128;
+/// Cursors that live at a time; the oldest gives way.
+const CURSORS: usize = 8;
+/// What one cursor may push (1 MiB): a guess must not keep the record waiting for long.
+const CURSOR_PAGES: u64 = 256;
+/// A cursor that meets so many pages in a row which are not owed has nothing to find.
+const MISSES: u32 = 64;
+/// Pages that a cursor takes before the next one's turn.
+const TURN_PAGES: u64 = 16;
+
+/// The source's queue of owed pages, each given out once: to a fault or to the background.
+#[derive(Clone, Debug)]
+pub struct PushQueue {
+    left: PageSet,
+    record: Vec<Run>,
+    /// The record's first run that is not done, and how many of its pages are.
+    record_at: (usize, u64),
+    /// No page is left below it.
+    sweep: u64,
+    /// Newest first.
+    cursors: VecDeque<Cursor>,
+    /// Newest first.
+    faults: VecDeque<u64>,
+    /// Newest first.
+    streams: VecDeque<Stream>,
+}
+
+/// Faults at a constant distance.
+#[derive(Clone, Copy, Debug)]
+struct Stream {
+    last: u64,
+    stride: i64,
+    depth: u64,
+}
+
+/// Guesses from one fault: first along the stride, then around.
+#[derive(Clone, Debug)]
+struct Cursor {
+    /// Next page along the stride, and how many more there are.
+    ahead: Option<u64>,
+    stride: i64,
+    steps: u64,
+    /// Next page above; none at the end of the frame space.
+    up: Option<u64>,
+    /// Next page below; none at the beginning.
+    down: Option<u64>,
+    turn: u8,
+    pages_left: u64,
+    misses: u32,
+}
+
+impl Cursor {
+    fn new(gfn: u64, stream: Option<Stream>) -> Self {
+        let (stride, steps) = stream.map_or((0, 0), |s| (s.stride, s.depth));
+        // A stride of one page has been where the bubble would begin.
+        let passed = |direction: i64| if stride == direction { steps } else { 0 };
+        Self {
+            ahead: gfn.checked_add_signed(stride),
+            stride,
+            steps,
+            up: gfn.checked_add(1 + passed(1)),
+            down: gfn.checked_sub(1 + passed(-1)),
+            turn: 0,
+            pages_left: CURSOR_PAGES,
+            misses: 0,
+        }
+    }
+
+    /// The next guess; none when both ends of the frame space are reached.
+    fn guess(&mut self) -> Option<u64> {
+        if self.steps > 0
+            && let Some(ahead) = self.ahead
+        {
+            self.steps -= 1;
+            self.ahead = ahead.checked_add_signed(self.stride);
+            return Some(ahead);
+        }
+        self.turn = (self.turn + 1) % 4;
+        let downward = self.turn == 0 && self.down.is_some() || self.up.is_none();
+        if downward {
+            let down = self.down?;
+            self.down = down.checked_sub(1);
+            Some(down)
+        } else {
+            let up = self.up?;
+            self.up = up.checked_add(1);
+            Some(up)
+        }
+    }
+
+    /// Moves up to `most` pages of its guesses from `left` to `batch`; whether it has more.
+    fn take(&mut self, left: &mut PageSet, most: u64, batch: &mut Vec<Run>) -> bool {
+        let mut taken = 0;
+        while taken < most && self.pages_left > 0 && self.misses < MISSES {
+            let Some(gfn) = self.guess() else { return false };
+            if left.contains(gfn) && left.remove(gfn) {
+                batch.push(Run::new(gfn, 1));
+                taken += 1;
+                self.pages_left -= 1;
+                self.misses = 0;
+            } else {
+                self.misses += 1;
+            }
+        }
+        self.pages_left > 0 && self.misses < MISSES
+    }
+}
+
+impl PushQueue {
+    /// A queue of the pages of `owed`. `record` names the pages to send first, in the order to send them;
+    /// pages in it that are not owed, or named before, count for nothing.
+    pub fn new(owed: PageSet, record: Vec<Run>) -> Self {
+        Self {
+            left: owed,
+            record,
+            record_at: (0, 0),
+            sweep: 0,
+            cursors: VecDeque::new(),
+            faults: VecDeque::new(),
+            streams: VecDeque::new(),
+        }
+    }
+
+    /// The destination asked for `gfn`: the pages that it is likely to want next move to the front.
+    /// Returns whether the page was still in the queue, which it now is not: send it at once. If not, it was
+    /// given out before and is on its way.
+    pub fn fault(&mut self, gfn: u64) -> bool {
+        let was_left = self.left.remove(gfn);
+        let stream = self.stream_of(gfn);
+        self.cursors.truncate(CURSORS - 1);
+        self.cursors.push_front(Cursor::new(gfn, stream));
+        self.faults.truncate(RECENT_FAULTS - 1);
+        self.faults.push_front(gfn);
+        was_left
+    }
+
+    /// Takes the next pages to push out of the queue: at most `max_pages`, ascending and disjoint. Empty
+    /// only if the queue is, or `max_pages` is 0.
+    pub fn next(&mut self, max_pages: u64) -> Vec<Run> {
+        let mut batch = Vec::new();
+        let mut room = max_pages;
+        while room > 0 && !self.left.is_empty() && !self.cursors.is_empty() {
+            let left = &mut self.left;
+            self.cursors.retain_mut(|cursor| {
+                let before = left.len();
+                let lives = cursor.take(left, room.min(TURN_PAGES), &mut batch);
+                room -= before - left.len();
+                lives
+            });
+        }
+        while room > 0 && !self.left.is_empty() {
+            let Some(found) = self.next_of_record().or_else(|| self.next_of_sweep()) else { break };
+            let run = Run::new(found.start, found.pages.min(room));
+            self.left.remove_run(run);
+            room -= run.pages;
+            batch.push(run);
+        }
+        joined(batch)
+    }
+
+    /// Puts pages back that were given out and did not leave.
+    pub fn put_back(&mut self, pages: &PageSet) {
+        if let Some(lowest) = pages.first() {
+            self.sweep = self.sweep.min(lowest);
+            self.left.union_with(pages);
+        }
+    }
+
+    /// Begins anew with `owed`, as the destination reports it after a lost link.
+    pub fn replace(&mut self, owed: PageSet) {
+        *self = Self::new(owed, std::mem::take(&mut self.record));
+    }
+
+    /// Pages in the queue.
+    pub fn len(&self) -> u64 {
+        self.left.len()
+    }
+
+    /// Whether no page is left to push.
+    pub fn is_empty(&self) -> bool {
+        self.left.is_empty()
+    }
+
+    /// The stream that a fault at `gfn` belongs to, with the fault taken into it.
+    fn stream_of(&mut self, gfn: u64) -> Option<Stream> {
+        let proven = self.streams.iter().position(|s| s.leads_to(gfn));
+        let stream = match proven.and_then(|at| self.streams.remove(at)) {
+            Some(s) => Stream { last: gfn, stride: s.stride, depth: (s.depth * 2).min(DEEPEST) },
+            // Three faults at the same distance, the one in the middle the newest that fits.
+            None => self.faults.iter().find_map(|middle| {
+                let stride = stride(*middle, gfn)?;
+                let first = middle.checked_add_signed(-stride)?;
+                self.faults.contains(&first).then_some(Stream {
+                    last: gfn,
+                    stride,
+                    depth: FIRST_DEPTH,
+                })
+            })?,
+        };
+        self.streams.truncate(STREAMS - 1);
+        self.streams.push_front(stream);
+        Some(stream)
+    }
+
+    /// The next pages left that the record names.
+    fn next_of_record(&mut self) -> Option<Run> {
+        while let Some(run) = self.record.get(self.record_at.0) {
+            let rest =
+                Run::new(run.start.saturating_add(self.record_at.1), run.pages - self.record_at.1);
+            if let Some(found) = first_in(&self.left, rest) {
+                self.record_at.1 = found.start - run.start;
+                return Some(found);
+            }
+            self.record_at = (self.record_at.0 + 1, 0);
+        }
+        None
+    }
+
+    /// The lowest pages left.
+    fn next_of_sweep(&mut self) -> Option<Run> {
+        let found = first_in(&self.left, Run::new(self.sweep, u64::MAX - self.sweep))?;
+        self.sweep = found.start;
+        Some(found)
+    }
+}
+
+impl Stream {
+    /// Whether `gfn` lies on the stream, not farther ahead than what a cursor can have sent.
+    fn leads_to(&self, gfn: u64) -> bool {
+        let distance = i128::from(gfn) - i128::from(self.last);
+        let stride = i128::from(self.stride);
+        distance % stride == 0 && (1..=i128::from(2 * self.depth)).contains(&(distance / stride))
+    }
+}
+
+/// From one page to another, if that can be a stride.
+fn stride(from: u64, to: u64) -> Option<i64> {
+    if from == to || from.abs_diff(to) > LONGEST_STRIDE {
+        return None;
+    }
+    to.checked_signed_diff(from)
+}
+
+/// The first members of `set` in `within`; their run may go on. A set of one huge run is not walked to its
+/// end for this, nor is a gap walked page by page.
+fn first_in(set: &PageSet, within: Run) -> Option<Run> {
+    let (mut at, mut window) = (within.start, 512);
+    while at < within.end() {
+        let part = Run::new(at, (within.end() - at).min(window));
+        if let Some(found) = set.runs_in(part).next() {
+            return Some(found);
+        }
+        at = part.end();
+        window = window.saturating_mul(2);
+    }
+    None
+}
+
+/// Disjoint runs in ascending order, with those that touch made one.
+fn joined(mut runs: Vec<Run>) -> Vec<Run> {
+    runs.sort_unstable();
+    runs.dedup_by(|next, run| {
+        let touch = run.end() == next.start;
+        if touch {
+            run.pages += next.pages;
+        }
+        touch
+    });
+    runs
+}
