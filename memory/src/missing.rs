@@ -177,7 +177,7 @@ impl MissingPages {
     /// # Errors
     /// Part of it is not watched guest memory, or the host is out of memory.
     pub fn place(&self, gfn: u64, bytes: &[u8]) -> Result<Placed, MemoryError> {
-        self.copy(gfn, bytes, Step::Done(PAGE_BYTES))
+        self.copy(gfn, bytes, Step::Here)
     }
 
     /// Places pages as [`place`](Self::place) does, up to the first that is there; how many.
@@ -203,9 +203,12 @@ impl MissingPages {
                 Err(Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => existing,
                 Err(e) => return Err(io_error(e)),
             };
-            if let Step::Done(bytes) = step {
-                rest = &rest[bytes.min(rest.len())..];
-            }
+            let done = match step {
+                Step::Done(bytes) => bytes,
+                Step::Here => PAGE_BYTES,
+                Step::Again => 0,
+            };
+            rest = &rest[done.min(rest.len())..];
             Ok(step)
         })
     }
@@ -221,9 +224,7 @@ impl MissingPages {
             // SAFETY: as in `place`.
             Ok(match unsafe { self.uffd.zeropage(at, len, true) } {
                 Ok(bytes) => Step::Done(bytes),
-                Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EEXIST => {
-                    Step::Done(PAGE_BYTES)
-                }
+                Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EEXIST => Step::Here,
                 // How far it came is not told: a page at a time from here on.
                 Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EAGAIN && !by_page => {
                     by_page = true;
@@ -261,6 +262,13 @@ impl MissingPages {
                 let next = step(part.host.wrapping_add(at).cast(), part.bytes - at);
                 match next.map_err(|e| refused(what, &part, e))? {
                     Step::Done(bytes) => at += bytes,
+                    Step::Here => {
+                        // Somebody may have begun to wait just as it came.
+                        let page = part.host.wrapping_add(at).cast();
+                        let woken = self.uffd.wake(page, PAGE_BYTES);
+                        woken.map_err(|e| refused("wake who waits for", &part, io_error(e)))?;
+                        at += PAGE_BYTES;
+                    }
                     Step::Again => placed.again = true,
                 }
             }
@@ -275,6 +283,8 @@ impl MissingPages {
 enum Step {
     /// So many bytes are there.
     Done(usize),
+    /// There is a page.
+    Here,
     /// Leave it at that.
     Again,
 }

@@ -26,10 +26,10 @@ use std::time::Duration;
 const START: f64 = 8.0 * 1024.0 * 1024.0;
 /// It always goes on at this pace, bytes per second.
 const FLOOR: f64 = 1024.0 * 1024.0;
-/// The queue is to stay below this, or below a quarter of the base, in seconds.
+/// The queue is to stay below this, or below a quarter of the smallest round trip, in seconds.
 const TARGET_S: f64 = 300e-6;
 /// Acknowledgements come in bunches: over less than this, a rate is noise.
-const SHORTEST_WINDOW_S: f64 = 2e-3;
+const SHORTEST_WINDOW_S: f64 = 5e-3;
 /// A smallest round trip is remembered for one to two of these, in seconds. At the end of each, one
 /// window at half the rate empties the queue, so that the next smallest is without it.
 const PERIOD_S: f64 = 5.0;
@@ -49,6 +49,8 @@ pub struct PushPace {
     limit: Option<f64>,
     /// The link's capacity as far as it is known, bytes per second.
     capacity: f64,
+    /// Whether it is more than a guess.
+    measured: bool,
     /// Bytes per second.
     rate: f64,
     /// What the rate exceeds the capacity by while there is no queue.
@@ -100,6 +102,7 @@ impl PushPace {
         Self {
             limit,
             capacity: START,
+            measured: false,
             rate: limit.map_or(START, |limit| limit.min(START)),
             boost: 1.0,
             tokens: 0.0,
@@ -121,9 +124,10 @@ impl PushPace {
         if self.in_flight > 0 && now - self.heard_at > SILENCE_S.max(4.0 * self.round_trip) {
             self.start_again(now);
         }
-        // What the link needs, twice: enough for a delay that was measured too small, and a bound on the
-        // queue of a link that became slow.
-        let room = 2.0 * self.capacity * (self.base() + self.target()) + bytes as f64;
+        // What the link needs, with a queue of twice the target: a bound on the queue of a link that
+        // became slow.
+        let needs_s = self.base() + 2.0 * self.target();
+        let room = self.rate.max(self.capacity) * needs_s + bytes as f64;
         let excess = self.in_flight as f64 - room;
         if self.in_flight > 0 && excess > 0.0 {
             return seconds((excess / self.capacity).clamp(SHORTEST_WAIT_S, SILENCE_S));
@@ -159,8 +163,10 @@ impl PushPace {
         self.heard_at = now;
         self.round_trip = round_trip;
         let bytes = bytes as f64;
-        // It went through in that time, so the link is no slower.
-        self.capacity = self.capacity.max(bytes / round_trip);
+        // It went through in that time, so the link is no slower; and at first nothing else is known.
+        let proven = bytes / round_trip;
+        self.capacity = if self.measured { self.capacity.max(proven) } else { proven };
+        self.measured = true;
         self.note_round_trip(now, bytes, round_trip);
 
         let Some(began) = self.window.began else {
@@ -168,13 +174,14 @@ impl PushPace {
             return;
         };
         self.window.bytes += bytes;
-        let least = SHORTEST_WINDOW_S.max(round_trip);
+        // A round trip; of a long queue, enough to see that it is long.
+        let enough = self.base() + bytes / self.capacity + 4.0 * self.target();
+        let least = SHORTEST_WINDOW_S.max(round_trip.min(enough));
         let elapsed = now - began;
         if elapsed >= least / 2.0 {
             let queue = round_trip - bytes / self.capacity - self.base();
             self.window.queue = self.window.queue.min(queue.max(0.0));
         }
-        // Also: this batch was sent after the rate was set.
         if elapsed >= least {
             self.set_rate(elapsed);
             self.window = Window { began: Some(now), ..NEW_WINDOW };
@@ -247,7 +254,8 @@ impl PushPace {
 
     /// What the queue is to stay below, in seconds.
     fn target(&self) -> f64 {
-        TARGET_S.max(self.base() / 4.0)
+        let least = self.periods[0].round_trip.min(self.periods[1].round_trip);
+        if least.is_finite() { TARGET_S.max(least / 4.0) } else { TARGET_S }
     }
 
     fn floor(&self) -> f64 {
