@@ -12,13 +12,16 @@
 //! is the queue. Once a *window* (a round trip, at least [`SHORTEST_WINDOW_S`]) the rate becomes
 //!
 //! ```text
-//!   rate  =  capacity × (1 + (target ÷ 2 − queue) ÷ 4 windows)
+//!   rate  =  capacity × (1 + (target ÷ 2 − queue) ÷ (4 × window))
 //! ```
 //!
 //! A queue grows by the share that the rate is above capacity, so this undoes a quarter of the error in
-//! each window, and does not swing although an effect is seen a window late. Windows without
-//! any queue double the excess, from 1/32 to 1: the fast start, and the way to a link that became
-//! faster.
+//! each window, and does not swing although an effect is seen a window late. While there is no queue at
+//! all, the rate exceeds that by a share that doubles in each window, from 1/32 to 1: the fast start, and
+//! the way to a link that became faster.
+//!
+//! What it cannot see: an acknowledgement that is late because its reader was. It looks like a queue where
+//! *all* of a window's are late by more than the target, and the link is then not filled.
 
 use std::time::Duration;
 
@@ -35,6 +38,8 @@ const SHORTEST_WINDOW_S: f64 = 5e-3;
 const PERIOD_S: f64 = 5.0;
 /// Without an acknowledgement for this long (or for four round trips), those on the way are lost.
 const SILENCE_S: f64 = 1.0;
+/// The background gives way to urgent pages for no longer than this after they were sent, in seconds.
+const LONGEST_DEBT_S: f64 = 0.1;
 /// The least wait for room on the link, in seconds.
 const SHORTEST_WAIT_S: f64 = 50e-6;
 
@@ -63,6 +68,8 @@ pub struct PushPace {
     in_flight: u64,
     /// When the last acknowledgement came, or the first of what is on its way was sent.
     heard_at: f64,
+    /// Nothing came for so long that what is on its way says nothing.
+    silent: bool,
     round_trip: f64,
     window: Window,
     /// The smallest round trips of this period and the one before.
@@ -110,6 +117,7 @@ impl PushPace {
             last_sent_at: None,
             in_flight: 0,
             heard_at: 0.0,
+            silent: false,
             round_trip: 0.0,
             window: NEW_WINDOW,
             periods: [NONE_YET; 2],
@@ -129,7 +137,7 @@ impl PushPace {
         let needs_s = self.base() + 2.0 * self.target();
         let room = self.rate.max(self.capacity) * needs_s + bytes as f64;
         let excess = self.in_flight as f64 - room;
-        if self.in_flight > 0 && excess > 0.0 {
+        if self.in_flight > 0 && excess > 0.0 && !self.silent {
             return seconds((excess / self.capacity).clamp(SHORTEST_WAIT_S, SILENCE_S));
         }
         // Urgent pages may take all of the rate, but not the floor.
@@ -151,7 +159,8 @@ impl PushPace {
     /// `bytes` of urgent pages were handed to the link: the background gives way for as long as they take.
     pub fn urgent(&mut self, now: Duration, bytes: u64) {
         self.settle(now);
-        self.tokens -= bytes as f64;
+        let most = self.tokens.min(-self.rate * LONGEST_DEBT_S);
+        self.tokens = (self.tokens - bytes as f64).max(most);
         self.window.bytes += bytes as f64;
     }
 
@@ -161,6 +170,7 @@ impl PushPace {
         let round_trip = round_trip.as_secs_f64().max(1e-6);
         self.in_flight = self.in_flight.saturating_sub(bytes);
         self.heard_at = now;
+        self.silent = false;
         self.round_trip = round_trip;
         let bytes = bytes as f64;
         // It went through in that time, so the link is no slower; and at first nothing else is known.
@@ -212,11 +222,8 @@ impl PushPace {
         self.boost =
             if queue < target / 8.0 { (self.boost * 2.0).clamp(1.0 / 32.0, 1.0) } else { 0.0 };
         let correction = (target / 2.0 - queue) / (4.0 * elapsed);
-        let gain = if std::mem::take(&mut self.drain) {
-            0.5
-        } else {
-            (1.0 + self.boost + correction).clamp(0.5, 2.0)
-        };
+        let steered = (1.0 + self.boost + correction).clamp(0.5, 2.0);
+        let gain = if std::mem::take(&mut self.drain) { 0.5 } else { steered };
         self.rate = (self.capacity * gain).max(FLOOR).min(self.limit.unwrap_or(f64::INFINITY));
     }
 
@@ -235,6 +242,7 @@ impl PushPace {
 
     /// Nothing was heard for long: everything that is known of the link may be wrong.
     fn start_again(&mut self, now: f64) {
+        self.silent = true;
         self.in_flight = 0;
         self.capacity = self.floor();
         self.rate = self.floor();

@@ -291,3 +291,101 @@ fn joined(mut runs: Vec<Run>) -> Vec<Run> {
     });
     runs
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue(owed: &[Run], record: &[Run]) -> PushQueue {
+        PushQueue::new(owed.iter().copied().collect(), record.to_vec())
+    }
+
+    /// The next `most` pages one by one, in the order in which they go.
+    fn order(queue: &mut PushQueue, most: usize) -> Vec<u64> {
+        std::iter::from_fn(|| queue.next(1).first().map(|run| run.start)).take(most).collect()
+    }
+
+    #[test]
+    fn the_record_goes_in_its_own_order_and_the_rest_from_low_to_high() {
+        let mut queue = queue(
+            &[Run::new(10, 10), Run::new(50, 2)],
+            &[Run::new(15, 2), Run::new(12, 4), Run::new(90, 9)],
+        );
+        assert_eq!(order(&mut queue, 99), [15, 16, 12, 13, 14, 10, 11, 17, 18, 19, 50, 51]);
+    }
+
+    #[test]
+    fn a_fault_draws_its_surroundings_and_more_of_what_is_above() {
+        let mut queue = queue(&[Run::new(0, 2000)], &[Run::new(5, 1)]);
+        assert!(queue.fault(1000));
+        assert!(!queue.fault(1000));
+        assert_eq!(order(&mut queue, 8), [1001, 1002, 1003, 999, 1004, 1005, 1006, 998],);
+    }
+
+    #[test]
+    fn a_cursor_ends_and_the_record_has_its_turn() {
+        let mut queue = queue(&[Run::new(0, 100_000)], &[Run::new(5, 1)]);
+        queue.fault(50_000);
+        let order = order(&mut queue, 2000);
+        let at = order.iter().position(|gfn| *gfn == 5).unwrap();
+        assert_eq!(at as u64, CURSOR_PAGES);
+        assert_eq!(order[at + 1..at + 4], [0, 1, 2]);
+    }
+
+    #[test]
+    fn faults_at_a_constant_distance_are_followed() {
+        for stride in [1, -1, 7, -512, 300] {
+            let mut queue = queue(&[Run::new(0, 100_000)], &[]);
+            let at = |k: i64| 50_000_u64.checked_add_signed(k * stride).unwrap();
+            for k in 0..3 {
+                queue.fault(at(k));
+            }
+            let expected: Vec<u64> = (3..3 + 16).map(at).collect();
+            assert_eq!(order(&mut queue, 16), expected, "stride {stride}");
+            // The next fault is behind what was sent, and proves the stream: twice as far.
+            queue.fault(at(19));
+            let expected: Vec<u64> = (20..20 + 32).map(at).collect();
+            // In turns with the older cursors.
+            let next = order(&mut queue, 200);
+            let found: Vec<u64> = next.into_iter().filter(|gfn| expected.contains(gfn)).collect();
+            assert_eq!(found, expected, "stride {stride}");
+        }
+    }
+
+    #[test]
+    fn strides_of_several_vcpus_are_told_apart() {
+        let mut queue = queue(&[Run::new(0, 200_000)], &[]);
+        let strides = [(10_000, 3_i64), (10_100, -5), (60_000, 64), (150_000, 1)];
+        let at = |(base, stride): (u64, i64), k: i64| base.checked_add_signed(k * stride).unwrap();
+        for k in 0..3 {
+            for vcpu in strides {
+                queue.fault(at(vcpu, k));
+            }
+        }
+        // One turn of each of the four newest cursors, newest first.
+        let pages: PageSet = queue.next(4 * TURN_PAGES).into_iter().collect();
+        for vcpu in strides {
+            assert!((3..3 + 16).all(|k| pages.contains(at(vcpu, k))), "{vcpu:?}: {pages:?}");
+        }
+    }
+
+    #[test]
+    fn the_ends_of_the_frame_space_stop_a_cursor() {
+        let mut queue = queue(&[Run::new(0, 3), Run::new(u64::MAX - 3, 3)], &[]);
+        queue.fault(1);
+        queue.fault(u64::MAX - 2);
+        queue.fault(u64::MAX);
+        queue.fault(0);
+        assert_eq!(order(&mut queue, 99), [2, u64::MAX - 1, u64::MAX - 3]);
+    }
+
+    #[test]
+    fn a_record_of_all_frames_and_a_huge_guest_do_not_slow_it_down() {
+        // 16 TiB, and a record without bounds: in reasonable time only if neither is walked.
+        let mut queue =
+            queue(&[Run::new(0, 1 << 32)], &[Run::new(1 << 40, u64::MAX), Run::new(7, u64::MAX)]);
+        for k in 0..20_000 {
+            assert_eq!(queue.next(256), [Run::new(7 + k * 256, 256)]);
+        }
+    }
+}
