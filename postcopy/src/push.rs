@@ -248,11 +248,11 @@ impl PushQueue {
 }
 
 impl Stream {
-    /// Whether `gfn` lies on the stream, not farther ahead than what a cursor can have sent.
+    /// Whether `gfn` lies on the stream, at most just behind what a cursor has sent of it.
     fn leads_to(&self, gfn: u64) -> bool {
         let distance = i128::from(gfn) - i128::from(self.last);
         let stride = i128::from(self.stride);
-        distance % stride == 0 && (1..=i128::from(2 * self.depth)).contains(&(distance / stride))
+        distance % stride == 0 && (1..=i128::from(self.depth + 1)).contains(&(distance / stride))
     }
 }
 
