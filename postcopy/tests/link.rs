@@ -229,6 +229,15 @@ fn urgent_pages_that_take_nearly_all_of_the_link_leave_the_floor() {
 }
 
 #[test]
+fn urgent_pages_beyond_the_operators_limit_leave_the_floor() {
+    let load = Load { urgent_every_s: Some(40e-6), ..Load::default() };
+    let mut simulation = Simulation::new(Some(50_000_000), GBIT, 50e-6);
+    simulation.run(1.0, load);
+    let seen = simulation.run(10.0, load);
+    assert!((9 << 20..11 << 20).contains(&seen.pushed), "{seen:?}");
+}
+
+#[test]
 fn lost_acknowledgements_slow_the_background_to_the_floor_and_never_stop_it() {
     let mut simulation = Simulation::new(None, GBIT, 1e-3);
     simulation.run(1.0, Load::default());
