@@ -86,21 +86,16 @@ impl MissingPages {
         Some(missing)
     }
 
+    /// Whether this process may watch memory for `waiters`.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn available(waiters: Waiters) -> Result<(), MemoryError> {
+        descriptor(waiters).map(drop)
+    }
+
     fn open(view: GuestView, waiters: Waiters) -> Result<Self, MemoryError> {
-        let features = match waiters {
-            Waiters::User => FeatureFlags::empty(),
-            Waiters::All => {
-                FeatureFlags::EVENT_REMOVE | FeatureFlags::THREAD_ID | FeatureFlags::MISSING_SHMEM
-            }
-        };
-        let uffd = UffdBuilder::new()
-            .close_on_exec(true)
-            .non_blocking(true)
-            .user_mode_only(waiters == Waiters::User)
-            .require_features(features)
-            .create()
-            .map_err(|e| MemoryError::Userfault { source: io_error(e) })?;
-        Ok(Self { view, uffd, registered: Vec::new() })
+        Ok(Self { view, uffd: descriptor(waiters)?, registered: Vec::new() })
     }
 
     fn register(&mut self, region: Region) -> Result<(), MemoryError> {
@@ -277,6 +272,22 @@ impl MissingPages {
         })?;
         Ok(placed)
     }
+}
+
+fn descriptor(waiters: Waiters) -> Result<Uffd, MemoryError> {
+    let features = match waiters {
+        Waiters::User => FeatureFlags::empty(),
+        Waiters::All => {
+            FeatureFlags::EVENT_REMOVE | FeatureFlags::THREAD_ID | FeatureFlags::MISSING_SHMEM
+        }
+    };
+    UffdBuilder::new()
+        .close_on_exec(true)
+        .non_blocking(true)
+        .user_mode_only(waiters == Waiters::User)
+        .require_features(features)
+        .create()
+        .map_err(|e| MemoryError::Userfault { source: io_error(e) })
 }
 
 #[derive(Clone, Copy)]

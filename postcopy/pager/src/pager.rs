@@ -76,7 +76,10 @@ impl Pager {
         owed: PageSet,
         notify: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<Self, MemoryError> {
-        for run in owed.runs() {
+        // What is not here need not be given back, and is most of it.
+        let mut older = view.resident()?;
+        older.intersect_with(&owed);
+        for run in older.runs() {
             view.discard(run)?;
         }
         let missing = MissingPages::watch(view.clone(), Waiters::All)?;
