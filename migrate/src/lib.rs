@@ -23,7 +23,7 @@ pub use ferry_protocol::{
     Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
 };
 pub use guest::{Guest, GuestError, Host};
-pub use receive::{ReceiveEvent, ReceiveOptions, receive};
+pub use receive::{Fetching, ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
 pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, reattach, send};
 

@@ -64,8 +64,18 @@ pub enum ReceiveEvent<G> {
         guest: G,
         /// What it is.
         spec: MachineSpec,
-        /// Pages of it still come; `Ended` says when all are here.
-        fetching: bool,
+        /// Pages of it still come, if any do; `Ended` says when all are here.
+        fetching: Option<Fetching>,
+    },
+    /// A machine that runs here lacks pages, and the link to its source was lost: who touches one of them
+    /// waits until the source comes back.
+    Waiting {
+        /// Its name at the source.
+        name: String,
+        /// How many pages.
+        missing: u64,
+        /// How the link was lost.
+        why: String,
     },
     /// A session is over.
     Ended {
@@ -76,6 +86,35 @@ pub enum ReceiveEvent<G> {
     },
     /// A peer was turned away, or a connection came to nothing.
     Turned(String),
+}
+
+/// A machine that runs here before its pages are here.
+#[derive(Clone)]
+pub struct Fetching {
+    installer: Arc<Installer>,
+    door: Sender<Message>,
+}
+
+impl Fetching {
+    /// Pages that are still to come.
+    pub fn missing(&self) -> u64 {
+        self.installer.pager(|pager| pager.missing().len()).unwrap_or(0)
+    }
+
+    /// Ends it: pages that are not here never come, and read as zeros.
+    ///
+    /// Only for a machine that is being thrown away, whose vCPUs have been told to stop: those that wait
+    /// for a page wake, and can end.
+    pub fn abandon(&self) {
+        self.installer.drain();
+        let _ = self.door.send(Message::Abandoned);
+    }
+}
+
+impl std::fmt::Debug for Fetching {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fetching").field("missing", &self.missing()).finish_non_exhaustive()
+    }
 }
 
 type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
@@ -93,6 +132,7 @@ enum Message {
     /// A new control channel of a source that lost the one before.
     Rejoin(FrameReader, Box<dyn ByteSink>),
     Pager(Notice),
+    Abandoned,
 }
 
 struct Session {
@@ -361,6 +401,8 @@ struct Arriving<H: Host> {
     door: Sender<Message>,
     /// Counts links: one for each control channel.
     epoch: u64,
+    /// The present link was not found lost.
+    linked: bool,
     /// To the control channel.
     outgoing: Option<UnboundedSender<Vec<u8>>>,
     /// To the urgent lane.
@@ -394,6 +436,7 @@ impl<H: Host + 'static> Arriving<H> {
             peer,
             door,
             epoch: 0,
+            linked: true,
             outgoing: None,
             asks: Arc::default(),
             urgent_allowed: false,
@@ -414,7 +457,12 @@ impl<H: Host + 'static> Arriving<H> {
     fn run(mut self, receiver: &Receiver<Message>) {
         while self.arrival.is_none() {
             match receiver.recv() {
-                Ok(Message::Link { epoch, event }) if epoch == self.epoch => self.handle(event),
+                Ok(Message::Link { epoch, event }) if epoch == self.epoch => {
+                    if let DestinationEvent::LinkLost(why) = &event {
+                        self.waits(why);
+                    }
+                    self.handle(event);
+                }
                 Ok(Message::Link { .. }) => {}
                 Ok(Message::Lane(reader, sink)) => self.lane(reader, sink),
                 Ok(Message::Urgent(reader, sink)) => self.urgent(reader, sink),
@@ -425,6 +473,7 @@ impl<H: Host + 'static> Arriving<H> {
                     self.handle(DestinationEvent::Rejoined(missing));
                 }
                 Ok(Message::Pager(notice)) => self.notice(notice),
+                Ok(Message::Abandoned) => self.handle(DestinationEvent::Abandoned),
                 // This session holds a sender.
                 Err(_) => {
                     self.handle(DestinationEvent::LinkLost("the host is shutting down".into()))
@@ -514,6 +563,7 @@ impl<H: Host + 'static> Arriving<H> {
     /// Talks on this control channel from now on.
     fn control(&mut self, reader: FrameReader, sink: Box<dyn ByteSink>) {
         self.epoch += 1;
+        self.linked = true;
         let (outgoing, messages) = unbounded_channel();
         self.runtime.spawn(write(sink, messages));
         self.runtime.spawn(read(reader, self.door.clone(), self.epoch));
@@ -522,6 +572,17 @@ impl<H: Host + 'static> Arriving<H> {
 
     fn pager<T>(&self, ask: impl FnOnce(&Pager) -> T) -> Option<T> {
         self.installer.as_ref().and_then(|installer| installer.pager(ask))
+    }
+
+    /// Tells that a running machine lost its source; once for each link.
+    fn waits(&mut self, why: &str) {
+        let Some(missing) = self.pager(Pager::missing).filter(|_| self.running) else { return };
+        if !std::mem::take(&mut self.linked) {
+            return;
+        }
+        let name = self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone());
+        let (missing, why) = (missing.len(), why.to_owned());
+        (self.server.tell)(ReceiveEvent::Waiting { name, missing, why });
     }
 
     fn set_asks(&self, asks: Option<UnboundedSender<u64>>) {
@@ -648,7 +709,9 @@ impl<H: Host + 'static> Arriving<H> {
             return;
         }
         if let (Some(guest), Some(spec)) = (self.guest.take(), &self.spec) {
-            let (spec, fetching) = (spec.clone(), self.pager(|_| ()).is_some());
+            let pages = self.installer.clone().filter(|i| i.pager(|_| ()).is_some());
+            let fetching = pages.map(|installer| Fetching { installer, door: self.door.clone() });
+            let spec = spec.clone();
             (self.server.tell)(ReceiveEvent::Arrived { guest, spec, fetching });
         }
     }

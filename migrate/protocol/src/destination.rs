@@ -40,6 +40,8 @@ pub enum DestinationEvent {
     AllHere(Fetched),
     /// Missing pages cannot be supplied any more.
     PagingBroken(String),
+    /// The machine is thrown away before its pages are here.
+    Abandoned,
     /// The source is here again on a new control channel; the pages that are still owed.
     Rejoined(PageSet),
     /// A batch of a round was verified and installed.
@@ -204,6 +206,13 @@ impl Destination {
                 self.all_here();
             }
             DestinationEvent::PagingBroken(why) => self.paging_failed(why),
+            DestinationEvent::Abandoned => {
+                if matches!(self.phase, Phase::Fetching) {
+                    let reason = "the machine was stopped there".to_owned();
+                    self.send(ToSource::Failed { reason });
+                    self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None });
+                }
+            }
             DestinationEvent::Rejoined(owed) => self.rejoined(&owed),
             DestinationEvent::Loaded(result) => self.loaded(now, result),
             DestinationEvent::Resumed(result) => self.resumed(now, result),

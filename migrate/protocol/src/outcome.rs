@@ -75,6 +75,7 @@ pub enum Outcome {
     },
     /// The machine runs at the destination, some of its pages are still here, and the destination could
     /// not be reached for a while: whoever touches such a page waits. The migration can be taken up again.
+    /// [`Reattach::is_in_doubt`] where not even that is known: then the machine stays paused here as above.
     Detached {
         /// What happened.
         reason: String,

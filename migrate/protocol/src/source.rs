@@ -17,6 +17,8 @@
 //!                        Rejoining ──too long, or the operator's word──▶ Done (Detached: can be taken up)
 //! ```
 //!
+//! In doubt for too long, it is detached as well: if the machine does run there, its pages are only here.
+//!
 //! Call order: [`handle`](Source::handle) with each event and the time since the start, then
 //! [`poll`](Source::poll) until it returns nothing, carrying out each action. The engine answers an
 //! action with the event of the same name. [`deadline`](Source::deadline) says when to send a `Tick`.
@@ -910,7 +912,11 @@ impl Source {
             Phase::Committed => self.doubt(now, why),
             Phase::Doubting { .. } => self.ask_later(now),
             Phase::Serving => self.lost_while_serving(now, why),
-            Phase::Rejoining { wait, .. } => self.deadline = Some(now + wait),
+            // Old channels tell of their end one by one: that puts no attempt off.
+            Phase::Rejoining { wait, .. } => {
+                let later = now + wait;
+                self.deadline = Some(self.deadline.map_or(later, |soon| soon.min(later)));
+            }
             Phase::Reopening { since, wait } => {
                 self.phase = Phase::Rejoining { since, wait, why };
                 self.deadline = Some(now + wait);

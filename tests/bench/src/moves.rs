@@ -106,7 +106,9 @@ impl<G: Guest + 'static> Destination<G> {
             match self.events.recv_timeout(Duration::from_secs(10))? {
                 ReceiveEvent::Arrived { guest, .. } => arrived = Some(guest),
                 ReceiveEvent::Ended { .. } => break,
-                ReceiveEvent::Arriving { .. } | ReceiveEvent::Turned(_) => {}
+                ReceiveEvent::Arriving { .. }
+                | ReceiveEvent::Waiting { .. }
+                | ReceiveEvent::Turned(_) => {}
             }
         }
         Ok((report, cpu, arrived.ok_or("no machine arrived")?))

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferry_migrate::{
-    Canceller, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report, SendEvent,
+    Canceller, Fetching, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report, SendEvent,
     SendOptions, Whereabouts, reattach, send,
 };
 use ferry_transport::{Identity, QuicConnector};
@@ -39,7 +39,7 @@ struct Inner {
     /// It runs elsewhere, and lacks pages that are here.
     detached: Option<Reattach>,
     /// It runs here, and lacks pages that are elsewhere.
-    fetching: bool,
+    fetching: Option<Fetching>,
     ending: Option<Ending>,
 }
 
@@ -74,7 +74,7 @@ impl Hosted {
     }
 
     /// Says whether pages of the machine are still at its source.
-    pub(crate) fn set_fetching(&self, fetching: bool) {
+    pub(crate) fn set_fetching(&self, fetching: Option<Fetching>) {
         self.inner().fetching = fetching;
     }
 
@@ -146,7 +146,9 @@ impl Hosted {
         let state = match &inner.in_doubt {
             Some(_) => "paused in doubt".into(),
             None if inner.detached.is_some() => "moved, its pages still here".into(),
-            None if inner.fetching => format!("{}, fetching pages", self.machine.state()),
+            None if let Some(fetching) = &inner.fetching => {
+                format!("{}, fetching {} pages", self.machine.state(), fetching.missing())
+            }
             None => self.machine.state(),
         };
         let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
@@ -174,7 +176,7 @@ impl Hosted {
                 "machine `{name}` is moving to {to}; wait, or `ferry cancel {name}`"
             ));
         }
-        if inner.fetching {
+        if inner.fetching.is_some() {
             return Err(format!(
                 "machine `{name}` runs here and is still fetching pages from its source: wait until all are \
                  here (`ferry vm show {name}`)"
@@ -224,10 +226,20 @@ impl Hosted {
 
     fn stop(&self) -> Result<Reply, String> {
         let inner = self.inner();
-        if inner.migrating.is_some() || inner.fetching {
+        if inner.migrating.is_some() {
             self.check_at_rest(&inner)?;
         }
-        self.machine.stop();
+        match inner.fetching.clone() {
+            None => self.machine.stop(),
+            Some(fetching) => std::thread::scope(|scope| {
+                let stopping = scope.spawn(|| self.machine.stop());
+                // vCPUs that wait for a page end when it will not come; by now they know that they shall.
+                std::thread::sleep(Duration::from_millis(20));
+                if !stopping.is_finished() {
+                    fetching.abandon();
+                }
+            }),
+        }
         Ok(Reply::Done(format!("machine `{}` is stopped", self.name())))
     }
 

@@ -138,8 +138,8 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
             let name = reservation.name().to_owned();
             match Hosted::start(guest.clone(), reservation) {
                 Ok(hosted) => {
-                    if fetching {
-                        hosted.set_fetching(true);
+                    if fetching.is_some() {
+                        hosted.set_fetching(fetching);
                         host.fetching().insert(spec.name, Arc::downgrade(&hosted));
                     }
                     let _ = notices.send(Notice::Hosted(hosted.clone()));
@@ -160,7 +160,7 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
         ReceiveEvent::Ended { name, arrival } => {
             drop(host.take_reservation(&name));
             if let Some(hosted) = host.fetching().remove(&name).and_then(|weak| weak.upgrade()) {
-                hosted.set_fetching(false);
+                hosted.set_fetching(None);
             }
             match arrival {
                 Arrival::Runs { digest_verified: Some(true) } => {
@@ -179,6 +179,10 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
                 Arrival::Void(why) => eprintln!("ferry: machine `{name}` did not come: {why}"),
             }
         }
+        ReceiveEvent::Waiting { name, missing, why } => eprintln!(
+            "ferry: machine `{name}` runs here and lacks {missing} pages: the link to its source was lost ({why}). \
+             Who touches one of them waits until the source comes back; if its process has ended, they are lost"
+        ),
         ReceiveEvent::Turned(why) => eprintln!("ferry: {why}"),
     }
 }

@@ -11,7 +11,7 @@ use ferry_protocol::{
 };
 use rand::RngExt;
 
-use super::network::{CONTROL, Misfortune, Packet, Pages, URGENT};
+use super::network::{CONTROL, Fate, Packet, Pages, URGENT};
 use super::{PAGES, Plan, Plant, SESSION, World, digest, run_pages};
 
 const VCPUS: usize = 2;
@@ -38,13 +38,15 @@ pub(crate) struct DestinationHost {
     last_round: u32,
     pub(crate) demand: Option<Demand>,
     /// Admitted and being copied: nothing is discarded meanwhile.
-    copying: usize,
+    copying: HashSet<u64>,
     waiting: [Option<Touch>; VCPUS + 1],
     writes: u64,
     /// The newest link that the source came by, and whether its urgent channel is open.
     link: u32,
     urgent: bool,
     asked_for: HashSet<(u32, u64)>,
+    /// What the source was last told to be missing.
+    pub(crate) lacked: Option<PageSet>,
     all_here: bool,
     pub(crate) paging_broken: bool,
     pub(crate) runs: bool,
@@ -64,12 +66,13 @@ impl DestinationHost {
             closed: false,
             last_round: 0,
             demand: None,
-            copying: 0,
+            copying: HashSet::new(),
             waiting: [None; VCPUS + 1],
             writes: 0,
             link: 0,
             urgent: false,
             asked_for: HashSet::new(),
+            lacked: None,
             all_here: false,
             paging_broken: false,
             runs: false,
@@ -211,7 +214,7 @@ impl World {
         d.demand = Some(Demand::new(owed));
         if self.plan.paging_breaks {
             let at = self.now + self.rng.random_range(0..self.net.latency_us * 30);
-            self.misfortune_at(at, Misfortune::PagingBreaks);
+            self.fate_at(at, Fate::PagingBreaks);
         }
         if self.plan.discards {
             for _ in 0..self.rng.random_range(1..4) {
@@ -261,6 +264,7 @@ impl World {
             return Ok(());
         };
         match demand.fault(page, now, vcpu as u32) {
+            Fault::Ask if d.copying.contains(&page) => Err(format!("page {page} is coming in")),
             Fault::Ask => self.ask_for(page),
             Fault::Asked => Ok(()),
             Fault::Zero => {
@@ -330,7 +334,11 @@ impl World {
                 self.source.debt.remove(page);
             }
         }
-        if announced { self.feed_destination(DestinationEvent::Installed { round }) } else { Ok(()) }
+        if announced {
+            self.feed_destination(DestinationEvent::Installed { round })
+        } else {
+            Ok(())
+        }
     }
 
     fn owed_pages_came(&mut self, round: u32, pages: &Pages) -> Result<(), String> {
@@ -344,7 +352,7 @@ impl World {
                 d.copy[page as usize] = content;
             }
             if demand.admit(page) == Admit::Install {
-                d.copying += 1;
+                d.copying.insert(page);
                 let at = self.now + self.rng.random_range(0..800);
                 self.net.at(at, Packet::Installed { round, page, content });
             }
@@ -354,7 +362,7 @@ impl World {
 
     pub(crate) fn installed(&mut self, round: u32, page: u64, content: u64) -> Result<(), String> {
         let d = &mut self.destination;
-        d.copying -= 1;
+        d.copying.remove(&page);
         let Some(demand) = d.demand.as_mut().filter(|_| !d.dead && !d.paging_broken) else {
             return Ok(());
         };
@@ -385,7 +393,7 @@ impl World {
         let Some(demand) = d.demand.as_mut().filter(|_| d.runs && !d.paging_broken) else {
             return Ok(());
         };
-        if d.copying > 0 {
+        if !d.copying.is_empty() {
             self.net.at(self.now + 10, Packet::Discard);
             return Ok(());
         }
@@ -421,6 +429,7 @@ impl World {
             return Ok(());
         }
         let owed = self.destination.missing();
+        self.destination.lacked = Some(owed.clone());
         self.feed_destination(DestinationEvent::Rejoined(owed))
     }
 }

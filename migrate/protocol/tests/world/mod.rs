@@ -1,5 +1,7 @@
 //! The simulated world: two hosts, the network between them, a clock, and what goes wrong.
 
+#![expect(clippy::cast_possible_truncation, reason = "a simulated machine has 64 pages")]
+
 mod destination_host;
 mod judge;
 mod network;
@@ -12,7 +14,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 use destination_host::DestinationHost;
-use network::{Misfortune, Network, Packet};
+use network::{Fate, Network, Packet};
 use source_host::SourceHost;
 
 const PAGES: u64 = 64;
@@ -95,14 +97,15 @@ impl World {
     pub(crate) fn new(seed: u64, plant: Plant) -> Self {
         let mut w = Self::quiet(seed);
         w.plant = plant;
-        let horizon = 60_000 + w.net.latency_us * 40 + if w.mode == Mode::PostCopy { 100_000 } else { 0 };
+        let horizon =
+            60_000 + w.net.latency_us * 40 + if w.mode == Mode::PostCopy { 100_000 } else { 0 };
         if w.rng.random_bool(0.5) {
             let at = w.rng.random_range(0..horizon);
-            w.misfortune_at(at, Misfortune::Cut);
+            w.fate_at(at, Fate::Cut);
         }
         if w.rng.random_bool(0.2) {
             let at = w.rng.random_range(0..horizon);
-            w.misfortune_at(at, Misfortune::Cancel);
+            w.fate_at(at, Fate::Cancel);
         }
         let rng = &mut w.rng;
         w.plan = Plan {
@@ -133,6 +136,7 @@ impl World {
         if mode != Mode::PreCopy && rng.random_bool(0.7) {
             // Less than any switchover is expected to take.
             goals.max_downtime = Duration::from_millis(1);
+            goals.max_total = Duration::from_secs(2);
         }
         let latency_us = rng.random_range(10..3000);
         Self {
@@ -218,35 +222,35 @@ impl World {
             Packet::Fault { vcpu, page } => self.fault(vcpu, page),
             Packet::Installed { round, page, content } => self.installed(round, page, content),
             Packet::Discard => self.discard(),
-            Packet::Misfortune(m) => self.befall(m),
+            Packet::Fate(m) => self.befall(m),
         }
     }
 
-    fn misfortune_at(&mut self, at: u64, misfortune: Misfortune) {
-        self.net.at(at, Packet::Misfortune(misfortune));
+    fn fate_at(&mut self, at: u64, fate: Fate) {
+        self.net.at(at, Packet::Fate(fate));
     }
 
-    fn befall(&mut self, misfortune: Misfortune) -> Result<(), String> {
-        match misfortune {
-            Misfortune::Cut => {
+    fn befall(&mut self, fate: Fate) -> Result<(), String> {
+        match fate {
+            Fate::Cut => {
                 if self.plan.cut_kills_destination && !self.destination.ever_ran {
                     self.destination.die();
                 }
                 self.cut_link();
             }
-            Misfortune::Cancel => self.feed_source(SourceEvent::Cancel)?,
-            Misfortune::SourceDies => {
+            Fate::Cancel => self.feed_source(SourceEvent::Cancel)?,
+            Fate::SourceDies => {
                 self.source.dead = self.source.outcome.is_none();
                 if self.source.dead {
                     self.cut_link();
                 }
             }
-            Misfortune::DestinationDies => {
+            Fate::DestinationDies => {
                 self.destination.die();
                 self.cut_link();
             }
-            Misfortune::PagingBreaks => self.paging_breaks()?,
-            Misfortune::Reattach => self.reattach()?,
+            Fate::PagingBreaks => self.paging_breaks()?,
+            Fate::Reattach => self.reattach()?,
         }
         Ok(())
     }
@@ -290,7 +294,7 @@ impl World {
         if self.plan.more_cuts > 0 {
             self.plan.more_cuts -= 1;
             let soon = self.now + self.rng.random_range(0..self.net.latency_us * 30);
-            self.misfortune_at(soon, Misfortune::Cut);
+            self.fate_at(soon, Fate::Cut);
         }
     }
 

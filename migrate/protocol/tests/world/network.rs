@@ -62,18 +62,18 @@ pub(crate) enum Packet {
     },
     /// The destination's guest gives memory up.
     Discard,
-    Misfortune(Misfortune),
+    Fate(Fate),
 }
 
-/// What happens to the migration from outside.
+/// What happens to a migration from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Misfortune {
+pub(crate) enum Fate {
     Cut,
     Cancel,
     SourceDies,
     DestinationDies,
     PagingBreaks,
-    /// The operator takes a detached migration up again: no misfortune.
+    /// The operator takes a detached migration up again.
     Reattach,
 }
 
@@ -81,6 +81,9 @@ pub(crate) struct Network {
     /// By time, and by a number that keeps each channel's order.
     in_flight: BTreeMap<(u64, u64), (Option<u32>, Packet)>,
     serial: u64,
+    /// Pages that had reached the destination's host when their link was lost, and are worked on when the
+    /// next one opens.
+    held: Vec<Packet>,
     channel_free_at: [u64; URGENT + 1],
     pub(crate) latency_us: u64,
     /// The link that the source opened last, and whether it carries.
@@ -95,6 +98,7 @@ impl Network {
         Self {
             in_flight: BTreeMap::new(),
             serial: 0,
+            held: Vec::new(),
             channel_free_at: [0; URGENT + 1],
             latency_us,
             link: 0,
@@ -143,23 +147,29 @@ impl Network {
     /// The link ends, and with it what is on it; whether it was up. Some pages had reached the
     /// destination's host, and are worked on much later.
     pub(crate) fn lose_link(&mut self, rng: &mut SmallRng) -> bool {
+        let survive = if rng.random_bool(0.5) { 0.9 } else { 0.1 };
         for ((at, serial), (link, packet)) in std::mem::take(&mut self.in_flight) {
             let pages = matches!(packet, Packet::Batch { .. } | Packet::Echo { .. });
             if link.is_none() {
                 self.in_flight.insert((at, serial), (None, packet));
-            } else if pages && rng.random_bool(0.2) {
-                let most = if rng.random_bool(0.5) { 20_000 } else { 6_000_000 };
-                let late = rng.random_range(0..most);
-                self.in_flight.insert((at + late, serial), (None, packet));
+            } else if pages && rng.random_bool(survive) {
+                match rng.random_range(0..3) {
+                    0 => self.held.push(packet),
+                    1 => self.at(at + rng.random_range(0..20_000), packet),
+                    _ => self.at(at + rng.random_range(0..6_000_000), packet),
+                }
             }
         }
         std::mem::replace(&mut self.up, false)
     }
 
     /// The next link is up.
-    pub(crate) fn open_link(&mut self) {
+    pub(crate) fn open_link(&mut self, now: u64, rng: &mut SmallRng) {
         self.link += 1;
         self.up = true;
         self.channel_free_at = [0; URGENT + 1];
+        for packet in std::mem::take(&mut self.held) {
+            self.at(now + rng.random_range(0..self.latency_us * 8), packet);
+        }
     }
 }

@@ -11,7 +11,7 @@ use ferry_protocol::{
 use rand::RngExt;
 use rand::rngs::SmallRng;
 
-use super::network::{CONTROL, LANES, Misfortune, Packet, Pages, URGENT};
+use super::network::{CONTROL, Fate, LANES, Packet, Pages, URGENT};
 use super::{NEVER, PAGES, Plant, SESSION, World, digest, run_pages};
 
 /// Owed pages that are being sent.
@@ -152,7 +152,7 @@ impl World {
                     return Err("negotiated something else".into());
                 }
                 self.net.send(self.now, &mut self.rng, URGENT, Packet::UrgentOpen);
-                let at = self.now + self.rng.random_range(1..800);
+                let at = self.now + self.rng.random_range(1..800 + self.net.latency_us * 4);
                 self.net.at_on_link(at, Packet::Event(SourceEvent::LanesOpen));
             }
             SourceAction::StartTracking => {
@@ -182,7 +182,7 @@ impl World {
             }
             SourceAction::ReturnDirty(pages) => self.source.returned.union_with(&pages),
             SourceAction::StopTracking => self.source.tracking = false,
-            SourceAction::Serve { round, owed, record } => self.serve(round, owed, &record),
+            SourceAction::Serve { round, owed, record } => self.serve(round, owed, &record)?,
             SourceAction::Push => {
                 let turn = self.source.serving.as_ref().ok_or("pushes what is not served")?.turn;
                 self.net.at(self.now, Packet::PushTurn(turn));
@@ -191,8 +191,7 @@ impl World {
             SourceAction::Inquire { .. } => {
                 self.source.asked = true;
                 let at = self.now + self.net.latency_us;
-                let packet =
-                    if self.reachable() { Packet::Inquiry } else { Packet::Answer(None) };
+                let packet = if self.reachable() { Packet::Inquiry } else { Packet::Answer(None) };
                 self.net.at(at, packet);
             }
             SourceAction::DigestMemory => {
@@ -241,7 +240,10 @@ impl World {
         self.net.send(self.now, &mut self.rng, lane, Packet::Batch { round, pages });
     }
 
-    fn serve(&mut self, round: u32, mut owed: PageSet, record: &[PageSet]) {
+    fn serve(&mut self, round: u32, mut owed: PageSet, record: &[PageSet]) -> Result<(), String> {
+        if self.destination.lacked.take().is_some_and(|lacked| lacked != owed) {
+            return Err("what is served is not what was lacking".into());
+        }
         if self.plant == Plant::ServeOnlyUnsent
             && let Some(unsent) = self.source.unsent.take()
         {
@@ -255,6 +257,7 @@ impl World {
             self.requested(page);
         }
         self.tempt_fate();
+        Ok(())
     }
 
     /// The next batch, and when the one after it goes: as it pleases the pace.
@@ -297,7 +300,7 @@ impl World {
             let lost = SourceEvent::LinkLost("nobody answers".into());
             return self.net.at(at, Packet::Event(lost));
         }
-        self.net.open_link();
+        self.net.open_link(self.now, &mut self.rng);
         self.net.at_on_link(at, Packet::Event(SourceEvent::Rejoined));
         self.net.send(self.now, &mut self.rng, CONTROL, Packet::Hello);
         if self.rng.random_bool(0.3) {
@@ -312,12 +315,12 @@ impl World {
             Progress::Running => {
                 let soon = |w: &mut Self| w.now + w.rng.random_range(0..w.net.latency_us * 30);
                 for (planned, what) in [
-                    (self.plan.source_dies, Misfortune::SourceDies),
-                    (self.plan.destination_dies_later, Misfortune::DestinationDies),
+                    (self.plan.source_dies, Fate::SourceDies),
+                    (self.plan.destination_dies_later, Fate::DestinationDies),
                 ] {
                     if planned {
                         let at = soon(self);
-                        self.misfortune_at(at, what);
+                        self.fate_at(at, what);
                     }
                 }
             }
@@ -325,7 +328,7 @@ impl World {
                 self.source.lost_at = Some(self.now);
                 if std::mem::take(&mut self.plan.cancels_rejoining) {
                     let at = self.now + self.rng.random_range(0..3_000_000);
-                    self.misfortune_at(at, Misfortune::Cancel);
+                    self.fate_at(at, Fate::Cancel);
                 }
             }
             _ => {}
@@ -348,7 +351,7 @@ impl World {
             let pointless = self.destination.dead || self.destination.paging_broken;
             if self.plan.operator_persists && !pointless && self.net.down_until != NEVER {
                 let at = self.now + self.rng.random_range(0..20_000_000);
-                self.misfortune_at(at, Misfortune::Reattach);
+                self.fate_at(at, Fate::Reattach);
             }
         }
         if self.source.outcome.replace(outcome).is_some() {

@@ -4,13 +4,14 @@
 mod cancels;
 mod faults;
 mod moves;
+mod post_copy;
 #[path = "../stage/mod.rs"]
 mod stage;
 mod trouble;
 
 use std::time::Duration;
 
-use ferry_migrate::{Goals, Left, OutcomeKind, SendOptions, Sent, Whereabouts};
+use ferry_migrate::{Goals, Left, Mode, OutcomeKind, SendOptions, Sent, Whereabouts};
 use stage::{Subject, goes_on};
 
 const MIB: u64 = 1 << 20;
@@ -20,10 +21,10 @@ const MIB: u64 = 1 << 20;
 const BUSY: &str = "pattern=random arena=16M fill=all fill_random=60 random=60";
 const ARENA_PAGES: u64 = 16 * MIB / 4096;
 
-/// Goals that a busy guest on a busy computer meets.
+/// Goals that a busy guest on a busy computer meets, by pre-copy.
 fn options(lanes: u16) -> SendOptions {
     let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
-    SendOptions { goals, lanes, ..SendOptions::default() }
+    SendOptions { goals, mode: Mode::PreCopy, lanes, ..SendOptions::default() }
 }
 
 #[track_caller]

@@ -84,7 +84,9 @@ fn cut_anywhere(link: Link, seed: u64, times: u32) {
                 left += 1;
             }
             Whereabouts::PausedAtSource => panic!("the destination could be asked: {sent:?}"),
-            Whereabouts::Unknown => panic!("this engine has the machine: {sent:?}"),
+            Whereabouts::Unknown | Whereabouts::LacksPages => {
+                panic!("nothing was moved after the hand-over: {sent:?}")
+            }
         }
         assert_eq!(at.witness.running(), 1, "cut after {bytes} bytes");
     }

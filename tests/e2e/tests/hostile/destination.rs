@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ferry_migrate::{Canceller, Left, OutcomeKind, Refusal};
 use ferry_process_guest::{ProcessGuest, ProcessHost};
-use ferry_protocol::{Hello, ToDestination, ToSource, Verdict, wire};
+use ferry_protocol::{Hello, ToDestination, ToSource, VERSION_MAX, Verdict, wire};
 use ferry_transport::{Connector, FrameReader, Listener, memory, send_message};
 
 use crate::stage::{Destination, Dice, Link, Maker, Subject, eventually, goes_on, migrate};
@@ -23,11 +23,15 @@ use Say::{Close, Message, Raw};
 
 type Script = fn(Option<&ToDestination>) -> Vec<Say>;
 
+fn accepted(version: u16, codecs: u8) -> ToSource {
+    ToSource::Accepted { version, session: 7, codecs, no_post_copy: None }
+}
+
 /// What an honest destination says, as far as the commit.
 fn honest(heard: Option<&ToDestination>) -> Vec<Say> {
     match heard {
         Some(ToDestination::Offer { codecs, .. }) => {
-            vec![Message(ToSource::Accepted { version: 1, session: 7, codecs: *codecs })]
+            vec![Message(accepted(VERSION_MAX, *codecs))]
         }
         Some(ToDestination::Prepare) => vec![Message(ToSource::Ready)],
         Some(ToDestination::RoundEnd { round, .. }) => {
@@ -106,21 +110,21 @@ fn a_hostile_destination_is_told_off_and_the_machine_goes_on_at_its_source() {
             "a version of tomorrow",
             "version 99",
             instead!(Some(D::Offer { .. }) => {
-                vec![Message(ToSource::Accepted { version: 99, session: 7, codecs: 3 })]
+                vec![Message(accepted(99, 3))]
             }),
         ),
         (
             "codecs not offered",
             "not offered",
             instead!(Some(D::Offer { .. }) => {
-                vec![Message(ToSource::Accepted { version: 1, session: 7, codecs: 0xf0 })]
+                vec![Message(accepted(VERSION_MAX, 0xf0))]
             }),
         ),
         (
             "accepts twice",
             "Accepted was not expected",
             instead!(Some(D::Prepare) => {
-                vec![Message(ToSource::Accepted { version: 1, session: 7, codecs: 3 })]
+                vec![Message(accepted(VERSION_MAX, 3))]
             }),
         ),
         (
@@ -148,7 +152,7 @@ fn a_hostile_destination_is_told_off_and_the_machine_goes_on_at_its_source() {
             "a digest of nothing",
             "Digest was not expected",
             instead!(Some(D::RoundEnd { .. }) => {
-                vec![Message(ToSource::Digest { sum: 1 })]
+                vec![Message(ToSource::Digest { sum: Some(1), fetched: None })]
             }),
         ),
         (
@@ -209,7 +213,7 @@ fn a_destination_that_lies_about_time_and_memory_is_found_out() {
                 load_us: u64::MAX,
                 resume_us: u64::MAX,
             }),
-            Message(ToSource::Digest { sum: 0 }),
+            Message(ToSource::Digest { sum: Some(0), fetched: None }),
         ],
         other => honest(other),
     });

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use ferry_codec::{BatchBuilder, Codec};
 use ferry_migrate::{Arrival, Guest, MachineSpec, ReceiveEvent, RunPermit, StateWriter};
 use ferry_process_guest::{ProcessGuest, ProcessHost};
-use ferry_protocol::{Hello, ToDestination, ToSource, Verdict, wire};
+use ferry_protocol::{Hello, PackedPages, ToDestination, ToSource, Verdict, wire};
 use ferry_transport::{ByteSink, Connector, FrameReader, send_message};
 
 use crate::frames::{crafted, data_frame};
@@ -180,7 +180,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "Commit before",
             attack!(c => {
                 let mut session = Session::hello(c).await;
-                let commit = ToDestination::Commit { permit: permit(), state: vec![], rounds: vec![] };
+                let commit = ToDestination::Commit { permit: permit(), state: vec![], rounds: vec![], owed: PackedPages::default() };
                 session.say(&commit).await;
                 assert!(matches!(session.hear().await, Some(ToSource::Failed { .. })));
             }),
@@ -393,7 +393,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             attack!(c => {
                 let mut session = Session::accepted(c).await;
                 let rounds = vec![(2, 0), (1, 0)];
-                session.say(&ToDestination::Commit { permit: permit(), state: vec![], rounds }).await;
+                session.say(&ToDestination::Commit { permit: permit(), state: vec![], rounds, owed: PackedPages::default() }).await;
                 session.hear().await;
             }),
         ),
@@ -402,7 +402,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "machine state",
             attack!(c => {
                 let mut session = Session::accepted(c).await;
-                let commit = ToDestination::Commit { permit: permit(), state: vec![1; 99], rounds: vec![] };
+                let commit = ToDestination::Commit { permit: permit(), state: vec![1; 99], rounds: vec![], owed: PackedPages::default() };
                 session.say(&commit).await;
                 assert!(matches!(session.hear().await, Some(ToSource::CommitRefused { .. })));
             }),
@@ -623,7 +623,9 @@ fn pages_after_the_commit_do_not_touch_a_machine_that_runs() {
             }
         }
         let rounds = vec![(1, batches as u64)];
-        session.say(&ToDestination::Commit { permit, state, rounds }).await;
+        session
+            .say(&ToDestination::Commit { permit, state, rounds, owed: PackedPages::default() })
+            .await;
         let answer = session.hear().await;
         assert!(matches!(answer, Some(ToSource::Running { .. })), "{answer:?}");
         for lane in &mut lanes {

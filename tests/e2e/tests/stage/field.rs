@@ -98,6 +98,7 @@ impl<G: Guest + 'static> Destination<G> {
                 }
                 ReceiveEvent::Ended { .. }
                 | ReceiveEvent::Arriving { .. }
+                | ReceiveEvent::Waiting { .. }
                 | ReceiveEvent::Turned(_) => {}
             }
         }

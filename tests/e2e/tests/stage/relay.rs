@@ -110,11 +110,18 @@ impl Connector for Relay {
             let cuts = line.cuts.subscribe();
             let far = inner.connect().await?;
             let (near, mine) = memory::channel(2);
+            let (lane, kind) = tokio::sync::oneshot::channel();
             tokio::spawn(until_cut(
                 cuts.clone(),
-                up(line.clone(), FrameReader::new(mine.source), far.sink),
+                up(line.clone(), FrameReader::new(mine.source), far.sink, lane),
             ));
-            tokio::spawn(until_cut(cuts, down(line, FrameReader::new(far.source), mine.sink)));
+            tokio::spawn(until_cut(cuts, async move {
+                if kind.await.unwrap_or(true) {
+                    down_lane(line, far.source, mine.sink).await;
+                } else {
+                    down(line, FrameReader::new(far.source), mine.sink).await;
+                }
+            }));
             Ok(near)
         });
         Box::pin(async { connecting.await.unwrap_or_else(|e| Err(lost(&e.to_string()))) })
@@ -144,10 +151,39 @@ fn message_bytes(message: &[u8]) -> Bytes {
     [&length.to_le_bytes()[..], message].concat().into()
 }
 
+/// Whether frames follow, and not messages.
+fn is_lane(hello: &[u8]) -> bool {
+    matches!(Hello::decode(hello), Ok(Hello::Lane { .. } | Hello::Urgent { .. }))
+}
+
+/// Acknowledgements and requests, back from the destination.
+async fn down_lane(line: Arc<Line>, mut source: Box<dyn ByteSource>, mut sink: Box<dyn ByteSink>) {
+    loop {
+        match source.recv().await {
+            Ok(Some(bytes)) => {
+                if !put(&line, sink.as_mut(), bytes).await {
+                    return;
+                }
+            }
+            Ok(None) => {
+                let _ = sink.finish().await;
+                return;
+            }
+            Err(e) => return end(sink, e).await,
+        }
+    }
+}
+
 /// From the source of the migration to its destination.
-async fn up(line: Arc<Line>, mut reader: FrameReader, mut sink: Box<dyn ByteSink>) {
+async fn up(
+    line: Arc<Line>,
+    mut reader: FrameReader,
+    mut sink: Box<dyn ByteSink>,
+    kind: tokio::sync::oneshot::Sender<bool>,
+) {
     let Ok(Some(hello)) = reader.read_message(MAX_HELLO_BYTES).await else { return };
-    let lane = matches!(Hello::decode(&hello), Ok(Hello::Lane { .. }));
+    let lane = is_lane(&hello);
+    let _ = kind.send(lane);
     if !put(&line, sink.as_mut(), message_bytes(&hello)).await {
         return;
     }

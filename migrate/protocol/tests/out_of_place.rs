@@ -1,0 +1,258 @@
+//! Once the permit has left, no message of the destination makes the source forget what it owes, or run; and
+//! a machine that owes pages and has not run is given back when something breaks.
+
+use std::time::Duration;
+
+use ferry_pages::{PageSet, Run};
+use ferry_protocol::{
+    Arrival, Destination, DestinationAction, DestinationEvent, Goals, MachineSpec, Mode, Outcome,
+    PackedPages, Refusal, RunPermit, Source, SourceAction, SourceEvent, ToDestination, ToSource,
+    Verdict,
+};
+
+const RUNNING: ToSource = ToSource::Running { pages_us: 0, load_us: 0, resume_us: 0 };
+
+fn pages(first: u64, pages: u64) -> PageSet {
+    std::iter::once(Run::new(first, pages)).collect()
+}
+
+fn feed(source: &mut Source, at_ms: u64, event: SourceEvent) -> Vec<SourceAction> {
+    source.handle(Duration::from_millis(at_ms), event);
+    std::iter::from_fn(|| source.poll()).collect()
+}
+
+fn spec() -> MachineSpec {
+    MachineSpec {
+        name: "m".into(),
+        vmm: "test".into(),
+        extents: vec![(0, 64)],
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        devices: Vec::new(),
+        config: Vec::new(),
+    }
+}
+
+/// A source that serves pages 0 to 9 to a machine that runs at the destination.
+fn serving() -> Source {
+    let mode = (Goals::default(), Mode::PostCopy);
+    let mut source = Source::new(spec(), 1, 1, mode, Duration::from_secs(60));
+    let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
+    let mut last = Vec::new();
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Message(accepted),
+        SourceEvent::LanesOpen,
+        SourceEvent::TrackingStarted(pages(0, 10)),
+        SourceEvent::Message(ToSource::Ready),
+        SourceEvent::Harvested(PageSet::new()),
+        SourceEvent::Paused(RunPermit::for_new_machine(1)),
+        SourceEvent::Harvested(PageSet::new()),
+        SourceEvent::StateSaved(vec![1]),
+        SourceEvent::Harvested(PageSet::new()),
+        SourceEvent::Message(RUNNING),
+    ] {
+        last = feed(&mut source, 1, event);
+    }
+    assert_eq!(last.last(), Some(&SourceAction::Push));
+    source
+}
+
+fn out_of_place() -> Vec<ToSource> {
+    vec![
+        ToSource::Accepted { version: 2, session: 8, codecs: 1, no_post_copy: None },
+        ToSource::Refused { reasons: vec![Refusal::new("memory", "none")] },
+        ToSource::Ready,
+        ToSource::RoundDone { round: 1 },
+        ToSource::Failed { reason: "no userfaultfd".into() },
+        RUNNING,
+        ToSource::CommitRefused { reason: "changed its mind".into() },
+        // More than is owed.
+        ToSource::Lacks { owed: PackedPages::pack(&pages(0, 11)) },
+        ToSource::Verdict(Verdict::Pending),
+        ToSource::Verdict(Verdict::NeverRan),
+        ToSource::Verdict(Verdict::Unknown),
+    ]
+}
+
+/// In `source` nothing is forgotten: it goes on, or has ended with all that it takes to go on.
+fn still_owes(mut source: Source, actions: &[SourceAction], said: &str) {
+    let runs =
+        |a: &SourceAction| matches!(a, SourceAction::Resume(_) | SourceAction::ReturnDirty(_));
+    assert!(!actions.iter().any(runs), "{said}: {actions:?}");
+    let ended = actions.iter().find(|a| matches!(a, SourceAction::Finish(_)));
+    assert_eq!(ended.is_some(), said.starts_with("Failed"), "{said}: {actions:?}");
+    if let Some(end) = ended {
+        let SourceAction::Finish(Outcome::Detached { reason, .. }) = end else {
+            panic!("{said}: {end:?}")
+        };
+        assert!(reason.contains("10 of its pages"), "{said}: {reason}");
+        return;
+    }
+    feed(&mut source, 10, SourceEvent::LinkLost("cut".into()));
+    let again = feed(&mut source, 10_000, SourceEvent::Tick);
+    assert_eq!(again, [SourceAction::Rejoin { session: 7 }], "{said}");
+    feed(&mut source, 10_001, SourceEvent::Rejoined);
+    let owed = PackedPages::pack(&pages(0, 10));
+    feed(&mut source, 10_002, SourceEvent::Message(ToSource::Lacks { owed }));
+    let served = feed(&mut source, 10_003, SourceEvent::LanesOpen);
+    let all = |a: &SourceAction| matches!(a, SourceAction::Serve { owed, .. } if owed.len() == 10);
+    assert!(served.iter().any(all), "{said}: {served:?}");
+}
+
+#[test]
+fn a_message_out_of_place_while_pages_are_owed_takes_nothing_back() {
+    for message in out_of_place() {
+        let said = format!("{message:?} while serving");
+        let mut source = serving();
+        let actions = feed(&mut source, 2, SourceEvent::Message(message));
+        still_owes(source, &actions, &said);
+    }
+}
+
+#[test]
+fn nor_does_one_while_the_source_comes_back() {
+    for reopening in [false, true] {
+        for message in out_of_place() {
+            let said = format!("{message:?} while coming back, lanes asked for: {reopening}");
+            let mut source = serving();
+            feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+            feed(&mut source, 2, SourceEvent::Tick);
+            feed(&mut source, 3, SourceEvent::Rejoined);
+            if reopening {
+                let owed = PackedPages::pack(&pages(0, 10));
+                feed(&mut source, 4, SourceEvent::Message(ToSource::Lacks { owed }));
+            }
+            let actions = feed(&mut source, 5, SourceEvent::Message(message));
+            still_owes(source, &actions, &said);
+        }
+    }
+}
+
+#[test]
+fn the_answer_to_an_inquiry_that_comes_late_does_not_end_the_comparison_of_memory() {
+    let mut source = serving();
+    let digest = ToSource::Digest { sum: Some(5), fetched: None };
+    feed(&mut source, 2, SourceEvent::Message(digest));
+    feed(&mut source, 3, SourceEvent::Message(ToSource::Verdict(Verdict::Ran)));
+    let end = feed(&mut source, 4, SourceEvent::MemoryDigest(5)).pop();
+    let Some(SourceAction::Finish(Outcome::Completed { digest_verified: Some(true), .. })) = end
+    else {
+        panic!("{end:?}")
+    };
+}
+
+#[test]
+fn the_last_page_may_be_installed_while_the_source_opens_its_lanes_again() {
+    let mut source = serving();
+    feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+    feed(&mut source, 2, SourceEvent::Tick);
+    feed(&mut source, 3, SourceEvent::Rejoined);
+    let owed = PackedPages::pack(&pages(4, 1));
+    feed(&mut source, 4, SourceEvent::Message(ToSource::Lacks { owed }));
+    let digest = ToSource::Digest { sum: Some(5), fetched: None };
+    let actions = feed(&mut source, 5, SourceEvent::Message(digest));
+    assert_eq!(actions, [SourceAction::DigestMemory]);
+}
+
+#[test]
+fn old_channels_that_tell_of_their_end_one_by_one_put_no_attempt_off() {
+    let mut source = serving();
+    feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+    feed(&mut source, 2, SourceEvent::Tick);
+    feed(&mut source, 3, SourceEvent::LinkLost("nobody answers".into()));
+    let deadline = source.deadline();
+    feed(&mut source, 4, SourceEvent::LinkLost("an old lane".into()));
+    assert_eq!(source.deadline(), deadline);
+}
+
+#[test]
+fn what_breaks_before_an_owing_machine_runs_gives_it_back() {
+    let breakages: [fn(String) -> DestinationEvent; 3] =
+        [DestinationEvent::BadPages, DestinationEvent::PagingBroken, DestinationEvent::LinkLost];
+    for breakage in breakages {
+        for loading in [false, true] {
+            let said = format!("{:?}, loading: {loading}", breakage(String::new()));
+            let mut destination = Destination::new(7, 1);
+            let commit = ToDestination::Commit {
+                permit: RunPermit::for_new_machine(1),
+                state: vec![1],
+                rounds: Vec::new(),
+                owed: PackedPages::pack(&pages(0, 10)),
+            };
+            let offer = ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1 };
+            let mut events = vec![
+                DestinationEvent::Message(offer),
+                DestinationEvent::Built(Ok(None)),
+                DestinationEvent::Message(commit),
+            ];
+            if loading {
+                events.push(DestinationEvent::Paging(Ok(())));
+            }
+            for event in events {
+                destination.handle(Duration::ZERO, event);
+            }
+            destination.handle(Duration::ZERO, breakage("broken".into()));
+            // Loaded all the same, by a thread that did not know: too late.
+            destination.handle(Duration::ZERO, DestinationEvent::Loaded(Ok(())));
+            let actions: Vec<_> = std::iter::from_fn(|| destination.poll()).collect();
+            let void =
+                |a: &DestinationAction| matches!(a, DestinationAction::Finish(Arrival::Void(_)));
+            assert!(actions.iter().any(void), "{said}: {actions:?}");
+            let runs = |a: &DestinationAction| matches!(a, DestinationAction::Resume(_));
+            assert!(!actions.iter().any(runs), "{said}: {actions:?}");
+            assert_eq!(destination.verdict(), Verdict::NeverRan, "{said}");
+        }
+    }
+}
+
+#[test]
+fn attempts_that_fail_at_their_last_step_end_in_time_too() {
+    let mut source = serving();
+    let mut at = 1;
+    feed(&mut source, at, SourceEvent::LinkLost("cut".into()));
+    for _ in 0..1000 {
+        let deadline = source.deadline().expect("it tries again or ends");
+        at = at.max(u64::try_from(deadline.as_millis()).unwrap());
+        let mut actions = feed(&mut source, at, SourceEvent::Tick);
+        if let Some(SourceAction::Finish(outcome)) = actions.pop() {
+            assert!(matches!(outcome, Outcome::Detached { .. }), "{outcome:?}");
+            // It was told 60 s, and attempts are at most 5 s apart.
+            assert!((60_000..=65_001).contains(&at), "{at} ms");
+            return;
+        }
+        let owed = PackedPages::pack(&pages(0, 10));
+        feed(&mut source, at, SourceEvent::Rejoined);
+        feed(&mut source, at, SourceEvent::Message(ToSource::Lacks { owed }));
+        // Several channels tell of it, one after the other.
+        for _ in 0..10 {
+            feed(&mut source, at, SourceEvent::LinkLost("cut again".into()));
+            at += 90;
+        }
+    }
+    panic!("it tries for ever");
+}
+
+#[test]
+fn an_operator_ends_the_attempts_to_come_back_at_any_point_and_can_go_on() {
+    for steps in 0..4 {
+        let mut source = serving();
+        feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+        let owed = PackedPages::pack(&pages(0, 10));
+        let events = [
+            SourceEvent::Tick,
+            SourceEvent::Rejoined,
+            SourceEvent::Message(ToSource::Lacks { owed }),
+        ];
+        for event in events.into_iter().take(steps) {
+            feed(&mut source, 3, event);
+        }
+        let mut actions = feed(&mut source, 4, SourceEvent::Cancel);
+        let Some(SourceAction::Finish(Outcome::Detached { reattach, .. })) = actions.pop() else {
+            panic!("after {steps} steps: {actions:?}");
+        };
+        let mut source = Source::reattach(reattach, Goals::default(), Duration::from_secs(1));
+        let again = feed(&mut source, 0, SourceEvent::Tick);
+        assert_eq!(again, [SourceAction::Rejoin { session: 7 }]);
+    }
+}

@@ -1,0 +1,288 @@
+//! Machines that run at their destination before their pages are there: each guest, each mode, and a
+//! link that is cut again and again.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use ferry_migrate::{
+    Arrival, Canceller, Guest, Left, Mode, OutcomeKind, ReceiveEvent, SendOptions, Sent,
+    Whereabouts,
+};
+use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
+use ferry_protocol::{ToDestination, ToSource};
+use ferry_refvmm::DirtyLog;
+
+use crate::stage::{
+    Deal, Destination, Dice, Kvm, Link, Maker, Process, Relay, Subject, Watched, WatchedHost,
+    Witness, Word, eventually, goes_on, has_kvm, migrate,
+};
+use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, options};
+
+fn process() -> Process {
+    let (tracker, memory_bytes) = (Tracker::UffdWriteProtect, 64 * MIB);
+    Process { tracker, memory_bytes, workload: BUSY.into() }
+}
+
+fn kvm() -> Kvm {
+    Kvm { dirty_log: DirtyLog::Auto, memory_bytes: 64 * MIB, workload: BUSY.into() }
+}
+
+fn by(mode: Mode) -> SendOptions {
+    SendOptions { mode, rejoin_for: Duration::from_secs(30), ..options(2) }
+}
+
+/// Moves a busy guest `times` times in a row.
+fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
+    let witness = Witness::new();
+    let mut source = Watched::running(maker.busy_guest(), &witness);
+    let host = WatchedHost { host: maker.host(), witness: witness.clone() };
+    let destination = Destination::start(link, host);
+    let mut how = by(mode);
+    if mode == Mode::Hybrid {
+        // So that one round is not enough.
+        how.goals.max_downtime = Duration::from_micros(100);
+    }
+    for _ in 0..times {
+        let sent = migrate(&mut source, &destination.connector, &how);
+        assert_completed(&sent);
+        let report = &sent.report;
+        assert_eq!(report.mode, mode.name());
+        let paging = report.paging.as_ref().expect("pages went after the hand-over");
+        if mode == Mode::PostCopy {
+            assert_eq!(report.rounds, 1, "no round before it");
+            assert!(paging.pushed + paging.requested >= ARENA_PAGES, "{paging:?}");
+        }
+        assert!(
+            paging.requested > 0,
+            "a guest that comes to every page waits for some: {paging:?}"
+        );
+        let (arrived, arrival) = destination.arrival().expect("a machine");
+        assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
+        assert_eq!(witness.running(), 1);
+        assert!(!source.runs() && arrived.runs());
+        let resident = |guest: &Watched<M::Subject>| guest.memory().resident().unwrap().len();
+        goes_on(&arrived, ARENA_PAGES);
+        let (before, after) = (resident(&source), resident(&arrived));
+        assert!(after <= before + before / 50 + 8, "{before} resident pages became {after}");
+        source = arrived;
+    }
+}
+
+#[test]
+fn a_busy_process_guest_moves_ten_times_by_post_copy_and_by_hybrid() {
+    for mode in [Mode::PostCopy, Mode::Hybrid] {
+        moves(&process(), Link::Quic, mode, 10);
+        moves(&process(), Link::Memory, mode, 2);
+    }
+}
+
+#[test]
+fn a_busy_kvm_machine_moves_ten_times_by_post_copy_and_by_hybrid() {
+    if !has_kvm() {
+        return;
+    }
+    for mode in [Mode::PostCopy, Mode::Hybrid] {
+        moves(&kvm(), Link::Quic, mode, 10);
+    }
+}
+
+#[test]
+fn auto_ends_by_post_copy_where_rounds_do_not_pay_and_says_why() {
+    let mut source = process().busy_guest();
+    let destination = Destination::start(Link::Memory, process().host());
+    let mut hard = by(Mode::Auto);
+    hard.goals.max_downtime = Duration::from_millis(3);
+    hard.bandwidth_bytes_per_s = Some(40_000_000);
+    let sent = migrate(&mut source, &destination.connector, &hard);
+    assert_completed(&sent);
+    assert_eq!(sent.report.mode, "hybrid", "{}", sent.report.reason);
+    for word in ["pages/s", "after the hand-over"] {
+        assert!(sent.report.reason.contains(word), "{}", sent.report.reason);
+    }
+    goes_on(&destination.arrival().expect("a machine").0, ARENA_PAGES);
+}
+
+struct Stage {
+    witness: Arc<Witness>,
+    source: Watched<ProcessGuest>,
+    destination: Destination<Watched<ProcessGuest>>,
+}
+
+fn stage(link: Link) -> Stage {
+    let witness = Witness::new();
+    let source = Watched::running(process().busy_guest(), &witness);
+    let host = WatchedHost { host: ProcessHost::default(), witness: witness.clone() };
+    Stage { witness, source, destination: Destination::start(link, host) }
+}
+
+/// Calls `fate` for each frame that passes after the hand-over.
+fn after_the_hand_over(
+    at: &Stage,
+    mends: bool,
+    fate: impl Fn() -> Deal + Send + Sync + 'static,
+) -> Relay {
+    let runs = AtomicBool::new(false);
+    let tamper = move |word: Word<'_>, _: &Bytes| match word {
+        Word::ToSource(ToSource::Running { .. }) => {
+            runs.store(true, Ordering::SeqCst);
+            Deal::Pass
+        }
+        Word::Frame(_) if runs.load(Ordering::SeqCst) => fate(),
+        _ => Deal::Pass,
+    };
+    Relay::new(&at.destination.connector, at.destination.handle(), mends, tamper)
+}
+
+#[test]
+fn a_link_cut_twenty_times_while_pages_are_fetched_is_taken_up_again_each_time() {
+    for (link, seed) in [(Link::Memory, 5), (Link::Quic, 6)] {
+        let mut at = stage(link);
+        let (dice, cuts) = (Mutex::new(Dice(seed)), Arc::new(AtomicU64::new(0)));
+        let relay = after_the_hand_over(&at, true, {
+            let cuts = cuts.clone();
+            move || {
+                let cut = dice.lock().unwrap().below(8) == 0 && cuts.load(Ordering::SeqCst) < 20;
+                if cut {
+                    cuts.fetch_add(1, Ordering::SeqCst);
+                }
+                if cut { Deal::Cut } else { Deal::Pass }
+            }
+        });
+        let sent = migrate(&mut at.source, &relay.connector(), &by(Mode::PostCopy));
+        assert_completed(&sent);
+        assert_eq!(cuts.load(Ordering::SeqCst), 20);
+        // Not from the beginning each time.
+        let pages = sent.report.pages;
+        let all = pages.raw + pages.lz4 + pages.zstd + pages.zero;
+        assert!(all < 3 * ARENA_PAGES, "{all} pages were sent for {ARENA_PAGES}");
+        let arrived = at.destination.arrival().expect("a machine").0;
+        goes_on(&arrived, ARENA_PAGES);
+        assert_eq!(at.witness.running(), 1);
+    }
+}
+
+/// Moves by a link that does not come back after some pages, and gives up soon.
+fn detached(at: &mut Stage) -> Sent {
+    let frames = AtomicU64::new(0);
+    let relay = after_the_hand_over(at, false, move || {
+        if frames.fetch_add(1, Ordering::SeqCst) == 20 { Deal::Cut } else { Deal::Pass }
+    });
+    let soon = SendOptions { rejoin_for: Duration::from_secs(1), ..by(Mode::PostCopy) };
+    let sent = migrate(&mut at.source, &relay.connector(), &soon);
+    assert_eq!(sent.report.outcome, OutcomeKind::Failed);
+    assert_eq!(sent.report.machine, Whereabouts::LacksPages);
+    for word in ["runs at the destination", "pages are only here", "--resume"] {
+        assert!(sent.report.reason.contains(word), "{}", sent.report.reason);
+    }
+    assert!(!at.source.runs());
+    sent
+}
+
+#[test]
+fn a_destination_that_cannot_be_reached_waits_and_is_served_later() {
+    let mut at = stage(Link::Memory);
+    let sent = detached(&mut at);
+    let Left::Detached(left) = sent.left else { panic!("{:?}", sent.left) };
+    let mut arrived = None;
+    let missing = loop {
+        match at.destination.event(Duration::from_secs(10)).expect("an event") {
+            ReceiveEvent::Arrived { guest, fetching, .. } => {
+                assert!(fetching.is_some());
+                arrived = Some(guest);
+            }
+            ReceiveEvent::Waiting { missing, .. } => break missing,
+            _ => {}
+        }
+    };
+    assert!(missing > 0 && missing <= ARENA_PAGES + 64);
+    let arrived = arrived.expect("it runs already");
+    assert!(arrived.runs());
+    assert_eq!(at.witness.running(), 1);
+    // Both workers come upon a page that is not there, and neither sees anything else instead.
+    let mut before = arrived.written();
+    eventually("the guest waits", || {
+        std::thread::sleep(Duration::from_millis(50));
+        std::mem::replace(&mut before, arrived.written()) == arrived.written()
+    });
+    assert_eq!(arrived.wrong(), None);
+
+    let connector = at.destination.connector.clone();
+    let again = by(Mode::PostCopy);
+    let sent = ferry_migrate::reattach(
+        &mut at.source,
+        left,
+        connector,
+        &again,
+        &Canceller::default(),
+        &mut |_| {},
+    );
+    assert_completed(&sent);
+    goes_on(&arrived, ARENA_PAGES);
+    assert_eq!(at.witness.running(), 1);
+    assert_eq!(at.witness.times_started(), 2, "once at each side");
+}
+
+#[test]
+fn an_operator_ends_the_attempts_to_come_back() {
+    let mut at = stage(Link::Memory);
+    let relay = after_the_hand_over(&at, false, || Deal::Cut);
+    let canceller = Canceller::default();
+    let (mut lost, operator) = (false, canceller.clone());
+    let options = SendOptions { rejoin_for: Duration::from_secs(1000), ..by(Mode::PostCopy) };
+    let sent = ferry_migrate::send(
+        &mut at.source,
+        relay.connector(),
+        &options,
+        &canceller,
+        &mut |event| {
+            use ferry_migrate::{Progress, SendEvent};
+            if let SendEvent::Progress(Progress::LinkLost(_)) = event {
+                lost = true;
+                operator.cancel();
+            }
+        },
+    );
+    assert!(lost);
+    assert_eq!(sent.report.machine, Whereabouts::LacksPages, "{}", sent.report.reason);
+    assert!(matches!(sent.left, Left::Detached(_)));
+    assert_eq!(at.witness.running(), 1);
+    // Thrown away, it does not wait for pages that never come.
+    loop {
+        let event = at.destination.event(Duration::from_secs(10)).expect("an event");
+        if let ReceiveEvent::Arrived { guest, fetching, .. } = event {
+            let fetching = fetching.expect("pages are missing");
+            assert!(fetching.missing() > 0);
+            fetching.abandon();
+            break drop(guest);
+        }
+    }
+}
+
+#[test]
+fn a_destination_that_refuses_a_post_copy_commit_leaves_the_machine_at_its_source() {
+    let mut at = stage(Link::Memory);
+    let relay =
+        Relay::new(&at.destination.connector, at.destination.handle(), true, |word, bytes| {
+            match word {
+                Word::ToDestination(ToDestination::Commit { .. }) => {
+                    // Half of it: no message of this protocol.
+                    let mut half = bytes.to_vec();
+                    let end = half.len() - 1;
+                    half[end] ^= 0xff;
+                    Deal::Instead(vec![half.into()])
+                }
+                _ => Deal::Pass,
+            }
+        });
+    let sent = migrate(&mut at.source, &relay.connector(), &by(Mode::PostCopy));
+    assert_eq!(sent.report.machine, Whereabouts::RunsAtSource, "{}", sent.report.reason);
+    assert!(matches!(sent.left, Left::Running), "{:?}", sent.left);
+    goes_on(&at.source, 100);
+    at.destination.void();
+    assert_eq!(at.witness.running(), 1);
+    let sent = migrate(&mut at.source, &at.destination.connector, &by(Mode::PostCopy));
+    assert_completed(&sent);
+    goes_on(&at.destination.arrival().expect("a machine").0, ARENA_PAGES);
+}
