@@ -1,7 +1,8 @@
 //! Moving a machine.
 //!
 //! [`send()`] moves a [`Guest`] away; [`receive()`] takes machines in for a [`Host`]. Both carry out what
-//! the pure state machines of `ferry-protocol` ask for, over any link of `ferry-transport`. This crate
+//! the pure state machines of `ferry-protocol` ask for, over any link of `ferry-transport`. [`save()`]
+//! writes a guest to a bundle of `ferry-bundle`, [`restore()`] starts one from it. This crate
 //! knows no VMM: it sees memory, trackers, and state as opaque sections.
 
 mod control;
@@ -10,9 +11,12 @@ mod install;
 mod receive;
 mod receive_lane;
 mod report;
+mod restore;
 mod round;
+mod save;
 mod send;
 mod send_lane;
+mod tracking;
 
 pub use ferry_memory::GuestView;
 pub use ferry_pages::PageSet;
@@ -23,6 +27,8 @@ pub use ferry_protocol::{
 pub use guest::{Guest, GuestError, Host};
 pub use receive::{ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Report, Whereabouts};
+pub use restore::{RestoreError, Restored, restore};
+pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
 pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, send};
 
 /// An error with its causes, as one line: `what: why: why that`.

@@ -132,7 +132,8 @@ impl Layer {
         for place in &looked {
             match Manifest::read(place) {
                 Ok(found) if found.id == id => {
-                    let layer = Self::open(place)?;
+                    // Chains of hints make long ways.
+                    let layer = Self::open(place.canonicalize().as_ref().unwrap_or(place))?;
                     layer.check_machine(self.manifest.machine, &self.manifest.spec.extents)?;
                     return Ok(Some(layer));
                 }

@@ -37,6 +37,7 @@ pub struct Draft {
     /// Frames below it may be in the batch that is being built.
     next_gfn: u64,
     map: PageMap,
+    required: Option<Sum>,
 }
 
 /// A bundle that was written.
@@ -102,6 +103,7 @@ impl Draft {
             builder: BatchBuilder::new(),
             next_gfn: 0,
             map: PageMap::default(),
+            required: None,
         };
         draft.builder.begin(0);
         written.map_err(BundleError::io("write", &draft.path)).map(|()| draft)
@@ -147,6 +149,14 @@ impl Draft {
         Ok(())
     }
 
+    /// The digest that all memory must have, from whoever can tell without this bundle: [`commit`] fails
+    /// where it has another.
+    ///
+    /// [`commit`]: Self::commit
+    pub fn require_digest(&mut self, digest: Sum) {
+        self.required = Some(digest);
+    }
+
     /// Bytes of memory written so far.
     pub fn written_bytes(&self) -> u64 {
         self.at
@@ -186,6 +196,15 @@ impl Draft {
         state: &[u8],
     ) -> Result<Committed, BundleError> {
         let memory = self.finish_memory()?;
+        if let Some(required) = self.required
+            && required != memory.digest
+        {
+            let why = format!(
+                "the memory that was written has digest {}, the machine's {required}",
+                memory.digest
+            );
+            return Err(BundleError::damaged(&self.path, why));
+        }
         let state_part = StatePart { bytes: state.len() as u64, checksum: Sum(xxh3_64(state)) };
         write_synced(&self.dir.join(state_name(self.token)), state)?;
         let base = self
@@ -275,6 +294,7 @@ pub fn merge(chain: &Chain, to: &Path) -> Result<Committed, BundleError> {
     let manifest = chain.manifest();
     let state = chain.state()?;
     let mut draft = Draft::begin(to, chain.spec().clone(), None)?;
+    draft.require_digest(manifest.memory.digest);
     chain.visit(|run, bytes, _| {
         (run.start..)
             .zip(bytes.chunks_exact(PAGE_BYTES))
