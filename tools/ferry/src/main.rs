@@ -1,13 +1,16 @@
 //! The `ferry` command: hosts machines, moves them, and shows what happens.
 
 mod args;
+mod bundle;
 mod demo;
 mod hosted;
 mod machine;
 mod migrate;
 mod protocol;
 mod receive;
+mod restore;
 mod runtime_dir;
+mod save;
 mod vm;
 
 use std::process::ExitCode;
@@ -60,6 +63,9 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Vm(command) => vm::main(&runtime()?, command)?,
         Command::Receive(args) => receive::main(runtime()?, &args)?,
         Command::Migrate(args) => return migrate::main(&runtime()?, &args),
+        Command::Save(args) => save::main(&runtime()?, &args)?,
+        Command::Restore(args) => restore::main(&runtime()?, &args)?,
+        Command::Bundle(command) => bundle::main(&command)?,
         Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,
     }
     Ok(ExitCode::SUCCESS)
