@@ -294,6 +294,12 @@ pub fn merge(chain: &Chain, to: &Path) -> Result<Committed, BundleError> {
     let manifest = chain.manifest();
     let state = chain.state()?;
     let mut draft = Draft::begin(to, chain.spec().clone(), None)?;
+    // It was read before the directory was locked.
+    let top = chain.layers().first().filter(|top| same_dir(&top.dir, to));
+    if top.is_some() && Manifest::read(to)?.token != manifest.token {
+        let why = "it was saved over meanwhile".to_owned();
+        return Err(BundleError::Occupied { dir: to.to_owned(), why });
+    }
     draft.require_digest(manifest.memory.digest);
     chain.visit(|run, bytes, _| {
         (run.start..)

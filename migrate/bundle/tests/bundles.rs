@@ -72,6 +72,9 @@ fn a_merged_chain_is_one_bundle_of_the_same_content_and_id() {
     std::fs::remove_dir_all(at("full")).unwrap();
     assert_holds(&at("second"), &before);
     assert_holds(&at("third"), &memory);
+    merge(&open(&at("third")).unwrap(), &at("third")).unwrap();
+    let stale = merge(&chain, &at("third")).unwrap_err().to_string();
+    assert!(stale.contains("saved over meanwhile"), "{stale}");
     assert_eq!(kinds(&at("second")), ["manifest.json", "memory", "state"]);
 }
 

@@ -103,6 +103,84 @@ fn a_memory_file_of_another_bundle_is_found() {
     assert!(matches!(error, BundleError::Damaged { .. }), "{error}");
 }
 
+#[test]
+fn a_frame_in_another_frames_place_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let here = dir.path().join("b");
+    // Two frames of the same length, one after the other.
+    let pages = 2 * ferry_bundle::FRAME_PAGES as u64;
+    save(&here, &(0..pages).map(|gfn| (gfn, page(gfn + 1, true))).collect(), None).unwrap();
+    let chain = open(&here).unwrap();
+    let [one, two] = [0, pages - 1].map(|gfn| chain.place_of(gfn).unwrap().at);
+    let [one, two] = [one, two].map(|at| usize::try_from(at).unwrap());
+    let path = file(&here, "memory");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let (before, after) = bytes.split_at_mut(two);
+    before[one..].swap_with_slice(&mut after[..two - one]);
+    std::fs::write(&path, bytes).unwrap();
+    let error = whole(&here).unwrap_err().to_string();
+    assert!(error.contains("is not the one that the index means"), "{error}");
+}
+
+/// Changes text of the manifest at `dir` and makes its checksum right again, as a forger would.
+fn forge(dir: &Path, from: &str, to: &str) {
+    let path = file(dir, "manifest.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains(from), "{from} is not in {text}");
+    let (body, _) = text.rsplit_once("\"checksum\"").unwrap();
+    let body = body.replace(from, to);
+    let blank = format!("{body}\"checksum\": \"0000000000000000\"\n}}");
+    let compact =
+        blank.lines().map(|line| line.trim().replacen("\": ", "\":", 1)).collect::<String>();
+    let sum = xxhash_rust::xxh3::xxh3_64(compact.as_bytes());
+    std::fs::write(&path, format!("{body}\"checksum\": \"{sum:016x}\"\n}}\n")).unwrap();
+}
+
+#[test]
+fn a_base_with_the_right_id_and_other_content_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, base) = small(dir.path());
+    let next = dir.path().join("next");
+    let id = base.manifest().id.to_string();
+    let other = save(&dir.path().join("base"), &some_memory(), None).unwrap();
+    assert!(matches!(open(&next), Err(BundleError::BaseIsAnother { .. })));
+    forge(&dir.path().join("base"), &other.id.to_string(), &id);
+    open(&dir.path().join("base")).unwrap();
+    let error = open(&next).unwrap_err().to_string();
+    assert!(error.contains("the pages of the chain have digest"), "{error}");
+}
+
+#[test]
+fn a_manifest_whose_numbers_cannot_be_is_an_error_and_never_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = dir.path().join("good");
+    let part = save(&good, &some_memory(), None).unwrap().memory;
+    let huge = u64::MAX.to_string();
+    let index_at = format!("\"index_at\": {}", part.index_at);
+    let forgeries = [
+        (index_at.as_str(), "\"index_at\": 0".to_owned()),
+        (&index_at, format!("\"index_at\": {}", part.index_at - 8)),
+        (&index_at, format!("\"index_at\": {}", part.bytes)),
+        (&index_at, format!("\"index_at\": {huge}")),
+        (&format!("\"bytes\": {}", part.bytes), format!("\"bytes\": {huge}")),
+        ("700\n", "699\n".to_owned()),
+        ("700\n", format!("{huge}\n")),
+        ("1024,", "8,".to_owned()),
+    ];
+    for (n, (from, to)) in forgeries.iter().enumerate() {
+        let bad = dir.path().join(format!("{n}"));
+        model::copy(&good, &bad);
+        forge(&bad, "web1", "web1");
+        assert_holds(&bad, &some_memory());
+        forge(&bad, from, to);
+        match whole(&bad) {
+            // A machine with a page less, which no page of the bundle is.
+            Ok(read) => assert!(*from == "700\n" && read.0 == some_memory(), "{from} {to}"),
+            Err(e) => assert!(e.to_string().contains("is damaged"), "{from} {to}: {e}"),
+        }
+    }
+}
+
 /// A small file system of its own, unmounted when dropped.
 struct Disk<'a>(&'a Path);
 
@@ -146,6 +224,9 @@ fn a_full_disk_is_an_error_that_leaves_the_old_bundle_and_no_litter() {
     assert_holds(&here, &small);
     assert_eq!(kinds(&here), ["manifest.json", "memory", "state"]);
     assert!(!dir.path().join("new").exists());
+    // What a killed save left may be all that fills the disk.
+    let left = here.join("memory-000000000000000000000000000000aa");
+    std::fs::write(left, vec![1; 1 << 20]).unwrap_err();
     save(&here, &some_memory(), None).unwrap();
     assert_holds(&here, &some_memory());
 }

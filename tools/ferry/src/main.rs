@@ -46,12 +46,23 @@ impl<E: std::error::Error> From<E> for Failure {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
+    survive_file_size_limits();
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(e) => {
             eprintln!("ferry: {e}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// A file that may not grow (`ulimit -f`) is an error of whoever writes it, not the end of the machine
+/// that this process hosts.
+fn survive_file_size_limits() {
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    // Without it all works but that.
+    if let Err(e) = vmm_sys_util::signal::register_signal_handler(libc::SIGXFSZ, ignore) {
+        tracing::warn!("cannot ignore SIGXFSZ: {e}");
     }
 }
 

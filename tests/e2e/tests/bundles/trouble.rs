@@ -135,6 +135,21 @@ fn a_full_disk_ends_the_save_and_not_the_machine() {
 }
 
 #[test]
+fn a_file_size_limit_ends_the_save_and_not_the_machine() {
+    let hosts = Hosts::new();
+    let limited =
+        Host { before: vec!["prlimit".into(), "--fsize=16777216".into()], ..hosts.source.clone() };
+    let dir = hosts.path("b");
+    let _runner = limited.boot("m", PROCESS, &LARGE);
+    let failed = hosts.source.run(&["save", "m", path(&dir)]);
+    assert_eq!(failed.status, Some(1), "{failed:?}");
+    let last = failed.stderr.lines().last().unwrap_or_default();
+    assert!(last.contains("File too large") && last.contains("goes on"), "{failed:?}");
+    assert!(!dir.exists());
+    hosts.source.works("m");
+}
+
+#[test]
 fn a_bad_bundle_is_not_started_and_what_is_wrong_with_it_is_said() {
     let hosts = Hosts::new();
     let host = &hosts.source;
