@@ -38,13 +38,27 @@ const KEPT_PAGES: u64 = 16384;
 /// How often whoever watches hears of bytes written.
 const TELL_EVERY: Duration = Duration::from_millis(200);
 
+/// What a page costs that is copied while the guest stands still: about twice what was measured.
+const COPY_ONE: Duration = Duration::from_micros(2);
+/// Pausing, saving state and resuming.
+const OVERHEAD: Duration = Duration::from_millis(2);
+
 /// How to save.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct SaveOptions {
     /// Store what is not in this bundle, which must be of the same machine.
     pub base: Option<Arc<Chain>>,
     /// The machine ends here once it is saved.
     pub stop: bool,
+    /// One that goes on is not saved if it would stand still for longer than this.
+    pub max_stop: Duration,
+}
+
+impl Default for SaveOptions {
+    /// No base; the machine goes on, after 200 ms at most.
+    fn default() -> Self {
+        Self { base: None, stop: false, max_stop: Duration::from_millis(200) }
+    }
 }
 
 /// What whoever watches a save is told.
@@ -95,6 +109,21 @@ pub enum SaveError {
     /// Its memory cannot be read.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// It dirties its memory faster than pages are written.
+    #[error(
+        "the guest dirties {dirty} pages while {pages} are written: it would stand still for about {} ms, allowed are {} ms; save it when it is less busy, or allow more by --max-stop",
+        .expected.as_millis(), .allowed.as_millis()
+    )]
+    TooBusy {
+        /// Pages that are dirty after the last round.
+        dirty: u64,
+        /// Pages in that round.
+        pages: u64,
+        /// The stop that it would take.
+        expected: Duration,
+        /// The stop that is allowed.
+        allowed: Duration,
+    },
     /// Its writes cannot be tracked, or its state cannot be encoded.
     #[error("{0}")]
     Failed(String),
@@ -169,8 +198,7 @@ pub fn save(
     let view = guest.memory();
     let page = vec![0; PAGE_BYTES];
     let (counts, told) = (Counts::default(), Instant::now());
-    let saving =
-        Saving { draft, base: options.base.as_deref(), view, page, canceller, watch, counts, told };
+    let saving = Saving { draft, options, view, page, canceller, watch, counts, told };
     let (committed, stood, counts) =
         if options.stop { saving.for_good(guest) } else { saving.running(guest) }?;
     stop += stood;
@@ -217,7 +245,7 @@ struct Counts {
 
 struct Saving<'a> {
     draft: Draft,
-    base: Option<&'a Chain>,
+    options: &'a SaveOptions,
     view: GuestView,
     page: Vec<u8>,
     canceller: &'a SaveCanceller,
@@ -282,11 +310,16 @@ impl Saving<'_> {
         self.put_missing(&resident)?;
         let (mut pages, mut dirty) = (resident, PageSet::new());
         for number in 1..=MAX_ROUNDS {
-            let before = pages.len();
+            let (before, began) = (pages.len(), Instant::now());
             self.round(pages, Some(tracking.trackers()))?;
+            let took = began.elapsed();
             dirty = tracking.harvest().map_err(SaveError::Failed)?;
+            if dirty.len() <= LAST_PAGES {
+                break;
+            }
             let shrinks = dirty.len() < before / 4 * 3;
-            if dirty.len() <= LAST_PAGES || (number > 2 && !shrinks) || number == MAX_ROUNDS {
+            if (number > 2 && !shrinks) || number == MAX_ROUNDS {
+                self.check_stop(dirty.len(), before, took)?;
                 break;
             }
             pages = std::mem::take(&mut dirty);
@@ -314,10 +347,24 @@ impl Saving<'_> {
         Ok(Taken { machine, state: state?, last, stood })
     }
 
+    /// Refuses a stop for `dirty` pages that would be too long; the last round had `pages` and took `took`.
+    fn check_stop(&self, dirty: u64, pages: u64, took: Duration) -> Result<(), SaveError> {
+        let (copied, allowed) = (dirty.min(KEPT_PAGES), self.options.max_stop);
+        let seconds = |each: f64, pages: u64| each * pages as f64;
+        let expected = seconds(COPY_ONE.as_secs_f64(), copied)
+            + seconds(took.as_secs_f64() / pages.max(1) as f64, dirty - copied);
+        let expected =
+            OVERHEAD + Duration::try_from_secs_f64(expected).unwrap_or(Duration::MAX / 2);
+        if expected <= allowed {
+            return Ok(());
+        }
+        Err(SaveError::TooBusy { dirty, pages, expected, allowed })
+    }
+
     /// Pages of the base that hold nothing any more: not resident, and so not looked at, which would
     /// bring them into being. One that is written from now on is reported as dirty.
     fn put_missing(&mut self, resident: &PageSet) -> Result<(), SaveError> {
-        let Some(base) = self.base else { return Ok(()) };
+        let Some(base) = &self.options.base else { return Ok(()) };
         let mut missing = base.data_pages();
         missing.subtract(resident);
         Ok(each_page(&missing).try_for_each(|gfn| self.draft.put_zero(gfn))?)

@@ -261,6 +261,9 @@ pub(crate) struct Save {
     /// End the machine once its bundle is on the disk.
     #[arg(long)]
     pub(crate) stop: bool,
+    /// Do not save if the guest, which runs on, would stand still for longer than this.
+    #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = humantime::parse_duration)]
+    pub(crate) max_stop: Duration,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

@@ -303,7 +303,8 @@ impl Hosted {
         let mut machine = self.machine.clone();
         let base = how.base.as_deref().map(|base| Chain::open(base, &[]).map(Arc::new)).transpose();
         let saved = base.map_err(SaveError::from).and_then(|base| {
-            let options = SaveOptions { base, stop: how.stop };
+            let max_stop = Duration::from_millis(how.max_stop_ms);
+            let options = SaveOptions { base, stop: how.stop, max_stop };
             save(&mut machine, &how.dir, &options, &canceller, &mut watch)
         });
         if saved.is_ok() && how.stop {

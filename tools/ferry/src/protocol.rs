@@ -32,6 +32,7 @@ pub(crate) struct SaveRequest {
     pub(crate) dir: PathBuf,
     pub(crate) base: Option<PathBuf>,
     pub(crate) stop: bool,
+    pub(crate) max_stop_ms: u64,
 }
 
 /// How to migrate.

@@ -23,6 +23,7 @@ fn save(runtime: &RuntimeDir, args: &Save) -> Result<SaveReport, Failure> {
         dir: std::path::absolute(&args.dir)?,
         base: args.base.as_ref().map(std::path::absolute).transpose()?,
         stop: args.stop,
+        max_stop_ms: u64::try_from(args.max_stop.as_millis()).unwrap_or(u64::MAX),
     });
     let mut host = Conversation::new(runtime.connect(&args.name)?);
     host.say(&request)?;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use ferry_bundle::{Chain, merge};
 use ferry_codec::{is_zero, page_digest};
@@ -22,6 +23,8 @@ use crate::stage::{
 const MIB: u64 = 1 << 20;
 /// Two workers that come to any of 16 MiB again and again, as fast as they can.
 const BUSY: &str = "pattern=random arena=16M fill=all fill_random=60 random=60";
+/// A stop that is allowed to any guest on a busy computer.
+const LONG: Duration = Duration::from_secs(60);
 const ARENA_PAGES: u64 = 16 * MIB / 4096;
 
 fn process(tracker: Tracker) -> Process {
@@ -110,7 +113,7 @@ fn saved(
     stop: bool,
 ) -> Result<SaveReport, SaveError> {
     let base = base.map(|base| Arc::new(Chain::open(base, &[]).unwrap()));
-    let options = SaveOptions { base, stop };
+    let options = SaveOptions { base, stop, max_stop: LONG };
     save(guest, dir, &options, &SaveCanceller::default(), &mut |_| {})
 }
 
@@ -275,7 +278,7 @@ fn a_save_that_is_cancelled_or_fails_leaves_the_machine_running_and_nothing_else
                 canceller.cancel();
             }
         };
-        let options = SaveOptions { base: None, stop };
+        let options = SaveOptions { stop, ..SaveOptions::default() };
         let cancelled = save(&mut guest, &here, &options, &canceller, &mut cancel);
         assert!(matches!(cancelled, Err(SaveError::Cancelled)), "{cancelled:?}");
         assert!(!here.exists());
@@ -290,4 +293,22 @@ fn a_save_that_is_cancelled_or_fails_leaves_the_machine_running_and_nothing_else
     assert!(!here.exists());
     goes_on(&guest, 100);
     saved(&mut guest, &here, None, false).unwrap();
+}
+
+#[test]
+fn a_guest_that_would_stand_still_for_too_long_is_not_saved_and_runs_on() {
+    let dir = TempDir::new().unwrap();
+    let here = dir.path().join("b");
+    let mut guest = process(Tracker::UffdWriteProtect).busy_guest();
+    let options = SaveOptions { max_stop: Duration::ZERO, ..SaveOptions::default() };
+    let refused = save(&mut guest, &here, &options, &SaveCanceller::default(), &mut |_| {});
+    let refused = refused.unwrap_err();
+    assert!(matches!(refused, SaveError::TooBusy { .. }), "{refused}");
+    assert!(refused.to_string().contains("--max-stop"), "{refused}");
+    assert!(!here.exists());
+    goes_on(&guest, 100);
+    // Allowed what it needs, it is saved; for good, nobody asks.
+    saved(&mut guest, &here, None, false).unwrap();
+    let options = SaveOptions { stop: true, ..options };
+    save(&mut guest, &here, &options, &SaveCanceller::default(), &mut |_| {}).unwrap();
 }
