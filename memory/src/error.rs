@@ -38,6 +38,16 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// no userfaultfd that serves KVM and system calls
+    #[error(
+        "cannot open userfaultfd for pages on demand: run as root, or give this user read and write \
+         access to /dev/userfaultfd"
+    )]
+    Userfault {
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
     /// regions that overlap
     #[error("guest memory regions at frames {:#x} and {:#x} overlap", .0.run.start, .1.run.start)]
     Overlap(Region, Region),

@@ -4,14 +4,9 @@
 //! at once. userfaultfd's `UFFDIO_COPY` makes the page with its content, and many in one call: about a
 //! third less time in all.
 
-#![expect(unsafe_code, reason = "the kernel copies to memory that is given by address")]
-
-use std::io;
-
-use ferry_dirtylog::Region;
 use ferry_pages::PAGE_BYTES;
-use userfaultfd::{Error, RegisterMode, Uffd, UffdBuilder};
 
+use crate::missing::MissingPages;
 use crate::view::Part;
 use crate::{GuestView, MemoryError};
 
@@ -23,27 +18,13 @@ use crate::{GuestView, MemoryError};
 #[derive(Debug)]
 pub struct Filler {
     view: GuestView,
-    uffd: Option<Uffd>,
-    registered: Vec<Region>,
+    missing: Option<MissingPages>,
 }
 
 impl Filler {
     /// A filler of all of `view`.
     pub fn new(view: GuestView) -> Self {
-        // In user mode only: a system call that comes upon a missing page fails instead of waiting, and
-        // no privilege is needed.
-        let uffd =
-            UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(true).create();
-        let uffd = uffd.ok();
-        let private = view.regions().iter().filter(|region| region.backing.is_none());
-        let registered = uffd.as_ref().map_or_else(Vec::new, |uffd| {
-            let takes = |region: &&Region| {
-                let (start, bytes) = span(region);
-                uffd.register_with_mode(start, bytes, RegisterMode::MISSING).is_ok()
-            };
-            private.filter(takes).copied().collect()
-        });
-        Self { view, uffd, registered }
+        Self { missing: MissingPages::private(view.clone()), view }
     }
 
     /// Copies `bytes`, whole pages, to memory from frame `gfn` on, whatever is there.
@@ -55,8 +36,8 @@ impl Filler {
         self.view.each(gfn, bytes.len(), |part| {
             let (now, later) = rest.split_at(part.bytes);
             rest = later;
-            match &self.uffd {
-                Some(uffd) if self.registered.contains(&part.region) => self.make(uffd, &part, now),
+            match &self.missing {
+                Some(missing) if missing.is_watched(&part.region) => self.make(missing, &part, now),
                 _ => {
                     self.view.prefault_write(part.run)?;
                     self.view.write(part.run.start, now)
@@ -66,49 +47,18 @@ impl Filler {
     }
 
     /// Makes the pages of `part` with content `bytes`; writes those that are there.
-    fn make(&self, uffd: &Uffd, part: &Part, bytes: &[u8]) -> Result<(), MemoryError> {
-        let mut done = 0;
-        while done < bytes.len() {
-            let rest = &bytes[done..];
-            let at = part.host.wrapping_add(done);
-            // SAFETY: the part is a mapping that is guest memory (contract of `GuestView::new`), on whose
-            // content nothing relies; `rest` is ours. Pages that exist are not changed.
-            let copied = unsafe { uffd.copy(rest.as_ptr().cast(), at.cast(), rest.len(), true) };
-            done += match copied {
-                Ok(copied) => copied,
-                // Up to a page that is there; nothing at all shows as a negative number.
-                Err(Error::PartiallyCopied(copied)) if copied <= rest.len() => copied,
-                Err(Error::PartiallyCopied(_)) => 0,
-                Err(Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => {
-                    let page = &rest[..rest.len().min(PAGE_BYTES)];
-                    self.view.write(part.run.start + (done / PAGE_BYTES) as u64, page)?;
-                    page.len()
-                }
-                Err(e) => {
-                    let source = match e {
-                        Error::CopyFailed(errno) => io::Error::from_raw_os_error(errno as i32),
-                        other => io::Error::other(other),
-                    };
-                    return Err(MemoryError::Refused { what: "fill", run: part.run, source });
-                }
-            };
+    fn make(&self, missing: &MissingPages, part: &Part, bytes: &[u8]) -> Result<(), MemoryError> {
+        let (mut gfn, mut rest) = (part.run.start, bytes);
+        while !rest.is_empty() {
+            let made = missing.place_new(gfn, rest)?;
+            gfn += made;
+            rest = &rest[usize::try_from(made).unwrap_or(0) * PAGE_BYTES..];
+            if let Some(page) = rest.get(..PAGE_BYTES) {
+                self.view.write(gfn, page)?;
+                gfn += 1;
+                rest = &rest[PAGE_BYTES..];
+            }
         }
         Ok(())
     }
-}
-
-impl Drop for Filler {
-    fn drop(&mut self) {
-        let Some(uffd) = &self.uffd else { return };
-        for region in &self.registered {
-            let (start, bytes) = span(region);
-            // Closing the descriptor would do as well, but later if it was inherited.
-            let _ = uffd.unregister(start, bytes);
-        }
-    }
-}
-
-fn span(region: &Region) -> (*mut std::ffi::c_void, usize) {
-    let bytes = usize::try_from(region.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
-    (std::ptr::with_exposed_provenance_mut(region.host), bytes)
 }

@@ -1,18 +1,21 @@
 //! Guest memory of this host: mapping, reading and writing pages, residency, discard.
 //!
 //! A [`Mapping`] owns memory; a [`GuestView`] copies pages of a machine in and out, whoever owns them;
-//! [`Filler`] fills untouched memory fast; [`resident`] tells which pages hold data. Nothing here forms a reference into guest memory, which the
+//! [`Filler`] fills untouched memory fast; [`MissingPages`]
+//! supplies pages when they are touched; [`resident`] tells which pages hold data. Nothing here forms a reference into guest memory, which the
 //! guest may change at any moment, and nothing but a read or a write of a page brings it into being.
 //! This crate does not know why a page is read, nor when that is allowed.
 
 mod error;
 mod fill;
 mod mapping;
+mod missing;
 mod resident;
 mod view;
 
 pub use error::MemoryError;
 pub use fill::Filler;
 pub use mapping::Mapping;
+pub use missing::{MissingPages, Placed, Touch, Waiters};
 pub use resident::resident;
 pub use view::GuestView;

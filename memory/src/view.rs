@@ -152,12 +152,17 @@ impl GuestView {
     /// Part of it is not guest memory (nothing was given back), or the kernel refused.
     pub fn discard(&self, run: Run) -> Result<(), MemoryError> {
         self.each(run.start, self.bytes_of(run)?, |part| {
-            let done = match part.region.backing {
-                None => madvise(&part, libc::MADV_DONTNEED),
-                Some(_) => punch_hole(&part),
+            // By the mapping, not the descriptor: who watches the memory is told of it.
+            let advice = match part.region.backing {
+                None => libc::MADV_DONTNEED,
+                Some(_) => libc::MADV_REMOVE,
             };
             let run = part.run;
-            done.map_err(|source| MemoryError::Refused { what: "discard", run, source })
+            madvise(&part, advice).map_err(|source| MemoryError::Refused {
+                what: "discard",
+                run,
+                source,
+            })
         })
     }
 
@@ -232,21 +237,5 @@ fn madvise(part: &Part, advice: i32) -> io::Result<()> {
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
-    }
-}
-
-fn punch_hole(part: &Part) -> io::Result<()> {
-    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
-    let (fd, start) = part.region.backing.ok_or_else(invalid)?;
-    let offset = start + (part.run.start - part.region.run.start) * PAGE_BYTES as u64;
-    let offset = i64::try_from(offset).map_err(|_| invalid())?;
-    let bytes = i64::try_from(part.bytes).map_err(|_| invalid())?;
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: the call takes no pointer; the file is guest memory (contract of `GuestView::new`), on whose
-    // content nothing relies.
-    if unsafe { libc::fallocate(fd, mode, offset, bytes) } == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }

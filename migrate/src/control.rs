@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use crate::send_lane::FAREWELL;
 
 /// What the control thread tells the engine.
+#[derive(Debug)]
 pub(crate) enum ControlEvent {
     Connected,
     Message(ToSource),
@@ -57,6 +58,11 @@ impl Control {
         let _ = self.orders.send(Order::Inquire(session));
     }
 
+    /// Leaves the thread to itself: it ends soon.
+    pub(crate) fn abandon(self) {
+        self.ending.send_replace(true);
+    }
+
     pub(crate) fn join(&mut self) {
         self.finish();
         self.ending.send_replace(true);
@@ -66,9 +72,10 @@ impl Control {
     }
 }
 
-/// Starts the thread: it connects, says hello, and then carries out orders.
+/// Starts the thread: it connects, says `hello`, and then carries out orders.
 pub(crate) fn start(
     connector: Arc<dyn Connector>,
+    hello: Hello,
     tell: impl Fn(ControlEvent) + Send + Sync + 'static,
 ) -> Control {
     let tell: Tell = Arc::new(tell);
@@ -85,7 +92,7 @@ pub(crate) fn start(
         };
         runtime.block_on(async {
             tokio::select! {
-                () = talk(connector.as_ref(), receiver, tell) => {}
+                () = talk(connector.as_ref(), &hello, receiver, tell) => {}
                 // A peer that is alive but reads nothing must not hold up the end.
                 () = async {
                     let _ = ended.wait_for(|ended| *ended).await;
@@ -99,8 +106,13 @@ pub(crate) fn start(
     Control { orders, ending, thread }
 }
 
-async fn talk(connector: &dyn Connector, mut orders: UnboundedReceiver<Order>, tell: Tell) {
-    let mut sink = match open(connector, &Hello::control()).await {
+async fn talk(
+    connector: &dyn Connector,
+    hello: &Hello,
+    mut orders: UnboundedReceiver<Order>,
+    tell: Tell,
+) {
+    let mut sink = match open(connector, hello).await {
         Ok(channel) => {
             tell(ControlEvent::Connected);
             tokio::spawn(read(channel.source, tell.clone()));

@@ -4,7 +4,8 @@ use std::sync::{Mutex, PoisonError, RwLock};
 
 use ferry_codec::{Batch, Codec};
 use ferry_memory::{Filler, GuestView, MemoryError};
-use ferry_pages::{Layout, PAGE_BYTES, Run};
+use ferry_pager::{Notice, Pager};
+use ferry_pages::{Layout, PAGE_BYTES, PageSet, Run};
 use ferry_postcopy::{Admission, CHUNK_PAGES, ChunkLedger, by_chunk};
 
 /// Writes verified batches into guest memory; several lanes at once.
@@ -16,8 +17,31 @@ pub(crate) struct Installer {
     chunks: Vec<Mutex<Option<Box<ChunkLedger>>>>,
     /// Chunks in front of each extent, and the extent's first chunk number.
     extents: Vec<(Run, u64, usize)>,
-    /// Held for reading while a batch is installed; none once the guest may run.
-    open: RwLock<Option<Filler>>,
+    /// Held for reading while a batch is installed.
+    stage: RwLock<Stage>,
+}
+
+/// What is done with pages that come.
+enum Stage {
+    /// The machine does not run: they are written.
+    Filling(Filler),
+    /// The machine runs, or is about to: they are placed where they are owed.
+    Paging(Pager),
+    /// The last page came while the machine ran; more copies are for nothing.
+    Drained,
+    /// Nothing is to come.
+    Closed,
+}
+
+/// What became of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Installed {
+    /// Its pages are in the memory of a machine that does not run yet.
+    Filled,
+    /// Its pages are here, for a machine that runs.
+    Paged,
+    /// It came too late.
+    Closed,
 }
 
 const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
@@ -34,8 +58,8 @@ impl Installer {
             count += usize::try_from(last - first + 1).unwrap_or(0);
         }
         let chunks = (0..count).map(|_| Mutex::new(None)).collect();
-        let open = RwLock::new(Some(Filler::new(view.clone())));
-        Self { view, layout, chunks, extents, open }
+        let stage = RwLock::new(Stage::Filling(Filler::new(view.clone())));
+        Self { view, layout, chunks, extents, stage }
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -50,13 +74,47 @@ impl Installer {
 
     /// Ends installing: returns when no page is being written, and none will be again.
     pub(crate) fn close(&self) {
-        *self.open.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.stage.write().unwrap_or_else(PoisonError::into_inner) = Stage::Closed;
     }
 
-    /// Installs the pages of `batch` that are not late; false once it is closed.
-    pub(crate) fn install(&self, batch: &Batch<'_>) -> Result<bool, MemoryError> {
-        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(filler) = &*open else { return Ok(false) };
+    /// From now on pages come on demand: those of `owed`, and no others. See [`Pager::start`].
+    pub(crate) fn page(
+        &self,
+        owed: PageSet,
+        notify: impl Fn(Notice) + Send + Sync + 'static,
+    ) -> Result<(), MemoryError> {
+        let mut stage = self.stage.write().unwrap_or_else(PoisonError::into_inner);
+        // The memory can be watched by one only.
+        *stage = Stage::Closed;
+        *stage = Stage::Paging(Pager::start(&self.view, owed, notify)?);
+        Ok(())
+    }
+
+    /// Ends paging: memory is plain from here on.
+    pub(crate) fn drain(&self) {
+        let mut stage = self.stage.write().unwrap_or_else(PoisonError::into_inner);
+        if let Stage::Paging(_) = *stage {
+            *stage = Stage::Drained;
+        }
+    }
+
+    /// Calls `ask` with the pager, where there is one.
+    pub(crate) fn pager<T>(&self, ask: impl FnOnce(&Pager) -> T) -> Option<T> {
+        match &*self.stage.read().unwrap_or_else(PoisonError::into_inner) {
+            Stage::Paging(pager) => Some(ask(pager)),
+            Stage::Filling(_) | Stage::Drained | Stage::Closed => None,
+        }
+    }
+
+    /// Installs the pages of `batch` that are not late.
+    pub(crate) fn install(&self, batch: &Batch<'_>) -> Result<Installed, MemoryError> {
+        let stage = self.stage.read().unwrap_or_else(PoisonError::into_inner);
+        let filler = match &*stage {
+            Stage::Filling(filler) => filler,
+            Stage::Paging(pager) => return self.place(pager, batch).map(|()| Installed::Paged),
+            Stage::Drained => return Ok(Installed::Paged),
+            Stage::Closed => return Ok(Installed::Closed),
+        };
         let mut digests = batch.digests;
         for (run, mut bytes) in batch.run_bytes() {
             for (number, first, part) in by_chunk(run) {
@@ -75,7 +133,32 @@ impl Installer {
                 }
             }
         }
-        Ok(true)
+        Ok(Installed::Filled)
+    }
+
+    /// Places what is owed of `batch`, and notes the digests of what was.
+    fn place(&self, pager: &Pager, batch: &Batch<'_>) -> Result<(), MemoryError> {
+        let mut digests = batch.digests;
+        for (run, bytes) in batch.run_bytes() {
+            let note = |gfn: u64, digest: u64| {
+                let (number, page) = (gfn / CHUNK_PAGES as u64, gfn % CHUNK_PAGES as u64);
+                let Some(chunk) = self.chunk(number, gfn) else { return };
+                let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
+                let page = usize::try_from(page).unwrap_or(0);
+                chunk.get_or_insert_with(Box::default).admit(page, batch.round, digest);
+            };
+            if batch.codec == Codec::Zero {
+                pager.install_zeros(run, |gfn| note(gfn, 0))?;
+            } else {
+                let (these, rest) = digests.split_at(usize::try_from(run.pages).unwrap_or(0));
+                digests = rest;
+                pager.install(run.start, bytes, |gfn| {
+                    let at = usize::try_from(gfn - run.start).unwrap_or(0);
+                    note(gfn, these[at]);
+                })?;
+            }
+        }
+        Ok(())
     }
 
     fn install_zeros(

@@ -6,6 +6,7 @@
 //! knows no VMM: it sees memory, trackers, and state as opaque sections.
 
 mod control;
+mod fetch;
 mod guest;
 mod install;
 mod receive;
@@ -16,20 +17,21 @@ mod round;
 mod save;
 mod send;
 mod send_lane;
+mod serve;
 mod tracking;
 
 pub use ferry_memory::GuestView;
 pub use ferry_pages::PageSet;
 pub use ferry_protocol::{
-    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, PermitStub, Progress, Refusal,
-    RunPermit, StateError, StateReader, StateWriter, is_machine_name,
+    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, Mode, PermitStub, Progress,
+    Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
 };
 pub use guest::{Guest, GuestError, Host};
 pub use receive::{ReceiveEvent, ReceiveOptions, receive};
-pub use report::{DowntimeParts, OutcomeKind, PageCounts, Report, Whereabouts};
+pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
-pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, send};
+pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, reattach, send};
 
 /// An error with its causes, as one line: `what: why: why that`.
 pub fn words(e: &dyn std::error::Error) -> String {

@@ -11,6 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_codec::CodecSet;
+use ferry_memory::{MissingPages, Waiters};
+use ferry_pager::{Notice, Pager};
+use ferry_pages::PageSet;
 use ferry_protocol::{
     Arrival, Destination, DestinationAction, DestinationEvent, Hello, MAX_HELLO_BYTES, MachineSpec,
     Refusal, StateReader, ToDestination, ToSource, VERSION_MAX, VERSION_MIN, Verdict, wire,
@@ -18,6 +21,7 @@ use ferry_protocol::{
 use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, Listener, send_message};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::fetch;
 use crate::install::Installer;
 use crate::receive_lane::{self, LaneEnd};
 use crate::{Guest, Host, words};
@@ -60,6 +64,8 @@ pub enum ReceiveEvent<G> {
         guest: G,
         /// What it is.
         spec: MachineSpec,
+        /// Pages of it still come; `Ended` says when all are here.
+        fetching: bool,
     },
     /// A session is over.
     Ended {
@@ -75,9 +81,18 @@ pub enum ReceiveEvent<G> {
 type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
 
 enum Message {
-    Event(DestinationEvent),
+    /// From a channel of link number `epoch`; those of a link before the present one count no more.
+    Link {
+        epoch: u64,
+        event: DestinationEvent,
+    },
     /// A lane, with the sink that says to the source that somebody is here.
     Lane(FrameReader, Box<dyn ByteSink>),
+    /// The lane on which pages are asked for.
+    Urgent(FrameReader, Box<dyn ByteSink>),
+    /// A new control channel of a source that lost the one before.
+    Rejoin(FrameReader, Box<dyn ByteSink>),
+    Pager(Notice),
 }
 
 struct Session {
@@ -188,21 +203,21 @@ async fn greet<H: Host + 'static>(
             }
         }
         Hello::Lane { session, .. } => {
-            let door = server.sessions().by_token.get(&session).and_then(|s| s.door.clone());
-            let joined = match door {
-                Some(door) => door.send(Message::Lane(reader, sink)).map_err(|e| e.0),
-                None => Err(Message::Lane(reader, sink)),
-            };
-            if let Err(Message::Lane(_, sink)) = joined {
-                server.turn_away(&peer, sink, "a lane for a session that is not open here").await;
+            server.join(session, peer, reader, sink, Message::Lane).await;
+        }
+        Hello::Urgent { session } => {
+            server.join(session, peer, reader, sink, Message::Urgent).await;
+        }
+        Hello::Rejoin { session } => {
+            let open = server.sessions().by_token.get(&session).is_some_and(|s| s.door.is_some());
+            if open {
+                server.join(session, peer, reader, sink, Message::Rejoin).await;
+            } else {
+                server.answer_verdict(session, &peer, reader, sink).await;
             }
         }
         Hello::Inquire { session } => {
-            let verdict =
-                server.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
-            if let Err(e) = say_last(&mut sink, reader, &ToSource::Verdict(verdict)).await {
-                tracing::debug!("an inquiry of {peer} was not answered: {e}");
-            }
+            server.answer_verdict(session, &peer, reader, sink).await;
         }
     }
 }
@@ -236,7 +251,7 @@ async fn write(mut sink: Box<dyn ByteSink>, mut messages: UnboundedReceiver<Vec<
     let _ = sink.finish().await;
 }
 
-async fn read(mut reader: FrameReader, door: Sender<Message>) {
+async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64) {
     loop {
         let event = match reader.read_message(wire::MAX_MESSAGE_BYTES).await {
             Ok(Some(bytes)) => match wire::decode::<ToDestination>(&bytes) {
@@ -247,7 +262,7 @@ async fn read(mut reader: FrameReader, door: Sender<Message>) {
             Err(e) => DestinationEvent::LinkLost(e.to_string()),
         };
         let over = !matches!(event, DestinationEvent::Message(_));
-        if door.send(Message::Event(event)).is_err() || over {
+        if door.send(Message::Link { epoch, event }).is_err() || over {
             return;
         }
     }
@@ -256,6 +271,42 @@ async fn read(mut reader: FrameReader, door: Sender<Message>) {
 impl<H: Host + 'static> Server<H> {
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a channel to its session, as `message`.
+    async fn join(
+        &self,
+        session: u128,
+        peer: String,
+        reader: FrameReader,
+        sink: Box<dyn ByteSink>,
+        message: fn(FrameReader, Box<dyn ByteSink>) -> Message,
+    ) {
+        let door = self.sessions().by_token.get(&session).and_then(|s| s.door.clone());
+        let message = message(reader, sink);
+        let joined = match door {
+            Some(door) => door.send(message).map_err(|e| e.0),
+            None => Err(message),
+        };
+        if let Err(Message::Lane(_, sink) | Message::Urgent(_, sink) | Message::Rejoin(_, sink)) =
+            joined
+        {
+            self.turn_away(&peer, sink, "a lane for a session that is not open here").await;
+        }
+    }
+
+    async fn answer_verdict(
+        &self,
+        session: u128,
+        peer: &str,
+        reader: FrameReader,
+        mut sink: Box<dyn ByteSink>,
+    ) {
+        let verdict =
+            self.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
+        if let Err(e) = say_last(&mut sink, reader, &ToSource::Verdict(verdict)).await {
+            tracing::debug!("an inquiry of {peer} was not answered: {e}");
+        }
     }
 
     async fn turn_away(&self, peer: &str, mut sink: Box<dyn ByteSink>, why: &str) {
@@ -272,11 +323,9 @@ impl<H: Host + 'static> Server<H> {
         reader: FrameReader,
         sink: Box<dyn ByteSink>,
     ) {
-        let (outgoing, messages) = unbounded_channel();
-        tokio::spawn(write(sink, messages));
-        tokio::spawn(read(reader, door));
-        let arriving =
-            Arriving::new(self.clone(), token, peer, outgoing, tokio::runtime::Handle::current());
+        let runtime = tokio::runtime::Handle::current();
+        let mut arriving = Arriving::new(self.clone(), token, peer, door, runtime);
+        arriving.control(reader, sink);
         let thread = std::thread::Builder::new().name("ferry-arrival".into());
         if let Err(e) = thread.spawn(move || arriving.run(&receiver)) {
             // What was moved into the thread is dropped, and the source sees the channel close.
@@ -309,7 +358,15 @@ struct Arriving<H: Host> {
     server: Arc<Server<H>>,
     token: u128,
     peer: String,
-    outgoing: UnboundedSender<Vec<u8>>,
+    door: Sender<Message>,
+    /// Counts links: one for each control channel.
+    epoch: u64,
+    /// To the control channel.
+    outgoing: Option<UnboundedSender<Vec<u8>>>,
+    /// To the urgent lane.
+    asks: Arc<Mutex<Option<UnboundedSender<u64>>>>,
+    urgent_allowed: bool,
+    paging_since: Duration,
     runtime: tokio::runtime::Handle,
     machine: Destination,
     began: Instant,
@@ -327,7 +384,7 @@ impl<H: Host + 'static> Arriving<H> {
         server: Arc<Server<H>>,
         token: u128,
         peer: String,
-        outgoing: UnboundedSender<Vec<u8>>,
+        door: Sender<Message>,
         runtime: tokio::runtime::Handle,
     ) -> Self {
         let machine = Destination::new(token, server.options.codecs.bits());
@@ -335,7 +392,12 @@ impl<H: Host + 'static> Arriving<H> {
             server,
             token,
             peer,
-            outgoing,
+            door,
+            epoch: 0,
+            outgoing: None,
+            asks: Arc::default(),
+            urgent_allowed: false,
+            paging_since: Duration::ZERO,
             runtime,
             machine,
             began: Instant::now(),
@@ -352,8 +414,18 @@ impl<H: Host + 'static> Arriving<H> {
     fn run(mut self, receiver: &Receiver<Message>) {
         while self.arrival.is_none() {
             match receiver.recv() {
-                Ok(Message::Event(event)) => self.handle(event),
+                Ok(Message::Link { epoch, event }) if epoch == self.epoch => self.handle(event),
+                Ok(Message::Link { .. }) => {}
                 Ok(Message::Lane(reader, sink)) => self.lane(reader, sink),
+                Ok(Message::Urgent(reader, sink)) => self.urgent(reader, sink),
+                Ok(Message::Rejoin(reader, sink)) => {
+                    self.set_asks(None);
+                    self.control(reader, sink);
+                    let missing = self.pager(Pager::missing).unwrap_or_default();
+                    self.handle(DestinationEvent::Rejoined(missing));
+                }
+                Ok(Message::Pager(notice)) => self.notice(notice),
+                // This session holds a sender.
                 Err(_) => {
                     self.handle(DestinationEvent::LinkLost("the host is shutting down".into()))
                 }
@@ -399,7 +471,9 @@ impl<H: Host + 'static> Arriving<H> {
             DestinationAction::Send(message) => {
                 match wire::encode(&message) {
                     Ok(bytes) => {
-                        let _ = self.outgoing.send(bytes);
+                        if let Some(outgoing) = &self.outgoing {
+                            let _ = outgoing.send(bytes);
+                        }
                     }
                     Err(e) => tracing::error!("{e}"),
                 }
@@ -409,8 +483,10 @@ impl<H: Host + 'static> Arriving<H> {
             DestinationAction::AcceptLanes { codecs, lanes } => {
                 self.codecs = CodecSet::from_bits(codecs);
                 self.lanes_allowed = lanes;
+                self.urgent_allowed = true;
                 None
             }
+            DestinationAction::Page(owed) => Some(DestinationEvent::Paging(self.page(owed))),
             DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
             DestinationAction::Resume(permit) => {
                 let Some(guest) = &mut self.guest else {
@@ -422,8 +498,11 @@ impl<H: Host + 'static> Arriving<H> {
             }
             DestinationAction::Digest => {
                 self.hand_over();
-                let sum = self.installer.as_ref().map_or(0, |i| i.digest_sum());
-                Some(DestinationEvent::Digest(sum))
+                let discarded = self.pager(|pager| pager.waits().counts.discarded).unwrap_or(0);
+                let installer = self.installer.as_ref();
+                installer.inspect(|installer| installer.drain());
+                let sum = installer.map_or(0, |i| i.digest_sum());
+                Some(DestinationEvent::Digest((discarded == 0).then_some(sum)))
             }
             DestinationAction::Finish(arrival) => {
                 self.arrival = Some(arrival);
@@ -432,7 +511,77 @@ impl<H: Host + 'static> Arriving<H> {
         }
     }
 
-    fn build(&mut self, spec: MachineSpec) -> Result<(), Vec<Refusal>> {
+    /// Talks on this control channel from now on.
+    fn control(&mut self, reader: FrameReader, sink: Box<dyn ByteSink>) {
+        self.epoch += 1;
+        let (outgoing, messages) = unbounded_channel();
+        self.runtime.spawn(write(sink, messages));
+        self.runtime.spawn(read(reader, self.door.clone(), self.epoch));
+        self.outgoing = Some(outgoing);
+    }
+
+    fn pager<T>(&self, ask: impl FnOnce(&Pager) -> T) -> Option<T> {
+        self.installer.as_ref().and_then(|installer| installer.pager(ask))
+    }
+
+    fn set_asks(&self, asks: Option<UnboundedSender<u64>>) {
+        *self.asks.lock().unwrap_or_else(PoisonError::into_inner) = asks;
+    }
+
+    fn page(&mut self, owed: PageSet) -> Result<(), String> {
+        self.paging_since = self.began.elapsed();
+        let installer = self.installer.as_ref().ok_or("there is no machine")?;
+        let door = self.door.clone();
+        let asks = self.asks.clone();
+        let notify = move |notice| match notice {
+            // Straight to the urgent lane. Without one, they are asked for when there is one again.
+            Notice::Ask(gfns) => {
+                if let Some(lane) = &*asks.lock().unwrap_or_else(PoisonError::into_inner) {
+                    for gfn in gfns {
+                        let _ = lane.send(gfn);
+                    }
+                }
+            }
+            other => drop(door.send(Message::Pager(other))),
+        };
+        installer.page(owed, notify).map_err(|e| words(&e))
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Ask(_) => {}
+            Notice::Complete => {
+                let took = self.began.elapsed().saturating_sub(self.paging_since);
+                let fetched = self.pager(|pager| fetch::measured(&pager.waits(), took));
+                self.handle(DestinationEvent::AllHere(fetched.unwrap_or_default()));
+            }
+            Notice::Broken(why) => self.handle(DestinationEvent::PagingBroken(why)),
+        }
+    }
+
+    /// The lane on which pages are asked for, and come before all others.
+    fn urgent(&mut self, reader: FrameReader, sink: Box<dyn ByteSink>) {
+        let Some(installer) = self.installer.clone() else { return };
+        if !std::mem::take(&mut self.urgent_allowed) {
+            return self.handle(DestinationEvent::BadPages("more than one urgent lane".into()));
+        }
+        let (asks, wanted) = unbounded_channel();
+        self.set_asks(Some(asks.clone()));
+        for gfn in self.pager(Pager::outstanding).unwrap_or_default() {
+            let _ = asks.send(gfn);
+        }
+        // The session holds the only other one, so that the lane ends with it.
+        drop(asks);
+        let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
+        self.runtime.spawn(async move {
+            let event = fetch::run(reader, sink, wanted, &installer, codecs).await;
+            if let Some(event) = event {
+                let _ = door.send(Message::Link { epoch, event });
+            }
+        });
+    }
+
+    fn build(&mut self, spec: MachineSpec) -> Result<Option<String>, Vec<Refusal>> {
         let name = spec.name.clone();
         (self.server.tell)(ReceiveEvent::Arriving { name, peer: self.peer.clone() });
         let layout = spec.layout().map_err(|e| vec![Refusal::new("memory", e.to_string())])?;
@@ -440,11 +589,13 @@ impl<H: Host + 'static> Arriving<H> {
         self.installer = Some(Arc::new(Installer::new(guest.memory(), layout)));
         self.guest = Some(guest);
         self.spec = Some(spec);
-        Ok(())
+        Ok(MissingPages::available(Waiters::All).err().map(|e| words(&e)))
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), String> {
-        if let Some(installer) = &self.installer {
+        if let Some(installer) = &self.installer
+            && installer.pager(|_| ()).is_none()
+        {
             // From here on memory is the guest's.
             installer.close();
         }
@@ -459,20 +610,18 @@ impl<H: Host + 'static> Arriving<H> {
             return self.handle(DestinationEvent::BadPages("more lanes than were offered".into()));
         }
         self.lanes_allowed -= 1;
-        let codecs = self.codecs;
-        let sessions = self.server.sessions();
-        let Some(door) = sessions.by_token.get(&self.token).and_then(|s| s.door.clone()) else {
-            return;
-        };
-        drop(sessions);
+        let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
         // A thread of its own: on the runtime's threads, the lane's connection would stand still while
         // pages are verified and written.
         let runtime = self.runtime.clone();
         let run = async move {
             let installed = |round| {
-                let _ = door.send(Message::Event(DestinationEvent::Installed { round }));
+                let event = DestinationEvent::Installed { round };
+                let _ = door.send(Message::Link { epoch, event });
             };
-            let event = match receive_lane::run(reader, &installer, codecs, installed).await {
+            let acks = Some(&mut sink);
+            let ended = receive_lane::run(reader, acks, &installer, codecs, installed).await;
+            let event = match ended {
                 LaneEnd::Finished => {
                     // The source is done with this lane, and may be gone.
                     let _ = sink.finish().await;
@@ -484,7 +633,7 @@ impl<H: Host + 'static> Arriving<H> {
                     DestinationEvent::BadPages(why)
                 }
             };
-            let _ = door.send(Message::Event(event));
+            let _ = door.send(Message::Link { epoch, event });
         };
         let thread = std::thread::Builder::new().name("ferry-install".into());
         if let Err(e) = thread.spawn(move || runtime.block_on(run)) {
@@ -499,7 +648,8 @@ impl<H: Host + 'static> Arriving<H> {
             return;
         }
         if let (Some(guest), Some(spec)) = (self.guest.take(), &self.spec) {
-            (self.server.tell)(ReceiveEvent::Arrived { guest, spec: spec.clone() });
+            let (spec, fetching) = (spec.clone(), self.pager(|_| ()).is_some());
+            (self.server.tell)(ReceiveEvent::Arrived { guest, spec, fetching });
         }
     }
 }

@@ -1,9 +1,11 @@
 //! One lane of the destination: takes frames off the link, verifies them, installs their pages.
 
+use bytes::Bytes;
 use ferry_codec::{CodecSet, Decoder, HEADER_BYTES, parse_header};
-use ferry_transport::FrameReader;
+use ferry_transport::{ByteSink, FrameReader};
 
-use crate::install::Installer;
+use crate::install::{Installed, Installer};
+use crate::serve::ACK;
 
 /// How a lane ended.
 pub(crate) enum LaneEnd {
@@ -15,9 +17,11 @@ pub(crate) enum LaneEnd {
     Bad(String),
 }
 
-/// Runs a lane to its end; `installed` is told the round of each batch.
+/// Runs a lane to its end; `installed` is told the round of each batch that came before the machine runs,
+/// and the source is told on `sink` of each that came after.
 pub(crate) async fn run(
     mut reader: FrameReader,
+    mut sink: Option<&mut Box<dyn ByteSink>>,
     installer: &Installer,
     codecs: CodecSet,
     installed: impl Fn(u32),
@@ -46,8 +50,17 @@ pub(crate) async fn run(
         };
         let round = batch.round;
         match installer.install(&batch) {
-            Ok(true) => installed(round),
-            Ok(false) => return LaneEnd::Bad("pages came after the machine was complete".into()),
+            Ok(Installed::Filled) => installed(round),
+            Ok(Installed::Paged) => {
+                if let Some(sink) = &mut sink
+                    && let Err(e) = sink.send(Bytes::from_static(&[ACK])).await
+                {
+                    return LaneEnd::Lost(e.to_string());
+                }
+            }
+            Ok(Installed::Closed) => {
+                return LaneEnd::Bad("pages came after the machine was complete".into());
+            }
             Err(e) => return LaneEnd::Bad(crate::words(&e)),
         }
     }

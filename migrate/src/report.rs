@@ -1,7 +1,7 @@
 //! What a migration did, in numbers and words.
 
 use ferry_codec::Codec;
-use ferry_protocol::{Outcome, Switchover};
+use ferry_protocol::{Fetched, Outcome, Switchover};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -29,6 +29,8 @@ pub enum Whereabouts {
     RunsAtSource,
     /// It stands still at the source, its state safe, and does not go on by itself.
     PausedAtSource,
+    /// It runs at the destination and lacks pages that are only at the source: who touches one waits.
+    LacksPages,
     /// Nothing was learned of it: there is no such machine, or the process that runs it did not answer.
     Unknown,
 }
@@ -83,6 +85,63 @@ pub struct DowntimeParts {
     pub resume: f64,
 }
 
+/// How the destination fetched pages while the machine ran there.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Paging {
+    /// From the hand-over until the last page came, ms.
+    pub took_ms: f64,
+    /// Touches of pages that were not there.
+    pub faults: u64,
+    /// Pages that were waited for.
+    pub requested: u64,
+    /// Pages that were there before anyone touched them.
+    pub pushed: u64,
+    /// Copies of pages that were there already.
+    pub late: u64,
+    /// Touches of pages that the source never had.
+    pub zeros: u64,
+    /// From reading a fault until its page was placed, ms.
+    pub wait_ms: WaitMs,
+    /// All waits of each thread together, ms.
+    pub waited_by_thread_ms: Vec<f64>,
+}
+
+/// Percentiles of waits, ms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WaitMs {
+    /// Mean.
+    pub mean: f64,
+    /// Median.
+    pub p50: f64,
+    /// 90th percentile.
+    pub p90: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// Longest.
+    pub max: f64,
+}
+
+/// What the destination measured, for the report.
+pub(crate) fn paging(fetched: &Fetched) -> Paging {
+    let ms = |ns: u64| ns as f64 / 1e6;
+    Paging {
+        took_ms: ms(fetched.took_ns),
+        faults: fetched.faults,
+        requested: fetched.requested,
+        pushed: fetched.pushed,
+        late: fetched.late,
+        zeros: fetched.zeros,
+        wait_ms: WaitMs {
+            mean: ms(fetched.wait_mean_ns),
+            p50: ms(fetched.wait_p50_ns),
+            p90: ms(fetched.wait_p90_ns),
+            p99: ms(fetched.wait_p99_ns),
+            max: ms(fetched.wait_max_ns),
+        },
+        waited_by_thread_ms: fetched.waited_by_thread_ns.iter().copied().map(ms).collect(),
+    }
+}
+
 /// One migration, seen from its source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -92,7 +151,7 @@ pub struct Report {
     pub reason: String,
     /// Where the machine is now.
     pub machine: Whereabouts,
-    /// `pre-copy`.
+    /// What was done: `pre-copy`, `post-copy` or `hybrid`; `auto` if it did not come to that.
     pub mode: String,
     /// From the command until the machine ran at the destination (or the end), ms.
     pub total_ms: f64,
@@ -111,6 +170,8 @@ pub struct Report {
     pub rounds: u32,
     /// Pages by codec.
     pub pages: PageCounts,
+    /// How pages were fetched after the hand-over, if any were.
+    pub paging: Option<Paging>,
     /// Link rate, bytes/s, as last seen.
     pub link_bytes_per_s: f64,
     /// Fresh dirty pages a second, as last seen.
@@ -131,7 +192,7 @@ impl Report {
             outcome: OutcomeKind::Failed,
             reason: reason.into(),
             machine,
-            mode: MODE.into(),
+            mode: ferry_protocol::Mode::Auto.name().into(),
             total_ms: 0.0,
             downtime_ms: 0.0,
             downtime_parts_ms: DowntimeParts::default(),
@@ -140,6 +201,7 @@ impl Report {
             state_bytes: 0,
             rounds: 0,
             pages: PageCounts::default(),
+            paging: None,
             link_bytes_per_s: 0.0,
             dirty_pages_per_s: 0.0,
             dirty_pages_per_s_by_extent: Vec::new(),
@@ -148,9 +210,6 @@ impl Report {
         }
     }
 }
-
-/// The one mode that there is.
-pub(crate) const MODE: &str = "pre-copy";
 
 pub(crate) fn ms(d: Duration) -> f64 {
     d.as_secs_f64() * 1e3
@@ -192,6 +251,7 @@ pub(crate) fn outcome(outcome: &Outcome) -> (OutcomeKind, String, Whereabouts, O
             (K::Refused, words.join("; "), W::RunsAtSource, None)
         }
         Outcome::Failed(why) => (K::Failed, why.clone(), W::RunsAtSource, None),
+        Outcome::Detached { reason, .. } => (K::Failed, reason.clone(), W::LacksPages, None),
         Outcome::InDoubt { reason, .. } => (K::Failed, reason.clone(), W::PausedAtSource, None),
     }
 }

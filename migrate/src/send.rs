@@ -15,8 +15,8 @@ use ferry_codec::{CodecSet, is_zero, page_digest};
 use ferry_memory::GuestView;
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
 use ferry_protocol::{
-    Goals, Outcome, PermitStub, Progress, RunPermit, Source, SourceAction, SourceEvent,
-    ToDestination,
+    Goals, Hello, Mode, Outcome, PermitStub, Progress, Reattach, RunPermit, Source, SourceAction,
+    SourceEvent, ToDestination,
 };
 use ferry_transport::{Connector, Pacer};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -25,7 +25,8 @@ use tokio::sync::watch;
 use crate::control::{self, ControlEvent};
 use crate::report::{self, PageCounts, Report};
 use crate::round::{Round, Trackers};
-use crate::send_lane::{self, LaneEvent, LaneRound, Shared};
+use crate::send_lane::{self, LaneEvent, LaneRound, Shared, Work};
+use crate::serve::{self, Serving};
 use crate::{Guest, GuestError, words};
 
 /// How to migrate.
@@ -33,6 +34,10 @@ use crate::{Guest, GuestError, words};
 pub struct SendOptions {
     /// What the operator asks for.
     pub goals: Goals,
+    /// How to reach it.
+    pub mode: Mode,
+    /// How long to try to come back, when the link is lost while the destination fetches pages.
+    pub rejoin_for: Duration,
     /// No more page bytes a second than this.
     pub bandwidth_bytes_per_s: Option<u64>,
     /// Connections for pages.
@@ -42,13 +47,20 @@ pub struct SendOptions {
 }
 
 impl Default for SendOptions {
-    /// Default goals, no limit, every codec, and a lane for each two cores, at least two and at most four:
+    /// Default goals by [`Mode::Auto`], two minutes to come back, no limit, every codec, and a lane for each two cores, at least two and at most four:
     /// a lane keeps a core busy here and another one at the destination, and while one encodes, its own
     /// connection stands still.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let lanes = u16::try_from(cores / 2).unwrap_or(4).clamp(2, 4);
-        Self { goals: Goals::default(), bandwidth_bytes_per_s: None, lanes, codecs: CodecSet::ALL }
+        Self {
+            goals: Goals::default(),
+            mode: Mode::default(),
+            rejoin_for: Duration::from_secs(120),
+            bandwidth_bytes_per_s: None,
+            lanes,
+            codecs: CodecSet::ALL,
+        }
     }
 }
 
@@ -100,6 +112,9 @@ pub enum Left {
     Nothing,
     /// The machine stands still here until it is known that the destination does not run it.
     InDoubt(PermitStub),
+    /// The machine runs at the destination, which lacks pages that are here: keep the guest, paused as it
+    /// is, and go on by [`reattach()`].
+    Detached(Reattach),
     /// The machine may run here, but it could not be started.
     Stopped(RunPermit, GuestError),
 }
@@ -116,6 +131,16 @@ pub struct Sent {
 #[derive(Debug)]
 pub(crate) enum Message {
     Event(SourceEvent),
+    /// From the connections of one link; those of a link that was given up count no more.
+    Link {
+        epoch: u64,
+        event: LinkEvent,
+    },
+}
+
+#[derive(Debug)]
+pub(crate) enum LinkEvent {
+    Control(ControlEvent),
     Lane(LaneEvent),
 }
 
@@ -128,50 +153,32 @@ pub fn send(
     canceller: &Canceller,
     watch: &mut dyn FnMut(SendEvent),
 ) -> Sent {
-    let (sender, receiver) = channel();
-    canceller.attach(sender.clone());
-    let control = control::start(connector.clone(), {
-        let sender = sender.clone();
-        move |event| {
-            let event = match event {
-                ControlEvent::Connected => SourceEvent::Connected,
-                ControlEvent::Message(m) => SourceEvent::Message(m),
-                ControlEvent::Lost(why) => SourceEvent::LinkLost(why),
-            };
-            let _ = sender.send(Message::Event(event));
-        }
-    });
-    let spec = guest.spec();
-    let layout = spec.layout().unwrap_or_default();
-    let engine = Engine {
-        began: Instant::now(),
-        machine: Source::new(spec, options.codecs.bits(), options.lanes, options.goals),
-        options: *options,
-        memory: guest.memory(),
-        guest,
-        connector,
-        control,
-        sender,
-        trackers: Arc::default(),
-        lanes: Vec::new(),
-        shared: None,
-        lanes_open: 0,
-        rounds: Vec::new(),
-        round_pages: 0,
-        state_bytes: 0,
-        pages: PageCounts::default(),
-        dirty_rate: DirtyRate::new(&layout),
-        last_harvest: Duration::ZERO,
-        paused: false,
-        failed_resume: None,
-        outcome: None,
-        watch,
-    };
+    let how = (options.goals, options.mode);
+    let (codecs, lanes) = (options.codecs.bits(), options.lanes);
+    let machine = Source::new(guest.spec(), codecs, lanes, how, options.rejoin_for);
+    let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
+    engine.connect(Hello::control());
+    engine.run(&receiver)
+}
+
+/// Goes on serving a destination that lost `guest`'s source: by [`Left::Detached`] of an earlier
+/// migration, perhaps at another address. `guest` stands still as it did then.
+pub fn reattach(
+    guest: &mut dyn Guest,
+    reattach: Reattach,
+    connector: Arc<dyn Connector>,
+    options: &SendOptions,
+    canceller: &Canceller,
+    watch: &mut dyn FnMut(SendEvent),
+) -> Sent {
+    let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
+    let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
+    engine.paused = true;
     engine.run(&receiver)
 }
 
 struct Lane {
-    rounds: UnboundedSender<Arc<Round>>,
+    works: UnboundedSender<Work>,
     thread: JoinHandle<()>,
 }
 
@@ -188,16 +195,21 @@ struct Engine<'a> {
     guest: &'a mut dyn Guest,
     memory: GuestView,
     connector: Arc<dyn Connector>,
-    control: control::Control,
+    /// Counts links: one for each time that the control channel was opened.
+    epoch: u64,
+    control: Option<control::Control>,
     sender: Sender<Message>,
     trackers: Trackers,
     lanes: Vec<Lane>,
+    urgent: Option<JoinHandle<()>>,
     shared: Option<Arc<Shared>>,
     lanes_open: usize,
     rounds: Vec<SentRound>,
     round_pages: u64,
     state_bytes: u64,
     pages: PageCounts,
+    /// Bytes that links before this one carried.
+    bytes_before: u64,
     dirty_rate: DirtyRate,
     last_harvest: Duration,
     paused: bool,
@@ -211,6 +223,77 @@ const BURST_BYTES: u64 = 1 << 20;
 /// How often whoever watches hears of bytes sent.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
+impl<'a> Engine<'a> {
+    fn new(
+        guest: &'a mut dyn Guest,
+        machine: Source,
+        connector: Arc<dyn Connector>,
+        options: &SendOptions,
+        canceller: &Canceller,
+        watch: &'a mut dyn FnMut(SendEvent),
+    ) -> (Self, Receiver<Message>) {
+        let (sender, receiver) = channel();
+        canceller.attach(sender.clone());
+        let layout = guest.spec().layout().unwrap_or_default();
+        let engine = Self {
+            began: Instant::now(),
+            machine,
+            options: *options,
+            memory: guest.memory(),
+            guest,
+            connector,
+            epoch: 0,
+            control: None,
+            sender,
+            trackers: Arc::default(),
+            lanes: Vec::new(),
+            urgent: None,
+            shared: None,
+            lanes_open: 0,
+            rounds: Vec::new(),
+            round_pages: 0,
+            state_bytes: 0,
+            pages: PageCounts::default(),
+            bytes_before: 0,
+            dirty_rate: DirtyRate::new(&layout),
+            last_harvest: Duration::ZERO,
+            paused: false,
+            failed_resume: None,
+            outcome: None,
+            watch,
+        };
+        (engine, receiver)
+    }
+
+    /// Opens a control channel that begins with `hello`; events of all links before it count no more.
+    fn connect(&mut self, hello: Hello) {
+        self.epoch += 1;
+        let (sender, epoch) = (self.sender.clone(), self.epoch);
+        let control = control::start(self.connector.clone(), hello, move |event| {
+            let event = LinkEvent::Control(event);
+            let _ = sender.send(Message::Link { epoch, event });
+        });
+        self.control = Some(control);
+    }
+
+    /// Leaves the link as it is: its threads end by themselves.
+    fn give_up_link(&mut self) {
+        if let Some(shared) = self.shared.take() {
+            shared.stop.send_replace(true);
+            self.bytes_before += shared.bytes.load(Ordering::Relaxed);
+            if let Some(serving) = shared.serving.borrow().as_ref() {
+                self.pages.merge(serving.pages());
+            }
+        }
+        self.lanes.clear();
+        self.urgent = None;
+        self.lanes_open = 0;
+        if let Some(control) = self.control.take() {
+            control.abandon();
+        }
+    }
+}
+
 impl Engine<'_> {
     fn run(mut self, receiver: &Receiver<Message>) -> Sent {
         while self.outcome.is_none() {
@@ -218,7 +301,11 @@ impl Engine<'_> {
             let until = self.machine.deadline().map_or(TELL_EVERY, |d| d.saturating_sub(now));
             match receiver.recv_timeout(until.min(TELL_EVERY)) {
                 Ok(Message::Event(event)) => self.handle(event),
-                Ok(Message::Lane(event)) => self.lane_event(event),
+                Ok(Message::Link { epoch, event }) if epoch == self.epoch => match event {
+                    LinkEvent::Control(event) => self.control_event(event),
+                    LinkEvent::Lane(event) => self.lane_event(event),
+                },
+                Ok(Message::Link { .. }) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     if self.machine.deadline().is_some_and(|d| self.began.elapsed() >= d) {
                         self.handle(SourceEvent::Tick);
@@ -231,6 +318,17 @@ impl Engine<'_> {
         }
         let total = self.began.elapsed();
         self.finish(total)
+    }
+
+    fn control_event(&mut self, event: ControlEvent) {
+        self.handle(match event {
+            ControlEvent::Connected if self.epoch == 1 && !self.machine.is_committed() => {
+                SourceEvent::Connected
+            }
+            ControlEvent::Connected => SourceEvent::Rejoined,
+            ControlEvent::Message(m) => SourceEvent::Message(m),
+            ControlEvent::Lost(why) => SourceEvent::LinkLost(why),
+        });
     }
 
     fn handle(&mut self, event: SourceEvent) {
@@ -249,13 +347,17 @@ impl Engine<'_> {
             SourceAction::Send(message) => {
                 let last =
                     matches!(message, ToDestination::Abort { .. } | ToDestination::Verified { .. });
-                self.control.send(&message);
-                if last {
-                    self.control.finish();
+                if let Some(control) = &self.control {
+                    control.send(&message);
+                    if last {
+                        control.finish();
+                    }
                 }
                 None
             }
-            SourceAction::OpenLanes { session, codecs } => self.open_lanes(session, codecs).err(),
+            SourceAction::OpenLanes { session, codecs } => {
+                self.open_lanes(session, codecs).err().map(SourceEvent::Failed)
+            }
             SourceAction::StartTracking => Some(self.start_tracking()),
             SourceAction::Harvest => Some(self.harvest()),
             SourceAction::SendPages { round, pages } => {
@@ -284,7 +386,34 @@ impl Engine<'_> {
                 None
             }
             SourceAction::Inquire { session } => {
-                self.control.inquire(session);
+                if let Some(control) = &self.control {
+                    control.inquire(session);
+                }
+                None
+            }
+            SourceAction::Sample(pages) => {
+                let mut trackers = self.trackers.lock().unwrap_or_else(PoisonError::into_inner);
+                let armed = trackers.iter_mut().try_for_each(|tracker| tracker.rearm(&pages));
+                armed.err().map(|e| SourceEvent::Failed(words(&e)))
+            }
+            SourceAction::Serve { round, owed, record } => {
+                let limit = self.options.bandwidth_bytes_per_s;
+                let serving = Arc::new(Serving::new(round, owed, &record, limit));
+                if let Some(shared) = &self.shared {
+                    shared.serving.send_replace(Some(serving));
+                }
+                None
+            }
+            SourceAction::Push => {
+                for lane in &self.lanes {
+                    // A lane that has ended has said why.
+                    let _ = lane.works.send(Work::Push);
+                }
+                None
+            }
+            SourceAction::Rejoin { session } => {
+                self.give_up_link();
+                self.connect(Hello::Rejoin { session });
                 None
             }
             SourceAction::DigestMemory => Some(match digest(&self.memory) {
@@ -305,7 +434,7 @@ impl Engine<'_> {
         }
     }
 
-    fn open_lanes(&mut self, session: u128, codecs: u8) -> Result<(), SourceEvent> {
+    fn open_lanes(&mut self, session: u128, codecs: u8) -> Result<(), String> {
         let pacer = self
             .options
             .bandwidth_bytes_per_s
@@ -319,31 +448,41 @@ impl Engine<'_> {
             bytes: AtomicU64::new(0),
             stop: watch::Sender::new(false),
             began: self.began,
+            serving: watch::Sender::new(None),
         });
         self.shared = Some(shared.clone());
         for lane in 0..self.options.lanes.max(1) {
-            let (rounds, receiver) = unbounded_channel();
-            let (shared, sender) = (shared.clone(), self.sender.clone());
+            let (works, receiver) = unbounded_channel();
+            let (shared, tell) = (shared.clone(), self.teller());
             let thread = std::thread::Builder::new()
                 .name(format!("ferry-lane-{lane}"))
-                .spawn(move || {
-                    send_lane::run(&shared, lane, receiver, &|event| {
-                        let _ = sender.send(Message::Lane(event));
-                    });
-                })
-                .map_err(|e| {
-                    SourceEvent::Failed(format!("cannot start a thread for lane {lane}: {e}"))
-                })?;
-            self.lanes.push(Lane { rounds, thread });
+                .spawn(move || send_lane::run(&shared, lane, receiver, &tell))
+                .map_err(|e| format!("cannot start a thread for lane {lane}: {e}"))?;
+            self.lanes.push(Lane { works, thread });
+        }
+        if self.machine.policy().mode() != Mode::PreCopy {
+            let tell = self.teller();
+            let thread = std::thread::Builder::new()
+                .name("ferry-urgent".into())
+                .spawn(move || serve::run_urgent(&shared, &tell))
+                .map_err(|e| format!("cannot start a thread for the urgent lane: {e}"))?;
+            self.urgent = Some(thread);
         }
         Ok(())
+    }
+
+    fn teller(&self) -> impl Fn(LaneEvent) + Send + 'static {
+        let (sender, epoch) = (self.sender.clone(), self.epoch);
+        move |event| {
+            let _ = sender.send(Message::Link { epoch, event: LinkEvent::Lane(event) });
+        }
     }
 
     fn lane_event(&mut self, event: LaneEvent) {
         match event {
             LaneEvent::Open => {
                 self.lanes_open += 1;
-                if self.lanes_open == self.lanes.len() {
+                if self.lanes_open == self.lanes.len() + usize::from(self.urgent.is_some()) {
                     self.handle(SourceEvent::LanesOpen);
                 }
             }
@@ -428,7 +567,7 @@ impl Engine<'_> {
         });
         for lane in &self.lanes {
             // A lane that has ended has said why.
-            let _ = lane.rounds.send(work.clone());
+            let _ = lane.works.send(Work::Round(work.clone()));
         }
     }
 
@@ -454,10 +593,28 @@ impl Engine<'_> {
 
     fn tell_bytes(&mut self) {
         if let Some(shared) = &self.shared {
-            let bytes = shared.bytes.load(Ordering::Relaxed);
+            let bytes = self.bytes_before + shared.bytes.load(Ordering::Relaxed);
             let (round, round_pages) = (self.machine.rounds(), self.round_pages);
             (self.watch)(SendEvent::Sent { bytes, round_pages, round });
         }
+    }
+
+    /// The link's rate as last seen, bytes/s.
+    fn link_rate(&self) -> f64 {
+        let pushed =
+            self.shared.as_ref().and_then(|s| s.serving.borrow().as_ref().map(|s| s.rate()));
+        pushed.map_or(self.machine.policy().rate_bytes_per_s(), |rate| rate as f64)
+    }
+
+    /// What was done: not `auto`, but what it came to.
+    fn mode_in_words(&self) -> String {
+        let policy = self.machine.policy();
+        match (policy.mode(), self.machine.is_post_copy()) {
+            (Mode::Auto, false) => Mode::PreCopy.name(),
+            (Mode::Auto, true) => Mode::Hybrid.name(),
+            (mode, _) => mode.name(),
+        }
+        .into()
     }
 
     fn finish(mut self, total: Duration) -> Sent {
@@ -467,11 +624,15 @@ impl Engine<'_> {
             shared.stop.send_replace(true);
         }
         for lane in std::mem::take(&mut self.lanes) {
-            drop(lane.rounds);
+            drop(lane.works);
             // A lane that panicked has nothing more to say.
             let _ = lane.thread.join();
         }
-        self.control.join();
+        if let Some(mut control) = self.control.take() {
+            control.join();
+        }
+        let link_rate = self.link_rate();
+        self.give_up_link();
         let outcome =
             self.outcome.take().unwrap_or_else(|| Outcome::Failed("the engine stopped".into()));
         let switchover = self.machine.switchover();
@@ -481,6 +642,7 @@ impl Engine<'_> {
         let left = match (outcome, self.failed_resume.take()) {
             (Outcome::Completed { .. }, _) => Left::Nothing,
             (Outcome::InDoubt { permit, .. }, _) => Left::InDoubt(permit),
+            (Outcome::Detached { reattach, .. }, _) => Left::Detached(reattach),
             (_, None) => Left::Running,
             (_, Some((permit, error))) => {
                 machine = report::Whereabouts::PausedAtSource;
@@ -488,22 +650,21 @@ impl Engine<'_> {
                 Left::Stopped(permit, error)
             }
         };
-        let policy = self.machine.policy();
-        let bytes_sent = self.shared.as_ref().map_or(0, |s| s.bytes.load(Ordering::Relaxed));
         let report = Report {
             outcome: kind,
             reason,
             machine,
-            mode: report::MODE.into(),
+            mode: self.mode_in_words(),
             total_ms: report::ms(ran_at.unwrap_or(total)),
             downtime_ms,
             downtime_parts_ms,
             verify_ms: ran_at.map_or(0.0, |at| report::ms(total.saturating_sub(at))),
-            bytes_sent,
+            bytes_sent: self.bytes_before,
             state_bytes: self.state_bytes,
             rounds: self.machine.rounds(),
             pages: self.pages,
-            link_bytes_per_s: policy.rate_bytes_per_s(),
+            paging: self.machine.fetched().map(report::paging),
+            link_bytes_per_s: link_rate,
             dirty_pages_per_s: self.dirty_rate.pages_per_s(),
             dirty_pages_per_s_by_extent: self.dirty_rate.by_extent().to_vec(),
             digest_verified: digests == Some(true),

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::report::PageCounts;
 use crate::round::Round;
+use crate::serve::{self, Serving};
 
 /// How long a peer that is alive may take to acknowledge the end.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(5);
@@ -34,6 +35,16 @@ pub(crate) struct Shared {
     /// The migration is over: leave the round, even if the peer takes no more bytes.
     pub(crate) stop: watch::Sender<bool>,
     pub(crate) began: Instant,
+    /// What is served after a post-copy hand-over, once it is known.
+    pub(crate) serving: watch::Sender<Option<Arc<Serving>>>,
+}
+
+/// What a lane is to do.
+pub(crate) enum Work {
+    /// Send its share of a round.
+    Round(Arc<Round>),
+    /// Push pages of [`Shared::serving`].
+    Push,
 }
 
 /// What one lane did in one round.
@@ -53,11 +64,11 @@ pub(crate) enum LaneEvent {
     Failed(String),
 }
 
-/// Runs lane number `lane` until `rounds` closes.
+/// Runs lane number `lane` until `works` closes.
 pub(crate) fn run(
     shared: &Shared,
     lane: u16,
-    mut rounds: UnboundedReceiver<Arc<Round>>,
+    mut works: UnboundedReceiver<Work>,
     tell: &dyn Fn(LaneEvent),
 ) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -77,8 +88,8 @@ pub(crate) fn run(
         tell(LaneEvent::Open);
         let mut sender = Sender::new(shared);
         loop {
-            let round = tokio::select! {
-                round = rounds.recv() => round,
+            let work = tokio::select! {
+                work = works.recv() => work,
                 // The destination sends nothing on a lane: whatever comes says that it is lost.
                 lost = channel.source.recv() => {
                     let why = match lost {
@@ -89,14 +100,29 @@ pub(crate) fn run(
                 }
                 _ = stop.wait_for(|stop| *stop) => break,
             };
-            let Some(round) = round else { break };
-            let sent = tokio::select! {
+            let Some(work) = work else { break };
+            let done = async {
+                match work {
+                    Work::Round(round) => {
+                        let done = sender.send_round(&round, channel.sink.as_mut()).await?;
+                        Ok(Some(LaneEvent::RoundSent { round: round.number, done }))
+                    }
+                    Work::Push => {
+                        let serving = shared.serving.borrow().clone();
+                        if let Some(serving) = serving {
+                            serve::push(&mut sender, &serving, &mut channel).await?;
+                        }
+                        Ok(None)
+                    }
+                }
+            };
+            let done = tokio::select! {
                 biased;
-                sent = sender.send_round(&round, channel.sink.as_mut()) => sent,
+                done = done => done,
                 _ = stop.wait_for(|stop| *stop) => break,
             };
-            match sent {
-                Ok(done) => tell(LaneEvent::RoundSent { round: round.number, done }),
+            match done {
+                Ok(event) => event.into_iter().for_each(tell),
                 Err(event) => return tell(event),
             }
         }
@@ -116,8 +142,8 @@ async fn open(shared: &Shared, lane: u16) -> Result<Channel, LinkError> {
     Ok(channel)
 }
 
-struct Sender<'a> {
-    shared: &'a Shared,
+pub(crate) struct Sender<'a> {
+    pub(crate) shared: &'a Shared,
     builder: BatchBuilder,
     chooser: CodecChooser,
     zeros: Vec<Run>,
@@ -173,6 +199,36 @@ impl<'a> Sender<'a> {
         runs: &[Run],
         sink: &mut dyn ByteSink,
     ) -> Result<(), LaneEvent> {
+        let (frame, codec, pages) = self.encode(round, runs)?;
+        if let Some(frame) = frame {
+            self.done.pages.add(codec, pages);
+            self.put(frame, sink).await?;
+        }
+        Ok(())
+    }
+
+    /// Frames of pages that no longer change: data and zeros.
+    pub(crate) fn build(
+        &mut self,
+        round: u32,
+        runs: &[Run],
+    ) -> Result<(Vec<Bytes>, PageCounts), LaneEvent> {
+        let mut counts = PageCounts::default();
+        let (frame, codec, pages) = self.encode(round, runs)?;
+        counts.add(codec, pages);
+        counts.add(Codec::Zero, self.zeros.iter().map(|run| run.pages).sum());
+        let frames = frame.into_iter().chain(zero_frames(round, &self.zeros)).collect();
+        self.zeros.clear();
+        Ok((frames, counts))
+    }
+
+    /// The frame of the data pages of `runs`, if there are any, with its codec and their number. Zero pages
+    /// are added to `zeros`.
+    fn encode(
+        &mut self,
+        round: u32,
+        runs: &[Run],
+    ) -> Result<(Option<Bytes>, Codec, u64), LaneEvent> {
         self.builder.begin(round);
         for gfn in runs.iter().flat_map(|r| r.start..r.end()) {
             let view = &self.shared.view;
@@ -196,12 +252,7 @@ impl<'a> Sender<'a> {
             }
         }
         let pages = built.runs.iter().map(|r| r.pages).sum();
-        let (codec, frame) = (built.codec, built.frame);
-        if let Some(frame) = frame {
-            self.done.pages.add(codec, pages);
-            self.put(frame, sink).await?;
-        }
-        Ok(())
+        Ok((built.frame, built.codec, pages))
     }
 
     async fn put(&mut self, frame: Bytes, sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {

@@ -110,13 +110,14 @@ impl ByteSink for MemorySink {
     }
 
     fn close<'a>(&'a mut self, reason: &'a str) -> BoxFuture<'a, ()> {
-        self.to = None;
         // The first reason stands.
         self.closed.send_if_modified(|said| {
             let first = said.is_none();
             said.get_or_insert_with(|| reason.to_owned());
             first
         });
+        // Now, so that whoever sees the end finds the reason.
+        self.to = None;
         Box::pin(async {})
     }
 }
@@ -142,7 +143,14 @@ impl ByteSource for MemorySource {
                     Some(Piece::Data(bytes)) if bytes.is_empty() => {}
                     Some(Piece::Data(bytes)) => return Ok(Some(bytes)),
                     Some(Piece::Finish) => self.finished = true,
-                    None => return Err(lost("the peer went away before it finished")),
+                    None => {
+                        // It may have been closed since it was asked above.
+                        let reason = self.closed.borrow().clone();
+                        return Err(match reason {
+                            Some(_) => closed_by_peer(Some(&reason)),
+                            None => lost("the peer went away before it finished"),
+                        });
+                    }
                 }
             }
             Ok(None)

@@ -9,12 +9,18 @@
 //! The machine runs here if and only if the `Commit` came *and* every batch of every round did. A link
 //! that is lost before both are here makes the session void for ever, and an inquiry is then told so.
 //! Once both are here the link no longer matters.
+//!
+//! A commit that owes pages is the same, but for these: `Page` makes them come on demand before state is
+//! loaded, and the session lasts until all are here. A link that is lost before the machine is resumed makes
+//! the session void as above. One that is lost later is awaited again (`Rejoined`), however long it takes:
+//! nobody else has the machine.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, Verdict};
-use crate::{MachineSpec, Refusal, RunPermit};
+use crate::{Fetched, MachineSpec, PackedPages, Refusal, RunPermit};
+use ferry_pages::{Layout, PageSet};
 
 /// More rounds than this are not a migration.
 const MAX_ROUNDS: u32 = 1 << 20;
@@ -26,8 +32,16 @@ pub enum DestinationEvent {
     Message(ToDestination),
     /// The control channel or a lane broke.
     LinkLost(String),
-    /// Answer to `Build`.
-    Built(Result<(), Vec<Refusal>>),
+    /// Answer to `Build`; why pages cannot come after the hand-over, if so.
+    Built(Result<Option<String>, Vec<Refusal>>),
+    /// Answer to `Page`.
+    Paging(Result<(), String>),
+    /// The last owed page came.
+    AllHere(Fetched),
+    /// Missing pages cannot be supplied any more.
+    PagingBroken(String),
+    /// The source is here again on a new control channel; the pages that are still owed.
+    Rejoined(PageSet),
     /// A batch of a round was verified and installed.
     Installed {
         /// Which round.
@@ -39,8 +53,8 @@ pub enum DestinationEvent {
     Loaded(Result<(), String>),
     /// Answer to `Resume`.
     Resumed(Result<(), String>),
-    /// Answer to `Digest`.
-    Digest(u64),
+    /// Answer to `Digest`; none where it says nothing.
+    Digest(Option<u64>),
 }
 
 /// What the engine does next.
@@ -57,6 +71,8 @@ pub enum DestinationAction {
         /// How many.
         lanes: u16,
     },
+    /// From now on these pages come on demand; older copies of them must not be seen.
+    Page(PageSet),
     /// Load vCPU and device state.
     Load(Vec<u8>),
     /// Run the machine.
@@ -82,11 +98,32 @@ pub enum Arrival {
 #[derive(Debug)]
 enum Phase {
     Waiting,
-    Building { codecs: u8, lanes: u16 },
+    Building {
+        codecs: u8,
+        lanes: u16,
+    },
     Receiving,
-    Committed { state: Vec<u8>, rounds: Vec<(u32, u64)>, since: Duration },
-    Loading { since: Duration, complete: Duration },
-    Resuming { since: Duration, complete: Duration, loaded: Duration },
+    Committed {
+        state: Vec<u8>,
+        rounds: Vec<(u32, u64)>,
+        owed: PageSet,
+        since: Duration,
+    },
+    Arming {
+        state: Vec<u8>,
+        since: Duration,
+    },
+    Loading {
+        since: Duration,
+        complete: Duration,
+    },
+    Resuming {
+        since: Duration,
+        complete: Duration,
+        loaded: Duration,
+    },
+    /// It runs, and pages are owed.
+    Fetching,
     Running,
     Done(Verdict),
 }
@@ -97,6 +134,15 @@ pub struct Destination {
     phase: Phase,
     session: u128,
     codecs: u8,
+    lanes: u16,
+    layout: Option<Layout>,
+    /// Pages were owed at the commit, and not all are here.
+    owes: bool,
+    fetched: Option<Fetched>,
+    /// Why missing pages cannot be supplied any more.
+    paging_broken: Option<String>,
+    /// The source can be told, as far as is known.
+    linked: bool,
     prepare_asked: bool,
     /// Batches installed, by round, of rounds that are not done.
     installed: BTreeMap<u32, u64>,
@@ -115,6 +161,12 @@ impl Destination {
             phase: Phase::Waiting,
             session,
             codecs,
+            lanes: 0,
+            layout: None,
+            owes: false,
+            fetched: None,
+            paging_broken: None,
+            linked: true,
             prepare_asked: false,
             installed: BTreeMap::new(),
             ending: None,
@@ -132,7 +184,7 @@ impl Destination {
     /// What an inquiry is told.
     pub fn verdict(&self) -> Verdict {
         match self.phase {
-            Phase::Running => Verdict::Ran,
+            Phase::Running | Phase::Fetching => Verdict::Ran,
             Phase::Done(verdict) => verdict,
             _ => Verdict::Pending,
         }
@@ -146,11 +198,19 @@ impl Destination {
             DestinationEvent::BadPages(why) => self.give_up(why),
             DestinationEvent::Built(result) => self.built(result),
             DestinationEvent::Installed { round } => self.installed(now, round),
+            DestinationEvent::Paging(result) => self.paging(now, result),
+            DestinationEvent::AllHere(fetched) => {
+                self.fetched = Some(fetched);
+                self.all_here();
+            }
+            DestinationEvent::PagingBroken(why) => self.paging_failed(why),
+            DestinationEvent::Rejoined(owed) => self.rejoined(&owed),
             DestinationEvent::Loaded(result) => self.loaded(now, result),
             DestinationEvent::Resumed(result) => self.resumed(now, result),
             DestinationEvent::Digest(sum) => {
                 if matches!(self.phase, Phase::Running) {
-                    self.send(ToSource::Digest { sum });
+                    let fetched = self.fetched.clone();
+                    self.send(ToSource::Digest { sum, fetched });
                 }
             }
         }
@@ -169,6 +229,9 @@ impl Destination {
                     );
                     return self.refuse(vec![Refusal::new("version", why)]);
                 }
+                self.codecs = common;
+                self.lanes = lanes;
+                self.layout = spec.layout().ok();
                 self.phase = Phase::Building { codecs: common, lanes };
                 self.actions.push_back(DestinationAction::Build(spec));
             }
@@ -184,14 +247,18 @@ impl Destination {
                 self.ending = Some((round, batches));
                 self.end_round_if_complete();
             }
-            (Phase::Receiving, ToDestination::Commit { permit, state, rounds }) => {
+            (Phase::Receiving, ToDestination::Commit { permit, state, rounds, owed }) => {
                 let ascending = rounds.windows(2).all(|w| w[0].0 < w[1].0);
                 let fresh = rounds.first().is_none_or(|r| r.0 > self.done_through);
                 if !ascending || !fresh || self.ending.is_some() {
                     return self.give_up("the source committed rounds out of order".into());
                 }
+                let owed = match self.unpack(&owed) {
+                    Ok(owed) => owed,
+                    Err(why) => return self.refuse_commit(why),
+                };
                 self.permit = Some(permit);
-                self.phase = Phase::Committed { state, rounds, since: now };
+                self.phase = Phase::Committed { state, rounds, owed, since: now };
                 self.load_if_complete(now);
             }
             (Phase::Running, ToDestination::Verified { matches }) => {
@@ -205,19 +272,33 @@ impl Destination {
                 ToDestination::Abort { reason },
             ) => self.void(format!("the source ended the migration: {reason}")),
             // The permit is here: nothing the source says takes it back.
-            (Phase::Committed { .. } | Phase::Loading { .. } | Phase::Resuming { .. }, _) => {}
+            (
+                Phase::Committed { .. }
+                | Phase::Arming { .. }
+                | Phase::Loading { .. }
+                | Phase::Resuming { .. }
+                | Phase::Fetching,
+                _,
+            ) => {}
             (_, other) => self.give_up(format!("the source broke the protocol: {}", name(&other))),
         }
     }
 
-    fn built(&mut self, result: Result<(), Vec<Refusal>>) {
+    fn unpack(&self, owed: &PackedPages) -> Result<PageSet, String> {
+        let layout = self.layout.as_ref().ok_or("the machine has no memory layout")?;
+        owed.unpack(layout).map_err(|why| format!("owed pages: {why}"))
+    }
+
+    fn built(&mut self, result: Result<Option<String>, Vec<Refusal>>) {
         let Phase::Building { codecs, lanes } = self.phase else { return };
-        if let Err(reasons) = result {
-            return self.refuse(reasons);
-        }
+        let no_post_copy = match result {
+            Ok(no_post_copy) => no_post_copy,
+            Err(reasons) => return self.refuse(reasons),
+        };
         self.phase = Phase::Receiving;
         self.actions.push_back(DestinationAction::AcceptLanes { codecs, lanes });
-        self.send(ToSource::Accepted { version: VERSION_MAX, session: self.session, codecs });
+        let (version, session) = (VERSION_MAX, self.session);
+        self.send(ToSource::Accepted { version, session, codecs, no_post_copy });
         if self.prepare_asked {
             self.send(ToSource::Ready);
         }
@@ -251,16 +332,76 @@ impl Destination {
     }
 
     fn load_if_complete(&mut self, now: Duration) {
-        let Phase::Committed { state, rounds, since } = &mut self.phase else { return };
+        let Phase::Committed { state, rounds, owed, since } = &mut self.phase else { return };
         let have = |round: &u32| self.installed.get(round).copied().unwrap_or(0);
         if let Some((round, batches)) = rounds.iter().find(|(round, n)| have(round) > *n) {
             let why = format!("round {round} has more than the {batches} batches announced");
             return self.refuse_commit(why);
         }
         if rounds.iter().all(|(round, batches)| have(round) == *batches) {
-            let (state, since) = (std::mem::take(state), *since);
-            self.phase = Phase::Loading { since, complete: now };
-            self.actions.push_back(DestinationAction::Load(state));
+            let (state, owed, since) = (std::mem::take(state), std::mem::take(owed), *since);
+            if owed.is_empty() {
+                return self.load(since, now, state);
+            }
+            self.owes = true;
+            self.phase = Phase::Arming { state, since };
+            self.actions.push_back(DestinationAction::Page(owed));
+        }
+    }
+
+    fn load(&mut self, since: Duration, complete: Duration, state: Vec<u8>) {
+        self.phase = Phase::Loading { since, complete };
+        self.actions.push_back(DestinationAction::Load(state));
+    }
+
+    fn paging(&mut self, now: Duration, result: Result<(), String>) {
+        let Phase::Arming { state, since } = &mut self.phase else { return };
+        let (state, since) = (std::mem::take(state), *since);
+        match result {
+            Ok(()) => self.load(since, now, state),
+            Err(why) => self.refuse_commit(why),
+        }
+    }
+
+    fn all_here(&mut self) {
+        self.owes = false;
+        if !matches!(self.phase, Phase::Fetching) {
+            return;
+        }
+        if !self.linked {
+            // Nobody who could compare digests; whoever asks is told that it ran.
+            return self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None });
+        }
+        self.phase = Phase::Running;
+        self.actions.push_back(DestinationAction::Digest);
+    }
+
+    fn paging_failed(&mut self, why: String) {
+        match self.phase {
+            Phase::Arming { .. } | Phase::Loading { .. } if self.owes => self.refuse_commit(why),
+            Phase::Resuming { .. } => self.paging_broken = Some(why),
+            Phase::Fetching => {
+                self.send(ToSource::Failed { reason: why.clone() });
+                self.paging_broken = Some(why);
+            }
+            _ => {}
+        }
+    }
+
+    /// Before it runs, the source is told by `Running`, or by its inquiry.
+    fn rejoined(&mut self, owed: &PageSet) {
+        self.linked = true;
+        if matches!(self.phase, Phase::Running) {
+            // All came, and perhaps the word of it was lost.
+            self.actions.push_back(DestinationAction::Digest);
+        }
+        if matches!(self.phase, Phase::Fetching) {
+            if let Some(reason) = self.paging_broken.clone() {
+                return self.send(ToSource::Failed { reason });
+            }
+            let (codecs, lanes) = (self.codecs, self.lanes);
+            self.actions.push_back(DestinationAction::AcceptLanes { codecs, lanes });
+            self.send(ToSource::Lacks { owed: PackedPages::pack(owed) });
         }
     }
 
@@ -284,21 +425,32 @@ impl Destination {
         let us = |from: Duration, to: Duration| {
             u64::try_from(to.saturating_sub(from).as_micros()).unwrap_or(u64::MAX)
         };
-        self.phase = Phase::Running;
+        self.phase = Phase::Fetching;
         self.send(ToSource::Running {
             pages_us: us(since, complete),
             load_us: us(complete, loaded),
             resume_us: us(loaded, now),
         });
-        self.actions.push_back(DestinationAction::Digest);
+        if !self.owes {
+            self.all_here();
+        } else if let Some(why) = self.paging_broken.take() {
+            self.paging_failed(why);
+        }
     }
 
     fn link_lost(&mut self, why: String) {
+        self.linked = false;
         match self.phase {
             Phase::Done(_) => {}
+            // Loading may touch a page that is owed, and nobody serves a machine that has not run: it must
+            // not wait for a source that waits for it. The permit is unused.
+            Phase::Arming { .. } | Phase::Loading { .. } if self.owes => self.void(why),
             Phase::Running => self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None }),
-            // Everything is here: go on without the link.
-            Phase::Loading { .. } | Phase::Resuming { .. } => {}
+            // Everything is here, or the source comes back: go on without the link.
+            Phase::Arming { .. }
+            | Phase::Loading { .. }
+            | Phase::Resuming { .. }
+            | Phase::Fetching => {}
             _ => self.void(why),
         }
     }
@@ -306,7 +458,13 @@ impl Destination {
     /// Ends the session from this side, and says so if the source can still take the machine back.
     fn give_up(&mut self, why: String) {
         match self.phase {
-            Phase::Done(_) | Phase::Running | Phase::Loading { .. } | Phase::Resuming { .. } => {}
+            Phase::Arming { .. } | Phase::Loading { .. } if self.owes => self.refuse_commit(why),
+            Phase::Done(_)
+            | Phase::Running
+            | Phase::Fetching
+            | Phase::Arming { .. }
+            | Phase::Loading { .. }
+            | Phase::Resuming { .. } => {}
             Phase::Committed { .. } => self.refuse_commit(why),
             _ => {
                 self.send(ToSource::Failed { reason: why.clone() });

@@ -8,6 +8,7 @@
 mod destination;
 mod messages;
 mod outcome;
+mod packed;
 mod permit;
 mod policy;
 mod source;
@@ -20,10 +21,11 @@ pub use messages::{
     Hello, MAX_HELLO_BYTES, MAX_LANES, NotFerry, ToDestination, ToSource, VERSION_MAX, VERSION_MIN,
     Verdict,
 };
-pub use outcome::{Outcome, Progress, Switchover};
+pub use outcome::{Fetched, Outcome, Progress, Switchover};
+pub use packed::PackedPages;
 pub use permit::{PermitStub, RunPermit};
-pub use policy::{Decision, Goals, Policy, RoundFacts};
-pub use source::{Source, SourceAction, SourceEvent};
+pub use policy::{Decision, Goals, Mode, Policy, RoundFacts};
+pub use source::{Reattach, Source, SourceAction, SourceEvent};
 pub use spec::{DeviceSpec, HostCapabilities, MachineSpec, is_machine_name};
 pub use state::{MAX_SECTION_BYTES, StateError, StateReader, StateWriter};
 

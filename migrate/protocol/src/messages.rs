@@ -19,15 +19,25 @@
 //! ```
 //! Either side may send `Abort`/`Failed` before the commit. After a lost link the source asks
 //! `Inquire{session}` on a new connection and is told whether the machine ran.
+//!
+//! In post-copy the commit names the pages that are still *owed*; the machine runs without them. They are
+//! pushed on the lanes, and sent on the urgent lane as the destination asks for them; `Digest` says that
+//! all came. When the link is lost meanwhile, the source comes back:
+//!
+//! ```text
+//!     Hello::Rejoin{session} ────────────────▶
+//!     ◀─────────────────────── Lacks{owed}  or  Verdict  or nothing known
+//!     Hello::Lane, Hello::Urgent ────────────▶  and on as before
+//! ```
 
 use serde::{Deserialize, Serialize};
 
-use crate::{MachineSpec, Refusal, RunPermit, wire};
+use crate::{Fetched, MachineSpec, PackedPages, Refusal, RunPermit, wire};
 
 /// Oldest protocol version that this build speaks.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 /// Newest protocol version that this build speaks.
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
 /// First bytes on every channel; a version that cannot be decoded is still recognised by them.
 pub(crate) const MAGIC: [u8; 8] = *b"ferry\0\r\n";
 /// No hello is larger than this.
@@ -51,6 +61,16 @@ pub enum Hello {
         session: u128,
         /// Which lane, from 0.
         lane: u16,
+    },
+    /// The lane on which the destination asks for pages, and gets them at once.
+    Urgent {
+        /// The session's token.
+        session: u128,
+    },
+    /// The source of a post-copy session whose link was lost is here again, with all that it holds.
+    Rejoin {
+        /// The session's token.
+        session: u128,
     },
     /// The source of a committed session asks what became of it.
     Inquire {
@@ -119,6 +139,8 @@ pub enum ToDestination {
         state: Vec<u8>,
         /// The last rounds, each with its number of batches.
         rounds: Vec<(u32, u64)>,
+        /// Pages that come while the machine runs: older copies of them must not be seen.
+        owed: PackedPages,
     },
     /// The migration ends here; the machine stays at the source.
     Abort {
@@ -143,6 +165,8 @@ pub enum ToSource {
         session: u128,
         /// Codecs that both sides have.
         codecs: u8,
+        /// Why the machine cannot run here before all its pages are here; none if it can.
+        no_post_copy: Option<String>,
     },
     /// The machine does not fit.
     Refused {
@@ -175,10 +199,18 @@ pub enum ToSource {
         /// Why.
         reason: String,
     },
-    /// Order-free digest of all pages as they were installed.
+    /// All pages are here.
     Digest {
-        /// Wrapping sum over pages that are not zero.
-        sum: u64,
+        /// Order-free digest of all pages as they were installed: wrapping sum over those that are not
+        /// zero. None where it says nothing: the guest gave up owed pages before they came.
+        sum: Option<u64>,
+        /// How pages were fetched, if any were.
+        fetched: Option<Fetched>,
+    },
+    /// Answer to [`Hello::Rejoin`]: the machine runs here, and these pages are still owed.
+    Lacks {
+        /// The pages.
+        owed: PackedPages,
     },
     /// Answer to [`Hello::Inquire`].
     Verdict(Verdict),

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Refusal;
 use crate::permit::PermitStub;
 use crate::policy::RoundFacts;
+use crate::source::Reattach;
 
 /// What whoever watches is told.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +40,13 @@ pub enum Progress {
     Running,
     /// The link was lost after the commit.
     InDoubt(String),
+    /// The machine runs at the destination, and fetches `pages` pages.
+    Fetching {
+        /// Pages that were owed at the hand-over, or are after a lost link.
+        pages: u64,
+    },
+    /// The link was lost while the machine fetched its pages; the source tries to come back.
+    LinkLost(String),
 }
 
 /// How a migration ended, seen from the source.
@@ -63,6 +73,43 @@ pub enum Outcome {
         /// The way back to a permit.
         permit: PermitStub,
     },
+    /// The machine runs at the destination, some of its pages are still here, and the destination could
+    /// not be reached for a while: whoever touches such a page waits. The migration can be taken up again.
+    Detached {
+        /// What happened.
+        reason: String,
+        /// With what to go on.
+        reattach: Reattach,
+    },
+}
+
+/// How the destination fetched pages while the machine ran, measured there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetched {
+    /// Touches of pages that were not there.
+    pub faults: u64,
+    /// Pages that threads waited for, and that were asked for.
+    pub requested: u64,
+    /// Pages that were there before anyone touched them.
+    pub pushed: u64,
+    /// Copies of pages that were there already.
+    pub late: u64,
+    /// Touches of pages that the source never had.
+    pub zeros: u64,
+    /// From reading a fault until its page was placed: mean, ns.
+    pub wait_mean_ns: u64,
+    /// Median, ns.
+    pub wait_p50_ns: u64,
+    /// 90th percentile, ns.
+    pub wait_p90_ns: u64,
+    /// 99th percentile, ns.
+    pub wait_p99_ns: u64,
+    /// Longest, ns.
+    pub wait_max_ns: u64,
+    /// All waits of each thread together, ns; the threads in no order.
+    pub waited_by_thread_ns: Vec<u64>,
+    /// From the pager's start until the last page came, ns.
+    pub took_ns: u64,
 }
 
 /// When the parts of the switchover happened, since the start of the migration.

@@ -26,6 +26,33 @@ impl Default for Goals {
     }
 }
 
+/// How a machine is moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Rounds while they pay; the rest of the pages after the hand-over where the goals cannot be met
+    /// otherwise.
+    #[default]
+    Auto,
+    /// All pages before the hand-over, or none.
+    PreCopy,
+    /// All pages after the hand-over.
+    PostCopy,
+    /// One round, then the hand-over, then what was dirtied meanwhile.
+    Hybrid,
+}
+
+impl Mode {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::PreCopy => "pre-copy",
+            Self::PostCopy => "post-copy",
+            Self::Hybrid => "hybrid",
+        }
+    }
+}
+
 /// What one round did, and what is left.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RoundFacts {
@@ -52,6 +79,8 @@ pub enum Decision {
     Round(String),
     /// Pause and send the rest.
     SwitchOver(String),
+    /// Pause and hand over; the rest comes while the machine runs at the destination.
+    PostCopy(String),
     /// The goals cannot be met.
     GiveUp(String),
 }
@@ -60,6 +89,9 @@ pub enum Decision {
 #[derive(Clone, Debug)]
 pub struct Policy {
     goals: Goals,
+    mode: Mode,
+    /// Rounds one after the other that left nearly as many dirty pages as they sent.
+    idle_rounds: u32,
     /// Bytes a second, from rounds large enough to tell.
     rate: f64,
     bytes_per_page: f64,
@@ -77,14 +109,18 @@ const OVERHEAD: Duration = Duration::from_millis(2);
 const TELLING_BYTES: u64 = 1 << 20;
 /// At most so many more rounds once the goal is met, each only while it shrinks the rest.
 const POLISHING_ROUNDS: u32 = 3;
+/// After so many rounds that did not pay, `auto` stops making rounds.
+const IDLE_ROUNDS: u32 = 2;
 /// The fewest bytes a page can cost on the wire (a run entry).
 const LEAST_BYTES_PER_PAGE: f64 = 16.0;
 
 impl Policy {
-    /// A policy for `goals`.
-    pub fn new(goals: Goals) -> Self {
+    /// A policy for `goals` by `mode`.
+    pub fn new(goals: Goals, mode: Mode) -> Self {
         Self {
             goals,
+            mode,
+            idle_rounds: 0,
             rate: 0.0,
             bytes_per_page: ferry_pages::PAGE_BYTES as f64,
             round_trip: Duration::MAX,
@@ -98,6 +134,28 @@ impl Policy {
     /// The goals.
     pub fn goals(&self) -> Goals {
         self.goals
+    }
+
+    /// The mode; after [`no_post_copy`](Self::no_post_copy) perhaps not the one that was asked for.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The destination cannot take pages after the hand-over.
+    ///
+    /// # Errors
+    /// Then this mode is not possible, in words.
+    pub fn no_post_copy(&mut self, why: &str) -> Result<(), String> {
+        match self.mode {
+            Mode::Auto | Mode::PreCopy => {
+                self.mode = Mode::PreCopy;
+                Ok(())
+            }
+            Mode::PostCopy | Mode::Hybrid => Err(format!(
+                "the destination cannot run a machine before all its pages are there ({why}): use --mode \
+                 pre-copy"
+            )),
+        }
     }
 
     /// Downtime that a switchover after the last round was expected to have.
@@ -156,8 +214,13 @@ impl Policy {
                 ));
             }
         }
-        if let Some(why) = self.out_of_time(facts.elapsed) {
-            return Decision::GiveUp(why);
+        if let Some(why) = self.rounds_are_over(&facts) {
+            return match self.mode {
+                Mode::PreCopy => Decision::GiveUp(why),
+                Mode::Auto | Mode::PostCopy | Mode::Hybrid => {
+                    Decision::PostCopy(format!("{why}: {} pages after the hand-over", facts.dirty))
+                }
+            };
         }
         Decision::Round(format!(
             "{} dirty pages: expected downtime {}, {} allowed",
@@ -165,6 +228,26 @@ impl Policy {
             ms(expected),
             ms(allowed)
         ))
+    }
+
+    /// Why no other round is made, if so.
+    fn rounds_are_over(&mut self, facts: &RoundFacts) -> Option<String> {
+        let pays = facts.dirty * 4 < facts.pages * 3;
+        self.idle_rounds = if pays { 0 } else { self.idle_rounds + 1 };
+        match self.mode {
+            Mode::PostCopy | Mode::Hybrid => Some("one round was asked for (--mode hybrid)".into()),
+            Mode::Auto if self.idle_rounds >= IDLE_ROUNDS => Some(format!(
+                "the guest dirties {:.0} pages/s, as fast as the link carries them: round {} sent {} pages \
+                 and left {} dirty, {:.0} ms of downtime where {} ms are allowed",
+                self.dirty_pages_per_s,
+                facts.round,
+                facts.pages,
+                facts.dirty,
+                self.expected.as_secs_f64() * 1e3,
+                self.goals.max_downtime.as_millis(),
+            )),
+            Mode::Auto | Mode::PreCopy => self.out_of_time(facts.elapsed),
+        }
     }
 
     fn learn(&mut self, facts: &RoundFacts) {
@@ -204,7 +287,7 @@ mod tests {
 
     #[test]
     fn it_goes_on_while_rounds_shrink_and_switches_when_the_goal_is_met() {
-        let mut p = Policy::new(Goals::default());
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
         assert!(matches!(p.after_round(facts(1, 100_000, 40_000, 1)), Decision::Round(_)));
         // 9,000 pages are 37 ms and 3 ms overhead: within the goal, but shrinking fast.
         assert!(matches!(p.after_round(facts(2, 40_000, 9_000, 1)), Decision::Round(_)));
@@ -214,7 +297,7 @@ mod tests {
     #[test]
     fn a_guest_that_dirties_faster_than_the_link_ends_in_words_and_numbers() {
         let goals = Goals { max_total: Duration::from_secs(10), ..Goals::default() };
-        let mut p = Policy::new(goals);
+        let mut p = Policy::new(goals, Mode::PreCopy);
         assert!(matches!(p.after_round(facts(1, 100_000, 90_000, 5)), Decision::Round(_)));
         let Decision::GiveUp(why) = p.after_round(facts(2, 90_000, 90_000, 10)) else { panic!() };
         for word in ["--max-total", "pages/s", "MB/s", "--max-downtime"] {
@@ -224,7 +307,7 @@ mod tests {
 
     #[test]
     fn a_long_round_trip_counts_against_the_goal() {
-        let mut p = Policy::new(Goals::default());
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
         let far =
             RoundFacts { acknowledged_in: Duration::from_millis(60), ..facts(1, 10_000, 0, 1) };
         assert!(matches!(p.after_round(far), Decision::Round(_)));
@@ -232,8 +315,39 @@ mod tests {
     }
 
     #[test]
+    fn auto_hands_over_when_rounds_do_not_pay_and_says_why() {
+        let mut p = Policy::new(Goals::default(), Mode::Auto);
+        assert!(matches!(p.after_round(facts(1, 100_000, 90_000, 1)), Decision::Round(_)));
+        let Decision::PostCopy(why) = p.after_round(facts(2, 90_000, 89_000, 2)) else { panic!() };
+        for word in ["pages/s", "89000 dirty", "50 ms are allowed"] {
+            assert!(why.contains(word), "{why}");
+        }
+        // A guest that slows down is spared it.
+        let mut p = Policy::new(Goals::default(), Mode::Auto);
+        assert!(matches!(p.after_round(facts(1, 100_000, 90_000, 1)), Decision::Round(_)));
+        assert!(matches!(p.after_round(facts(2, 90_000, 30_000, 1)), Decision::Round(_)));
+        assert!(matches!(p.after_round(facts(3, 30_000, 29_000, 1)), Decision::Round(_)));
+    }
+
+    #[test]
+    fn auto_and_hybrid_never_give_up_and_a_goal_that_is_met_is_met_in_every_mode() {
+        let late = facts(1, 100_000, 90_000, 1000);
+        for mode in [Mode::Auto, Mode::Hybrid] {
+            let mut p = Policy::new(Goals::default(), mode);
+            assert!(matches!(p.after_round(late), Decision::PostCopy(_)), "{mode:?}");
+            let mut p = Policy::new(Goals::default(), mode);
+            assert!(matches!(p.after_round(facts(1, 9, 9, 1)), Decision::SwitchOver(_)));
+        }
+        let mut p = Policy::new(Goals::default(), Mode::Auto);
+        assert_eq!(p.no_post_copy("no userfaultfd"), Ok(()));
+        assert!(matches!(p.after_round(late), Decision::GiveUp(_)), "as pre-copy");
+        let mut p = Policy::new(Goals::default(), Mode::Hybrid);
+        assert!(p.no_post_copy("no userfaultfd").unwrap_err().contains("no userfaultfd"));
+    }
+
+    #[test]
     fn polishing_ends() {
-        let mut p = Policy::new(Goals::default());
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
         let mut dirty = 9_000;
         for round in 1..20 {
             dirty = dirty * 7 / 10;

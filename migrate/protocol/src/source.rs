@@ -8,6 +8,15 @@
 //!                                                                InDoubt ──▶ Done (paused, safe)
 //! ```
 //!
+//! With post-copy, what is dirty at the commit is *owed*: it is served while the machine runs there.
+//!
+//! ```text
+//! Committed ──Running──▶ Serving ──Digest──▶ Verifying ─▶ Done
+//!                          │  ▲ Lacks: serve what is still owed
+//!                link lost ▼  │
+//!                        Rejoining ──too long, or the operator's word──▶ Done (Detached: can be taken up)
+//! ```
+//!
 //! Call order: [`handle`](Source::handle) with each event and the time since the start, then
 //! [`poll`](Source::poll) until it returns nothing, carrying out each action. The engine answers an
 //! action with the event of the same name. [`deadline`](Source::deadline) says when to send a `Tick`.
@@ -29,8 +38,8 @@ use ferry_pages::PageSet;
 use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, VERSION_MIN, Verdict};
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
-use crate::policy::{Decision, Goals, Policy, RoundFacts};
-use crate::{MachineSpec, RunPermit};
+use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
+use crate::{Fetched, MachineSpec, PackedPages, RunPermit};
 
 /// How long to wait for an answer of a peer whose connection is alive.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -41,6 +50,13 @@ const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
 const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two questions.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// How long to look which pages the guest writes, before a hand-over that copies none before.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// Harvests that are remembered, the last ones: pages written lately are served first.
+const MAX_RECORD: usize = 8;
+/// First and longest pause between two attempts to come back.
+const REJOIN_FIRST: Duration = Duration::from_millis(100);
+const REJOIN_LONGEST: Duration = Duration::from_secs(5);
 
 /// What happened, told to the source.
 #[derive(Debug)]
@@ -72,6 +88,8 @@ pub enum SourceEvent {
     StateSaved(Vec<u8>),
     /// Answer to `DigestMemory`.
     MemoryDigest(u64),
+    /// Answer to `Rejoin`: the control channel is open again.
+    Rejoined,
     /// An action could not be carried out.
     Failed(String),
     /// The operator wants it to end.
@@ -94,6 +112,8 @@ pub enum SourceAction {
     },
     /// Start the trackers, then find the pages that hold data.
     StartTracking,
+    /// Re-arm these pages without sending them, so that the next harvest says which are written.
+    Sample(PageSet),
     /// Collect what was dirtied.
     Harvest,
     /// Re-arm and send these pages on the lanes.
@@ -113,6 +133,23 @@ pub enum SourceAction {
     ReturnDirty(PageSet),
     /// Stop the trackers.
     StopTracking,
+    /// From now on, send each page that the destination asks for, at once. Lanes push nothing yet.
+    Serve {
+        /// The number under which pages go.
+        round: u32,
+        /// The pages, which no longer change.
+        owed: PageSet,
+        /// Pages written lately, the latest first.
+        record: Vec<PageSet>,
+    },
+    /// Push what `Serve` named on the lanes, too.
+    Push,
+    /// Drop every connection, and say hello to `session` again; the answer is `Rejoined`, then a
+    /// `Message`, or `LinkLost`.
+    Rejoin {
+        /// The session.
+        session: u128,
+    },
     /// Ask on a new connection what became of `session`; the answer is a `Message` or `LinkLost`.
     Inquire {
         /// The session.
@@ -134,6 +171,7 @@ enum Phase {
     Sending { began: Duration, pages: u64 },
     Acknowledging { began: Duration, sent: Duration, pages: u64, bytes: u64 },
     Harvesting { facts: RoundFacts },
+    Sampling,
     WaitingReady,
     Pausing,
     LastHarvest,
@@ -142,8 +180,36 @@ enum Phase {
     FinalSending,
     Committed,
     Doubting { since: Duration, why: String },
+    Serving,
+    Rejoining { since: Duration, wait: Duration, why: String },
+    Reopening { since: Duration, wait: Duration },
     Verifying { ours: Option<u64>, theirs: Option<u64> },
     Done,
+}
+
+/// With what a source goes on that lost its destination while it owed pages.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Reattach {
+    session: u128,
+    codecs: u8,
+    round: u32,
+    owed: PageSet,
+    permit: PermitStub,
+    /// Nobody has said that the machine runs at the destination.
+    in_doubt: bool,
+}
+
+impl Reattach {
+    /// Whether it is unknown that the machine runs at the destination: taken up again, the source asks first.
+    pub fn is_in_doubt(&self) -> bool {
+        self.in_doubt
+    }
+
+    /// The right to run the machine here after all, as it was at the hand-over: what the guest did since is
+    /// lost. See [`PermitStub::fenced_by_operator`].
+    pub fn fenced_by_operator(self) -> RunPermit {
+        self.permit.fenced_by_operator()
+    }
 }
 
 /// The source of one migration.
@@ -163,6 +229,15 @@ pub struct Source {
     /// Rounds sent while the guest stood still: number and batches, when known.
     final_rounds: Vec<(u32, Option<u64>)>,
     state: Vec<u8>,
+    /// The rest goes after the hand-over.
+    post_copy: bool,
+    /// Served after the hand-over.
+    owed: PageSet,
+    /// The last harvests, the latest first.
+    record: VecDeque<PageSet>,
+    fetched: Option<Fetched>,
+    /// How long to try to come back to a destination that fetches pages.
+    rejoin_for: Duration,
     permit: Option<RunPermit>,
     stub: Option<PermitStub>,
     tracking: bool,
@@ -173,12 +248,19 @@ pub struct Source {
 }
 
 impl Source {
-    /// A migration of the machine `spec` over `lanes` lanes with `codecs` (a bit each) and `goals`.
-    pub fn new(spec: MachineSpec, codecs: u8, lanes: u16, goals: Goals) -> Self {
+    /// A migration of the machine `spec` over `lanes` lanes with `codecs` (a bit each), by `mode` to reach
+    /// `goals`. Once it owes pages, it tries for `rejoin_for` to come back over a lost link.
+    pub fn new(
+        spec: MachineSpec,
+        codecs: u8,
+        lanes: u16,
+        (goals, mode): (Goals, Mode),
+        rejoin_for: Duration,
+    ) -> Self {
         let lanes = lanes.clamp(1, MAX_LANES);
         Self {
             phase: Phase::Connecting,
-            policy: Policy::new(goals),
+            policy: Policy::new(goals, mode),
             offer: Some(ToDestination::Offer { spec, codecs, lanes }),
             session: 0,
             codecs,
@@ -188,6 +270,11 @@ impl Source {
             in_flight: PageSet::new(),
             final_rounds: Vec::new(),
             state: Vec::new(),
+            post_copy: false,
+            owed: PageSet::new(),
+            record: VecDeque::new(),
+            fetched: None,
+            rejoin_for,
             permit: None,
             stub: None,
             tracking: false,
@@ -196,6 +283,36 @@ impl Source {
             deadline: None,
             actions: VecDeque::new(),
         }
+    }
+
+    /// Goes on where a migration was detached; the first event is a `Tick`.
+    pub fn reattach(reattach: Reattach, goals: Goals, rejoin_for: Duration) -> Self {
+        let Reattach { session, codecs, round, owed, permit, in_doubt } = reattach;
+        let nobody = MachineSpec {
+            name: String::new(),
+            vmm: String::new(),
+            extents: Vec::new(),
+            vcpus: 0,
+            cpu_features: Vec::new(),
+            devices: Vec::new(),
+            config: Vec::new(),
+        };
+        let mut source = Self::new(nobody, codecs, 1, (goals, Mode::PostCopy), rejoin_for);
+        source.offer = None;
+        source.session = session;
+        source.round = round;
+        source.post_copy = true;
+        source.owed = owed;
+        source.stub = Some(permit);
+        let (since, why) = (Duration::ZERO, "taken up again".to_owned());
+        source.why_now.clone_from(&why);
+        source.phase = if in_doubt {
+            Phase::Doubting { since, why }
+        } else {
+            Phase::Rejoining { since, wait: REJOIN_FIRST, why }
+        };
+        source.deadline = Some(Duration::ZERO);
+        source
     }
 
     /// The next thing to do.
@@ -223,10 +340,19 @@ impl Source {
         self.round
     }
 
+    /// How the destination fetched pages, once it said so.
+    pub fn fetched(&self) -> Option<&Fetched> {
+        self.fetched.as_ref()
+    }
+
+    /// Whether pages went after the hand-over.
+    pub fn is_post_copy(&self) -> bool {
+        self.post_copy
+    }
+
     /// Whether the permit has left.
     pub fn is_committed(&self) -> bool {
-        matches!(self.phase, Phase::Committed | Phase::Doubting { .. } | Phase::Verifying { .. })
-            || self.stub.is_some()
+        matches!(self.phase, Phase::Verifying { .. }) || self.stub.is_some()
     }
 
     /// Takes one event at time `now` since the start.
@@ -235,7 +361,7 @@ impl Source {
             SourceEvent::Tick => self.tick(now),
             SourceEvent::Cancel => self.cancel(),
             SourceEvent::LinkLost(why) => self.link_lost(now, why),
-            SourceEvent::Failed(why) => self.failed(why),
+            SourceEvent::Failed(why) => self.failed(now, why),
             SourceEvent::Message(message) => self.message(now, message),
             SourceEvent::Paused(permit) => self.paused(now, permit),
             other => self.progress(now, other),
@@ -265,8 +391,14 @@ impl Source {
                 self.send(ToDestination::RoundEnd { round, batches });
                 self.expect_answer(now);
             }
+            (Phase::Sampling, SourceEvent::Harvested(pages)) => {
+                self.remember(&pages);
+                self.pending.union_with(&pages);
+                self.hand_over_when_ready(now);
+            }
             (Phase::Harvesting { facts }, SourceEvent::Harvested(pages)) => {
                 let mut facts = *facts;
+                self.remember(&pages);
                 self.pending.union_with(&pages);
                 facts.dirty = self.pending.len();
                 facts.elapsed = now;
@@ -274,6 +406,7 @@ impl Source {
             }
             (Phase::LastHarvest, SourceEvent::Harvested(pages)) => {
                 self.switchover.harvested = now;
+                self.remember(&pages);
                 self.pending.union_with(&pages);
                 self.send_final();
                 self.phase = Phase::Saving;
@@ -300,6 +433,13 @@ impl Source {
                 }
                 self.commit_if_sent(now);
             }
+            (Phase::Reopening { .. }, SourceEvent::LanesOpen) => {
+                self.phase = Phase::Serving;
+                self.deadline = None;
+                self.serve();
+                self.actions.push_back(SourceAction::Push);
+            }
+            (Phase::Rejoining { .. }, SourceEvent::Rejoined) => self.expect_answer(now),
             (Phase::Verifying { ours, .. }, SourceEvent::MemoryDigest(sum)) => {
                 *ours = Some(sum);
                 self.verify();
@@ -316,7 +456,7 @@ impl Source {
     fn message(&mut self, now: Duration, message: ToSource) {
         match (&mut self.phase, message) {
             (Phase::Done, _) => {}
-            (Phase::Negotiating, ToSource::Accepted { version, session, codecs }) => {
+            (Phase::Negotiating, ToSource::Accepted { version, session, codecs, no_post_copy }) => {
                 let codecs = codecs & self.codecs;
                 if !(VERSION_MIN..=VERSION_MAX).contains(&version) || codecs == 0 {
                     self.fail_before_commit(format!(
@@ -325,7 +465,11 @@ impl Source {
                     ));
                     return;
                 }
+                if let Some(Err(why)) = no_post_copy.map(|why| self.policy.no_post_copy(&why)) {
+                    return self.fail_before_commit(why);
+                }
                 self.session = session;
+                self.codecs = codecs;
                 self.tell(Progress::Accepted);
                 self.phase = Phase::Starting { lanes: false, resident: None };
                 self.tracking = true;
@@ -377,8 +521,11 @@ impl Source {
                 match verdict {
                     Verdict::Ran => {
                         self.switchover.running = now;
-                        self.stub = None;
                         self.tell(Progress::Running);
+                        if self.post_copy {
+                            return self.lost_while_serving(now, why);
+                        }
+                        self.stub = None;
                         self.finish(Outcome::Completed {
                             digest_verified: None,
                             reason: format!("{why}; asked again, the destination runs the machine"),
@@ -390,7 +537,65 @@ impl Source {
                     Verdict::Pending | Verdict::Unknown => self.ask_later(now),
                 }
             }
-            (Phase::Verifying { theirs, .. }, ToSource::Digest { sum }) => {
+            (Phase::Rejoining { since, wait, .. }, ToSource::Lacks { owed }) => {
+                let (since, wait) = (*since, *wait);
+                let owed = match owed.unpack_within(&self.owed) {
+                    Ok(owed) => owed,
+                    Err(why) => return self.link_lost(now, why),
+                };
+                self.tell(Progress::Fetching { pages: owed.len() });
+                self.owed = owed;
+                self.phase = Phase::Reopening { since, wait };
+                let (session, codecs) = (self.session, self.codecs);
+                self.actions.push_back(SourceAction::OpenLanes { session, codecs });
+                self.expect_answer(now);
+            }
+            // It has no more use for this source: everything came, and then the link was lost.
+            (Phase::Rejoining { why, .. }, ToSource::Verdict(Verdict::Ran)) => {
+                let reason = format!("{why}; the destination has all pages");
+                self.finish(Outcome::Completed { digest_verified: None, reason });
+            }
+            (Phase::Rejoining { .. }, ToSource::Verdict(verdict)) => {
+                let why = format!(
+                    "the process at that address does not run this machine ({verdict:?}): if it was \
+                     restarted, the machine is lost there"
+                );
+                self.link_lost(now, why);
+            }
+            // In `Reopening`: what was lacking was just being installed.
+            (
+                Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
+                ToSource::Digest { sum, fetched },
+            ) => {
+                self.fetched = fetched;
+                self.stub = None;
+                if sum.is_some() {
+                    self.phase = Phase::Verifying { ours: None, theirs: sum };
+                    self.expect_answer(now);
+                    self.actions.push_back(SourceAction::DigestMemory);
+                } else {
+                    let reason = format!(
+                        "{}; the guest gave memory up before it came: digests cannot be compared",
+                        self.why_now
+                    );
+                    self.finish(Outcome::Completed { digest_verified: None, reason });
+                }
+            }
+            (
+                Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
+                ToSource::Failed { reason },
+            ) => {
+                let reason = format!("the destination cannot go on fetching pages: {reason}");
+                self.detach(reason);
+            }
+            // An inquiry was answered after the destination had spoken for itself.
+            (Phase::Serving | Phase::Verifying { .. }, ToSource::Verdict(_)) => {}
+            // The machine is there and its pages are here: begin anew, whatever the destination says.
+            (Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. }, other) => {
+                let why = format!("the destination broke the protocol: {}", name(&other));
+                self.link_lost(now, why);
+            }
+            (Phase::Verifying { theirs, .. }, ToSource::Digest { sum: Some(sum), .. }) => {
                 *theirs = Some(sum);
                 self.verify();
             }
@@ -425,7 +630,30 @@ impl Source {
         let Phase::Starting { lanes: true, resident } = &mut self.phase else { return };
         let Some(pages) = resident.take() else { return };
         self.pending = pages;
-        self.begin_round(now);
+        if self.policy.mode() == Mode::PostCopy {
+            self.why_now =
+                "all pages after the hand-over, as was asked for (--mode post-copy)".into();
+            self.post_copy = true;
+            self.phase = Phase::Sampling;
+            self.deadline = Some(now + SAMPLE);
+            self.actions.push_back(SourceAction::Sample(self.pending.clone()));
+        } else {
+            self.begin_round(now);
+        }
+    }
+
+    fn remember(&mut self, pages: &PageSet) {
+        self.record.push_front(pages.clone());
+        self.record.truncate(MAX_RECORD);
+    }
+
+    fn hand_over_when_ready(&mut self, now: Duration) {
+        if self.ready {
+            self.pause(now);
+        } else {
+            self.phase = Phase::WaitingReady;
+            self.expect_answer(now);
+        }
     }
 
     fn begin_round(&mut self, now: Duration) {
@@ -441,8 +669,10 @@ impl Source {
 
     fn decide(&mut self, now: Duration, facts: RoundFacts) {
         let decision = self.policy.after_round(facts);
-        let (Decision::Round(words) | Decision::SwitchOver(words) | Decision::GiveUp(words)) =
-            &decision;
+        let (Decision::Round(words)
+        | Decision::SwitchOver(words)
+        | Decision::PostCopy(words)
+        | Decision::GiveUp(words)) = &decision;
         self.tell(Progress::RoundDone {
             facts,
             rate_bytes_per_s: self.policy.rate_bytes_per_s(),
@@ -454,12 +684,12 @@ impl Source {
             Decision::GiveUp(why) => self.fail_before_commit(why),
             Decision::SwitchOver(why) => {
                 self.why_now = why;
-                if self.ready {
-                    self.pause(now);
-                } else {
-                    self.phase = Phase::WaitingReady;
-                    self.expect_answer(now);
-                }
+                self.hand_over_when_ready(now);
+            }
+            Decision::PostCopy(why) => {
+                self.why_now = why;
+                self.post_copy = true;
+                self.hand_over_when_ready(now);
             }
         }
     }
@@ -489,7 +719,7 @@ impl Source {
     }
 
     fn send_final(&mut self) {
-        if self.pending.is_empty() {
+        if self.pending.is_empty() || self.post_copy {
             return;
         }
         self.round += 1;
@@ -512,21 +742,43 @@ impl Source {
         let state = std::mem::take(&mut self.state);
         self.switchover.committed = now;
         self.phase = Phase::Committed;
-        self.send(ToDestination::Commit { permit, state, rounds });
+        if self.post_copy {
+            self.round += 1;
+            self.owed = std::mem::take(&mut self.pending);
+        }
+        let owed = PackedPages::pack(&self.owed);
+        self.send(ToDestination::Commit { permit, state, rounds, owed });
+        if self.post_copy {
+            self.serve();
+        }
         self.tell(Progress::Committed);
         self.expect_answer(now);
     }
 
+    fn serve(&mut self) {
+        let record = self.record.iter().cloned().collect();
+        let (round, owed) = (self.round, self.owed.clone());
+        self.actions.push_back(SourceAction::Serve { round, owed, record });
+    }
+
     fn ran(&mut self, now: Duration) {
         self.switchover.running = now;
-        self.stub = None;
         self.tell(Progress::Running);
+        if self.post_copy {
+            self.tell(Progress::Fetching { pages: self.owed.len() });
+            self.phase = Phase::Serving;
+            self.deadline = None;
+            self.actions.push_back(SourceAction::Push);
+            return;
+        }
+        self.stub = None;
         self.phase = Phase::Verifying { ours: None, theirs: None };
         self.expect_answer(now);
         self.actions.push_back(SourceAction::DigestMemory);
     }
 
     fn never_ran(&mut self, reason: String) {
+        self.pending.union_with(&std::mem::take(&mut self.owed));
         if let Some(stub) = self.stub.take() {
             self.permit = Some(stub.refused_by_destination());
         }
@@ -559,7 +811,25 @@ impl Source {
         }
         self.deadline = None;
         match &mut self.phase {
-            Phase::Done | Phase::Connecting => {}
+            Phase::Done | Phase::Connecting | Phase::Serving => {}
+            Phase::Sampling => self.actions.push_back(SourceAction::Harvest),
+            Phase::Rejoining { since, why, .. }
+                if now >= since.saturating_add(self.rejoin_for) =>
+            {
+                let why = format!(
+                    "{why}; the destination could not be reached for {:.0} s",
+                    self.rejoin_for.as_secs_f64()
+                );
+                self.detach(why);
+            }
+            Phase::Rejoining { wait, .. } => {
+                *wait = (*wait * 2).min(REJOIN_LONGEST);
+                self.actions.push_back(SourceAction::Rejoin { session: self.session });
+                self.expect_answer(now);
+            }
+            Phase::Reopening { .. } => {
+                self.link_lost(now, "no answer when its lanes were opened again".into());
+            }
             Phase::Doubting { since, .. } if now >= *since + DOUBT_TIMEOUT => self.give_up_asking(),
             Phase::Doubting { .. } => {
                 self.actions.push_back(SourceAction::Inquire { session: self.session });
@@ -579,7 +849,10 @@ impl Source {
                 reason: "the destination did not send its digest of memory".into(),
             }),
             Phase::Sending { .. } => {
-                if let Some(why) = self.policy.out_of_time(now) {
+                // In all other modes the rest goes after the hand-over, once this round is over.
+                if self.policy.mode() == Mode::PreCopy
+                    && let Some(why) = self.policy.out_of_time(now)
+                {
                     self.fail_before_commit(why);
                 }
             }
@@ -600,6 +873,13 @@ impl Source {
     }
 
     fn cancel(&mut self) {
+        if let Phase::Rejoining { why, .. } = &self.phase {
+            let why = format!("{why}; the operator ended the attempts to come back");
+            return self.detach(why);
+        }
+        if let Phase::Reopening { .. } = &self.phase {
+            return self.detach("the operator ended the attempts to come back".into());
+        }
         if self.is_committed() || matches!(self.phase, Phase::Done) {
             return;
         }
@@ -607,7 +887,7 @@ impl Source {
         self.finish(Outcome::Cancelled);
     }
 
-    fn failed(&mut self, why: String) {
+    fn failed(&mut self, now: Duration, why: String) {
         match self.phase {
             Phase::Done => {}
             Phase::Verifying { .. } => self.finish(Outcome::Completed {
@@ -616,6 +896,10 @@ impl Source {
             }),
             // Nothing that fails here can change what the destination does with its permit.
             Phase::Committed | Phase::Doubting { .. } => {}
+            // Pages can be served again on new lanes.
+            Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. } => {
+                self.link_lost(now, why);
+            }
             _ => self.fail_before_commit(why),
         }
     }
@@ -625,6 +909,12 @@ impl Source {
             Phase::Done => {}
             Phase::Committed => self.doubt(now, why),
             Phase::Doubting { .. } => self.ask_later(now),
+            Phase::Serving => self.lost_while_serving(now, why),
+            Phase::Rejoining { wait, .. } => self.deadline = Some(now + wait),
+            Phase::Reopening { since, wait } => {
+                self.phase = Phase::Rejoining { since, wait, why };
+                self.deadline = Some(now + wait);
+            }
             Phase::Verifying { .. } => self.finish(Outcome::Completed {
                 digest_verified: None,
                 reason: format!(
@@ -637,6 +927,26 @@ impl Source {
             }
             _ => self.fail_before_commit(why),
         }
+    }
+
+    fn lost_while_serving(&mut self, now: Duration, why: String) {
+        self.tell(Progress::LinkLost(why.clone()));
+        self.phase = Phase::Rejoining { since: now, wait: REJOIN_FIRST, why };
+        self.deadline = Some(now);
+    }
+
+    /// Ends without the destination: what is owed stays here.
+    fn detach(&mut self, why: String) {
+        let Some(permit) = self.stub.take() else { return };
+        let pages = self.owed.len();
+        let reason = format!(
+            "{why}. The machine runs at the destination; up to {pages} of its pages are only here, and who \
+             touches one there waits. This host keeps them: go on by `ferry migrate --resume`"
+        );
+        let (session, codecs, round) = (self.session, self.codecs, self.round);
+        let owed = std::mem::take(&mut self.owed);
+        let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: false };
+        self.finish(Outcome::Detached { reason, reattach });
     }
 
     fn doubt(&mut self, now: Duration, why: String) {
@@ -662,6 +972,15 @@ impl Source {
             "{why}, after the run permit was sent; the destination cannot be asked whether it runs the \
              machine, so the machine stays paused here"
         );
+        if self.post_copy {
+            // If it does run there, pages of it are only here.
+            let (session, codecs, round) = (self.session, self.codecs, self.round);
+            let owed = std::mem::take(&mut self.owed);
+            let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: true };
+            let reason = format!("{reason}. Go on by `ferry migrate --resume`");
+            let outcome = Outcome::Detached { reason, reattach };
+            return self.actions.push_back(SourceAction::Finish(outcome));
+        }
         self.actions.push_back(SourceAction::Finish(Outcome::InDoubt { reason, permit }));
     }
 
@@ -721,6 +1040,7 @@ fn name(message: &ToSource) -> &'static str {
         ToSource::Running { .. } => "Running",
         ToSource::CommitRefused { .. } => "CommitRefused",
         ToSource::Digest { .. } => "Digest",
+        ToSource::Lacks { .. } => "Lacks",
         ToSource::Verdict(_) => "Verdict",
     }
 }

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ferry_migrate::Mode;
 use ferry_refvmm::DirtyLog;
+use serde::{Deserialize, Serialize};
 
 /// Live migration of KVM machines.
 #[derive(Debug, Parser)]
@@ -233,17 +235,25 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
     /// How memory is moved.
-    #[arg(long, value_enum, default_value_t = Mode::PreCopy)]
-    pub(crate) mode: Mode,
+    #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
+    pub(crate) mode: ModeArg,
     /// The guest should stand still no longer than this.
     #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = humantime::parse_duration)]
     pub(crate) max_downtime: Duration,
-    /// Give up if it takes longer than this; the machine then goes on here.
+    /// Make no more rounds after this long. With `--mode pre-copy` the move is then given up, and the
+    /// machine goes on here; otherwise it is handed over, and the rest comes after.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
     pub(crate) max_total: Duration,
     /// Most that page data may take of the link, such as 1Gbit or 100Mbit.
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
+    /// Go on where a move was left that lost its destination after the hand-over, perhaps at another
+    /// address.
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// When the link is lost after the hand-over, try for this long to come back.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration)]
+    pub(crate) rejoin: Duration,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -318,10 +328,28 @@ pub(crate) struct OneBundle {
     pub(crate) json: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Mode {
-    /// Rounds of dirty pages while the guest runs, then a short stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ModeArg {
+    /// Rounds while they pay; where they do not, the rest after the hand-over: it always ends.
+    Auto,
+    /// Rounds of dirty pages while the guest runs, then a short stop: all pages or none.
     PreCopy,
+    /// The hand-over first; pages as they are needed, and all others in the background.
+    PostCopy,
+    /// One round, then the hand-over, then what was dirtied meanwhile.
+    Hybrid,
+}
+
+impl From<ModeArg> for Mode {
+    fn from(arg: ModeArg) -> Self {
+        match arg {
+            ModeArg::Auto => Self::Auto,
+            ModeArg::PreCopy => Self::PreCopy,
+            ModeArg::PostCopy => Self::PostCopy,
+            ModeArg::Hybrid => Self::Hybrid,
+        }
+    }
 }
 
 /// An address such as `10.0.0.2:7000`, or a host's name and a port.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ferry_transport::pki;
 
-use crate::args::{Demo, DemoGuest, Migrate, Mode};
+use crate::args::{Demo, DemoGuest, Migrate, ModeArg};
 use crate::protocol::{MachineInfo, Request};
 use crate::runtime_dir::RuntimeDir;
 use crate::{Failure, machine, migrate, vm};
@@ -81,7 +81,9 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
             name: NAME.into(),
             to,
             identity: dir.join("pki/source"),
-            mode: Mode::PreCopy,
+            mode: ModeArg::Auto,
+            resume: false,
+            rejoin: Duration::from_secs(120),
             max_downtime: Duration::from_millis(50),
             max_total: Duration::from_secs(300),
             bandwidth: None,

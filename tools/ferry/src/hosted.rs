@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use ferry_bundle::Chain;
 use ferry_migrate::{
-    Canceller, Goals, Guest, Left, OutcomeKind, PermitStub, Report, SaveCanceller, SaveError,
-    SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions, Whereabouts, save, send, words,
+    Canceller, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report, SaveCanceller,
+    SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions, Whereabouts, reattach,
+    save, send, words,
 };
 use ferry_transport::{Identity, QuicConnector};
 
@@ -42,6 +43,10 @@ struct Inner {
     migrating: Option<(SocketAddr, Canceller)>,
     saving: Option<(PathBuf, SaveCanceller)>,
     in_doubt: Option<PermitStub>,
+    /// It runs elsewhere, and lacks pages that are here.
+    detached: Option<Reattach>,
+    /// It runs here, and lacks pages that are elsewhere.
+    fetching: bool,
     ending: Option<Ending>,
 }
 
@@ -73,6 +78,11 @@ impl Hosted {
             }
         });
         Ok(hosted)
+    }
+
+    /// Says whether pages of the machine are still at its source.
+    pub(crate) fn set_fetching(&self, fetching: bool) {
+        self.inner().fetching = fetching;
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -146,6 +156,8 @@ impl Hosted {
         let inner = self.inner();
         let state = match &inner.in_doubt {
             Some(_) => "paused in doubt".into(),
+            None if inner.detached.is_some() => "moved, its pages still here".into(),
+            None if inner.fetching => format!("{}, fetching pages", self.machine.state()),
             None => self.machine.state(),
         };
         let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
@@ -180,6 +192,19 @@ impl Hosted {
                 to.display()
             ));
         }
+        if inner.fetching {
+            return Err(format!(
+                "machine `{name}` runs here and is still fetching pages from its source: wait until all are \
+                 here (`ferry vm show {name}`)"
+            ));
+        }
+        if inner.detached.is_some() {
+            return Err(format!(
+                "machine `{name}` runs elsewhere and lacks pages that are only here: `ferry migrate --resume \
+                 {name} --to ADDR` goes on; if you have made sure that it does not run there, `ferry vm resume \
+                 {name} --destination-is-dead` lets it go on here as it was at the hand-over"
+            ));
+        }
         if inner.in_doubt.is_some() {
             return Err(format!(
                 "machine `{name}` is paused: its last migration sent the run permit and lost the destination. \
@@ -198,10 +223,16 @@ impl Hosted {
 
     fn resume(&self, destination_is_dead: bool) -> Result<Reply, String> {
         let mut inner = self.inner();
-        if destination_is_dead && let Some(stub) = inner.in_doubt.take() {
+        let fenced = if destination_is_dead {
+            let in_doubt = inner.in_doubt.take().map(PermitStub::fenced_by_operator);
+            in_doubt.or_else(|| inner.detached.take().map(Reattach::fenced_by_operator))
+        } else {
+            None
+        };
+        if let Some(permit) = fenced {
             let mut machine = self.machine.clone();
             // A permit that cannot be used here is not handed out again: the machine can only be stopped.
-            machine.resume(stub.fenced_by_operator()).map_err(|(_permit, e)| e.to_string())?;
+            machine.resume(permit).map_err(|(_permit, e)| e.to_string())?;
             return Ok(Reply::Done(format!("machine `{}` goes on here", self.name())));
         }
         self.check_at_rest(&inner)?;
@@ -211,7 +242,7 @@ impl Hosted {
 
     fn stop(&self) -> Result<Reply, String> {
         let inner = self.inner();
-        if inner.migrating.is_some() || inner.saving.is_some() {
+        if inner.migrating.is_some() || inner.saving.is_some() || inner.fetching {
             self.check_at_rest(&inner)?;
         }
         self.machine.stop();
@@ -236,25 +267,42 @@ impl Hosted {
     fn migrate(&self, how: &MigrateRequest, client: &mut Conversation) -> Result<Report, String> {
         {
             let inner = self.inner();
-            if let (Some(_), Err(why)) = (&inner.in_doubt, self.check_at_rest(&inner)) {
-                // Whoever reads the report must not take it for running.
-                return Ok(Report::not_begun(why, Whereabouts::PausedAtSource));
+            // Whoever reads the report must not take it for running.
+            match self.check_at_rest(&inner) {
+                Err(why) if inner.in_doubt.is_some() => {
+                    return Ok(Report::not_begun(why, Whereabouts::PausedAtSource));
+                }
+                Err(why) if inner.detached.is_some() && !how.resume => {
+                    return Ok(Report::not_begun(why, Whereabouts::LacksPages));
+                }
+                _ if how.resume && inner.detached.is_none() => {
+                    return Err(format!(
+                        "machine `{}` has no move to go on with: leave out --resume",
+                        self.name()
+                    ));
+                }
+                _ => {}
             }
         }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
         let connector = QuicConnector::new(&identity, how.to).map_err(|e| e.to_string())?;
         let canceller = Canceller::default();
-        {
+        let detached = {
             let mut inner = self.inner();
+            let take = how.resume && inner.migrating.is_none();
+            let detached = inner.detached.take_if(|_| take);
             self.check_at_rest(&inner)?;
             inner.migrating = Some((how.to, canceller.clone()));
-        }
+            detached
+        };
         let options = SendOptions {
             goals: Goals {
                 max_downtime: Duration::from_millis(how.max_downtime_ms),
                 max_total: Duration::from_millis(how.max_total_ms),
             },
             bandwidth_bytes_per_s: how.bandwidth_bytes_per_s,
+            mode: how.mode.into(),
+            rejoin_for: Duration::from_millis(how.rejoin_ms),
             ..SendOptions::default()
         };
         let mut progress = Progress::default();
@@ -265,7 +313,11 @@ impl Hosted {
             let _ = client.say(&Reply::Progress(progress.clone()));
             progress.words = None;
         };
-        let sent = send(&mut machine, Arc::new(connector), &options, &canceller, &mut watch);
+        let (connector, watch) = (Arc::new(connector), &mut watch);
+        let sent = match detached {
+            None => send(&mut machine, connector, &options, &canceller, watch),
+            Some(left) => reattach(&mut machine, left, connector, &options, &canceller, watch),
+        };
         let mut inner = self.inner();
         inner.migrating = None;
         match sent.left {
@@ -276,6 +328,7 @@ impl Hosted {
                 }
             }
             Left::InDoubt(stub) => inner.in_doubt = Some(stub),
+            Left::Detached(reattach) => inner.detached = Some(reattach),
             Left::Stopped(_permit, e) => {
                 tracing::error!(
                     "machine {} could not go on after its migration failed: {e}",
@@ -367,7 +420,9 @@ fn follow(progress: &mut Progress, event: SendEvent) {
         }
         P::Paused => "the guest stands still".into(),
         P::Committed => "the run permit is on its way".into(),
-        P::Running => "the machine runs at the destination; comparing memory".into(),
+        P::Running => "the machine runs at the destination".into(),
+        P::Fetching { pages } => format!("it fetches {pages} pages"),
+        P::LinkLost(why) => format!("{why}; the machine waits for its pages: trying to come back"),
         P::InDoubt(why) => format!("{why}; asking the destination what became of the machine"),
     });
 }

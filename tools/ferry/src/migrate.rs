@@ -45,6 +45,9 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
         max_downtime_ms: millis(args.max_downtime),
         max_total_ms: millis(args.max_total),
         bandwidth_bytes_per_s: args.bandwidth,
+        mode: args.mode,
+        resume: args.resume,
+        rejoin_ms: millis(args.rejoin),
     });
     let mut host = Conversation::new(runtime.connect(&args.name)?);
     host.say(&request)?;
@@ -55,6 +58,10 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
             Some(Reply::Report(report)) => {
                 show.end();
                 return Ok(*report);
+            }
+            // The hosting process has the machine, and did not begin.
+            Some(Reply::Error(why)) if args.json => {
+                return Ok(Report::not_begun(why, Whereabouts::RunsAtSource));
             }
             Some(Reply::Error(why)) => return Err(Failure::words(why)),
             Some(other) => return Err(crate::vm::unexpected(&other)),
@@ -136,6 +143,9 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         (_, Whereabouts::PausedAtSource) => {
             format!("machine `{name}` DID NOT ARRIVE and stays paused here, its state safe")
         }
+        (_, Whereabouts::LacksPages) => {
+            format!("machine `{name}` runs at {to}, BUT SOME OF ITS PAGES ARE STILL ONLY HERE")
+        }
         (OutcomeKind::Cancelled, _) => {
             format!("machine `{name}` goes on here: the move was cancelled")
         }
@@ -154,6 +164,25 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
             out,
             "  downtime  pause {:.1} + last harvest {:.1} + state {:.1} + last pages {:.1} + flight {:.1} + resume {:.1} ms",
             p.pause, p.last_harvest, p.state, p.last_pages, p.flight, p.resume
+        );
+    }
+    if let Some(p) = &r.paging {
+        let _ = writeln!(
+            out,
+            "  fetching  {} pages waited for: {:.2} ms mean, {:.2} median, {:.2} p90, {:.2} p99, {:.2} longest",
+            HumanCount(p.requested),
+            p.wait_ms.mean,
+            p.wait_ms.p50,
+            p.wait_ms.p90,
+            p.wait_ms.p99,
+            p.wait_ms.max
+        );
+        let _ = writeln!(
+            out,
+            "            {} pages were there before they were touched; all were after {:.2} s ({} came twice)",
+            HumanCount(p.pushed),
+            p.took_ms / 1e3,
+            HumanCount(p.late)
         );
     }
     let _ = writeln!(

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use ferry_migrate::{Report, SaveReport};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::args::ModeArg;
+
 /// No line is longer than this.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 
@@ -44,6 +46,10 @@ pub(crate) struct MigrateRequest {
     pub(crate) max_downtime_ms: u64,
     pub(crate) max_total_ms: u64,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
+    pub(crate) mode: ModeArg,
+    /// Go on where a migration was left.
+    pub(crate) resume: bool,
+    pub(crate) rejoin_ms: u64,
 }
 
 /// From the hosting process; all but `Progress` end the conversation.

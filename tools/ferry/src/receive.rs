@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ferry_migrate::{
     Arrival, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, is_machine_name, receive,
@@ -25,11 +25,17 @@ struct AnyHost {
     kvm: RefHost,
     /// Names of machines on their way in, by their name at the source.
     reserved: Mutex<HashMap<String, Reservation>>,
+    /// Machines that run here and fetch pages, by their name at the source.
+    fetching: Mutex<HashMap<String, Weak<Hosted>>>,
 }
 
 impl AnyHost {
     fn take_reservation(&self, source_name: &str) -> Option<Reservation> {
         self.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(source_name)
+    }
+
+    fn fetching(&self) -> MutexGuard<'_, HashMap<String, Weak<Hosted>>> {
+        self.fetching.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -89,6 +95,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             },
         },
         reserved: Mutex::default(),
+        fetching: Mutex::default(),
     });
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let listener = {
@@ -126,11 +133,15 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
         ReceiveEvent::Arriving { name, peer } => {
             eprintln!("ferry: machine `{name}` is coming from {peer}")
         }
-        ReceiveEvent::Arrived { guest, spec } => {
+        ReceiveEvent::Arrived { guest, spec, fetching } => {
             let Some(reservation) = host.take_reservation(&spec.name) else { return };
             let name = reservation.name().to_owned();
             match Hosted::start(guest.clone(), reservation) {
                 Ok(hosted) => {
+                    if fetching {
+                        hosted.set_fetching(true);
+                        host.fetching().insert(spec.name, Arc::downgrade(&hosted));
+                    }
                     let _ = notices.send(Notice::Hosted(hosted.clone()));
                     let notices = notices.clone();
                     std::thread::spawn(move || {
@@ -148,6 +159,9 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
         }
         ReceiveEvent::Ended { name, arrival } => {
             drop(host.take_reservation(&name));
+            if let Some(hosted) = host.fetching().remove(&name).and_then(|weak| weak.upgrade()) {
+                hosted.set_fetching(false);
+            }
             match arrival {
                 Arrival::Runs { digest_verified: Some(true) } => {
                     eprintln!("ferry: machine `{name}`: its memory is the same as at the source");

@@ -1,0 +1,139 @@
+//! Which pages, in few bytes: the list of pages that a source still owes travels while the guest stands
+//! still.
+//!
+//! Runs, ascending, each as two numbers in LEB128: pages since the end of the run before it, and its
+//! length. A run costs two to six bytes.
+
+use ferry_pages::{Layout, PageSet, Run};
+use serde::{Deserialize, Serialize};
+
+/// A set of pages as it travels.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackedPages(Vec<u8>);
+
+impl PackedPages {
+    /// Packs `pages`.
+    pub fn pack(pages: &PageSet) -> Self {
+        let (mut out, mut end) = (Vec::new(), 0);
+        for run in pages.runs() {
+            put(&mut out, run.start - end);
+            put(&mut out, run.pages);
+            end = run.end();
+        }
+        Self(out)
+    }
+
+    /// Whether there is no page in it.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The pages, all of which `layout` has.
+    ///
+    /// # Errors
+    /// Not packed pages, or pages outside the layout, in words.
+    pub fn unpack(&self, layout: &Layout) -> Result<PageSet, String> {
+        self.unpack_if(|run| inside(layout, run))
+    }
+
+    /// The pages, all of which are in `pages`.
+    ///
+    /// # Errors
+    /// As [`unpack`](Self::unpack).
+    pub(crate) fn unpack_within(&self, pages: &PageSet) -> Result<PageSet, String> {
+        self.unpack_if(|run| run.pages > 0 && pages.count_in(run) == run.pages)
+    }
+
+    fn unpack_if(&self, fits: impl Fn(Run) -> bool) -> Result<PageSet, String> {
+        let (mut pages, mut end) = (PageSet::new(), 0u64);
+        let mut rest = self.0.as_slice();
+        while !rest.is_empty() {
+            let gap = take(&mut rest)?;
+            let length = take(&mut rest)?;
+            let start = end.checked_add(gap).filter(|start| *start <= Layout::MAX_FRAME);
+            let run = Run::new(start.unwrap_or(u64::MAX), length);
+            if start.is_none() || length > Layout::MAX_FRAME || !fits(run) {
+                return Err(format!(
+                    "{length} pages from frame {:#x} are not among those that there can be",
+                    run.start
+                ));
+            }
+            pages.insert_run(run);
+            end = run.end();
+        }
+        Ok(pages)
+    }
+}
+
+/// Whether every page of `run`, which may span extents that touch, is the machine's.
+fn inside(layout: &Layout, run: Run) -> bool {
+    let within = |e: &Run| e.end().min(run.end()).saturating_sub(e.start.max(run.start));
+    run.pages > 0 && layout.extents().iter().map(within).sum::<u64>() == run.pages
+}
+
+fn put(out: &mut Vec<u8>, mut number: u64) {
+    loop {
+        let low = u8::try_from(number & 0x7f).unwrap_or(0);
+        number >>= 7;
+        if number == 0 {
+            return out.push(low);
+        }
+        out.push(low | 0x80);
+    }
+}
+
+fn take(rest: &mut &[u8]) -> Result<u64, String> {
+    let mut number = 0u64;
+    for shift in (0..63).step_by(7) {
+        let Some((byte, after)) = rest.split_first() else {
+            return Err("a list of pages ends in the middle of a number".into());
+        };
+        *rest = after;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Ok(number);
+        }
+    }
+    Err("a list of pages has a number of more than 63 bits".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> Layout {
+        Layout::new(vec![Run::new(0, 1000), Run::new(1 << 20, 1 << 18)]).unwrap()
+    }
+
+    #[test]
+    fn what_is_packed_is_unpacked() {
+        for runs in [
+            vec![],
+            vec![Run::new(0, 1000)],
+            (0..500).map(|i| Run::new(i * 2, 1)).collect(),
+            vec![Run::new(7, 1), Run::new(999, 1), Run::new((1 << 20) + 5, (1 << 18) - 5)],
+        ] {
+            let pages: PageSet = runs.iter().copied().collect();
+            let packed = PackedPages::pack(&pages);
+            assert_eq!(packed.unpack(&layout()), Ok(pages));
+            assert!(packed.0.len() <= runs.len() * 7, "{} bytes", packed.0.len());
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_list_of_the_machines_pages_is_refused() {
+        for bytes in [
+            vec![5],
+            vec![0x80],
+            vec![0xff; 12],
+            vec![0, 0x80],
+            // Past the end of the layout, empty, and so far that it wraps.
+            vec![0, 0xe9, 0x07],
+            vec![0, 0],
+            [vec![0xff; 8], vec![0x7f, 1]].concat(),
+            [vec![0], vec![0xff; 8], vec![0x7f]].concat(),
+        ] {
+            assert!(PackedPages(bytes.clone()).unpack(&layout()).is_err(), "{bytes:?}");
+        }
+    }
+}

@@ -1,0 +1,430 @@
+//! The destination's host: memory that fills, missing pages that come on demand, and a guest that reads and
+//! writes them.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use ferry_pages::{PageSet, Run};
+use ferry_postcopy::{Admission, Admit, ChunkLedger, Demand, Fault};
+use ferry_protocol::{
+    Arrival, Destination, DestinationAction, DestinationEvent, Fetched, ToSource, Verdict,
+};
+use rand::RngExt;
+
+use super::network::{CONTROL, Misfortune, Packet, Pages, URGENT};
+use super::{PAGES, Plan, Plant, SESSION, World, digest, run_pages};
+
+const VCPUS: usize = 2;
+/// The thread that loads state waits for pages as a vCPU does.
+const LOADER: usize = VCPUS;
+
+/// A touch that waits for its page.
+#[derive(Clone, Copy, Debug)]
+struct Touch {
+    page: u64,
+    write: bool,
+}
+
+pub(crate) struct DestinationHost {
+    pub(crate) machine: Destination,
+    pub(crate) copy: Vec<u64>,
+    /// What the guest finds in its memory if all is well; none before it runs.
+    pub(crate) expected: Option<Vec<u64>>,
+    /// Pages that are absent fault, once it is so arranged.
+    pub(crate) absent: PageSet,
+    ledger: ChunkLedger,
+    /// Pages of the rounds before the hand-over are not taken any more.
+    closed: bool,
+    last_round: u32,
+    pub(crate) demand: Option<Demand>,
+    /// Admitted and being copied: nothing is discarded meanwhile.
+    copying: usize,
+    waiting: [Option<Touch>; VCPUS + 1],
+    writes: u64,
+    /// The newest link that the source came by, and whether its urgent channel is open.
+    link: u32,
+    urgent: bool,
+    asked_for: HashSet<(u32, u64)>,
+    all_here: bool,
+    pub(crate) paging_broken: bool,
+    pub(crate) runs: bool,
+    pub(crate) ever_ran: bool,
+    pub(crate) dead: bool,
+    pub(crate) arrival: Option<Arrival>,
+}
+
+impl DestinationHost {
+    pub(crate) fn new() -> Self {
+        Self {
+            machine: Destination::new(SESSION, 0b0111),
+            copy: vec![0; PAGES as usize],
+            expected: None,
+            absent: PageSet::new(),
+            ledger: ChunkLedger::default(),
+            closed: false,
+            last_round: 0,
+            demand: None,
+            copying: 0,
+            waiting: [None; VCPUS + 1],
+            writes: 0,
+            link: 0,
+            urgent: false,
+            asked_for: HashSet::new(),
+            all_here: false,
+            paging_broken: false,
+            runs: false,
+            ever_ran: false,
+            dead: false,
+            arrival: None,
+        }
+    }
+
+    pub(crate) fn die(&mut self) {
+        self.dead = true;
+        self.runs = false;
+    }
+
+    pub(crate) fn asked_for_verdict(&self, plan: &Plan) -> Option<Verdict> {
+        if self.dead {
+            return plan.destination_restarts.then_some(Verdict::Unknown);
+        }
+        Some(self.machine.verdict())
+    }
+
+    /// Pages that are owed and not here.
+    pub(crate) fn missing(&self) -> PageSet {
+        self.demand.as_ref().map(|d| d.missing().clone()).unwrap_or_default()
+    }
+
+    pub(crate) fn waits(&self) -> bool {
+        self.waiting.iter().any(Option::is_some)
+    }
+
+    /// A page that is there is read, and perhaps written.
+    fn access(&mut self, touch: Touch) -> Result<(), String> {
+        let page = touch.page as usize;
+        // The loader reads before the guest runs.
+        let Some(expected) = &mut self.expected else { return Ok(()) };
+        if self.copy[page] != expected[page] {
+            return Err(format!(
+                "the guest reads {} in page {page} where {} is right",
+                self.copy[page], expected[page]
+            ));
+        }
+        if touch.write {
+            self.writes += 1;
+            expected[page] = self.writes << 32;
+            self.copy[page] = expected[page];
+        }
+        Ok(())
+    }
+}
+
+impl World {
+    pub(crate) fn feed_destination(&mut self, event: DestinationEvent) -> Result<(), String> {
+        if self.destination.dead {
+            return Ok(());
+        }
+        self.destination.machine.handle(Duration::from_micros(self.now), event);
+        while let Some(action) = self.destination.machine.poll() {
+            if let Some(answer) = self.act_destination(action)? {
+                self.answer(answer);
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, event: DestinationEvent) {
+        let at = self.now + self.rng.random_range(1..800);
+        self.net.at(at, Packet::DestinationEvent(event));
+    }
+
+    fn act_destination(
+        &mut self,
+        action: DestinationAction,
+    ) -> Result<Option<DestinationEvent>, String> {
+        Ok(Some(match action {
+            DestinationAction::Send(m) => {
+                self.net.send(self.now, &mut self.rng, CONTROL, Packet::ToSource(m));
+                return Ok(None);
+            }
+            DestinationAction::Build(_) => {
+                let why = self.plan.no_post_copy.then(|| "no userfaultfd".to_owned());
+                DestinationEvent::Built(Ok(why))
+            }
+            DestinationAction::AcceptLanes { .. } => return Ok(None),
+            DestinationAction::Page(owed) => {
+                if self.plan.no_post_copy {
+                    return Err("owes pages to a host that cannot take them".into());
+                }
+                if self.plan.refuse_paging {
+                    DestinationEvent::Paging(Err("userfaultfd: no memory".into()))
+                } else {
+                    self.page(owed);
+                    DestinationEvent::Paging(Ok(()))
+                }
+            }
+            DestinationAction::Load(state) if state == [1, 2, 3] && !self.plan.refuse_load => {
+                self.destination.closed = true;
+                if self.destination.demand.is_some() && self.rng.random_bool(0.3) {
+                    let page = self.rng.random_range(0..PAGES);
+                    if !self.touch(LOADER, Touch { page, write: false })? {
+                        return Ok(None);
+                    }
+                }
+                DestinationEvent::Loaded(Ok(()))
+            }
+            DestinationAction::Load(_) => DestinationEvent::Loaded(Err("bad section".into())),
+            DestinationAction::Resume(_permit) => {
+                let d = &mut self.destination;
+                (d.runs, d.ever_ran) = (true, true);
+                d.expected.clone_from(&self.source.at_pause);
+                DestinationEvent::Resumed(Ok(()))
+            }
+            DestinationAction::Digest => {
+                let discarded =
+                    self.destination.demand.as_ref().is_some_and(|d| d.counts().discarded > 0);
+                let sum = self.destination.ledger.digest_sum();
+                DestinationEvent::Digest((!discarded).then_some(sum))
+            }
+            DestinationAction::Finish(arrival) => {
+                if self.destination.arrival.replace(arrival).is_some() {
+                    return Err("the destination finished twice".into());
+                }
+                return Ok(None);
+            }
+        }))
+    }
+
+    /// From now on, absent pages are waited for.
+    fn page(&mut self, owed: PageSet) {
+        let d = &mut self.destination;
+        let came = (0..PAGES).filter(|p| d.copy[*p as usize] != 0).map(|p| Run::new(p, 1));
+        d.absent.insert_run(Run::new(0, PAGES));
+        d.absent.subtract(&came.collect());
+        if self.plant != Plant::KeepStaleCopies {
+            for page in run_pages(&owed) {
+                d.copy[page as usize] = 0;
+            }
+            d.absent.union_with(&owed);
+        }
+        d.demand = Some(Demand::new(owed));
+        if self.plan.paging_breaks {
+            let at = self.now + self.rng.random_range(0..self.net.latency_us * 30);
+            self.misfortune_at(at, Misfortune::PagingBreaks);
+        }
+        if self.plan.discards {
+            for _ in 0..self.rng.random_range(1..4) {
+                let at = self.now + self.rng.random_range(0..self.net.latency_us * 30);
+                self.net.at(at, Packet::Discard);
+            }
+        }
+    }
+
+    pub(crate) fn paging_breaks(&mut self) -> Result<(), String> {
+        if self.destination.all_here || self.destination.arrival.is_some() {
+            return Ok(());
+        }
+        self.destination.paging_broken = true;
+        self.feed_destination(DestinationEvent::PagingBroken("userfaultfd: read failed".into()))
+    }
+
+    pub(crate) fn destination_guest_runs(&mut self) -> Result<(), String> {
+        for vcpu in 0..VCPUS {
+            for _ in 0..self.rng.random_range(0..3) {
+                if !self.destination.runs || self.destination.waiting[vcpu].is_some() {
+                    break;
+                }
+                let page = self.rng.random_range(0..PAGES);
+                let write = self.rng.random_bool(0.4);
+                self.touch(vcpu, Touch { page, write })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the page was there; otherwise the thread waits, and the kernel tells of it soon.
+    fn touch(&mut self, vcpu: usize, touch: Touch) -> Result<bool, String> {
+        if !self.destination.absent.contains(touch.page) {
+            return self.destination.access(touch).map(|()| true);
+        }
+        self.destination.waiting[vcpu] = Some(touch);
+        let at = self.now + self.rng.random_range(0..50);
+        self.net.at(at, Packet::Fault { vcpu, page: touch.page });
+        Ok(false)
+    }
+
+    pub(crate) fn fault(&mut self, vcpu: usize, page: u64) -> Result<(), String> {
+        let now = Duration::from_micros(self.now);
+        let d = &mut self.destination;
+        let Some(demand) = d.demand.as_mut().filter(|_| !d.dead && !d.paging_broken) else {
+            return Ok(());
+        };
+        match demand.fault(page, now, vcpu as u32) {
+            Fault::Ask => self.ask_for(page),
+            Fault::Asked => Ok(()),
+            Fault::Zero => {
+                if d.absent.remove(page) {
+                    d.copy[page as usize] = 0;
+                }
+                self.wake(page)
+            }
+            Fault::Here if d.absent.contains(page) => Err(format!("page {page} is not here")),
+            Fault::Here => self.wake(page),
+        }
+    }
+
+    fn ask_for(&mut self, page: u64) -> Result<(), String> {
+        let d = &mut self.destination;
+        if !d.urgent {
+            // Asked for as soon as the source is back.
+            return Ok(());
+        }
+        if !d.asked_for.insert((d.link, page)) {
+            return Err(format!("page {page} was asked for twice on one link"));
+        }
+        self.net.send(self.now, &mut self.rng, URGENT, Packet::Request(page));
+        Ok(())
+    }
+
+    pub(crate) fn urgent_open(&mut self) -> Result<(), String> {
+        self.destination.urgent = true;
+        let outstanding: Vec<u64> =
+            self.destination.demand.iter().flat_map(Demand::outstanding).collect();
+        outstanding.into_iter().try_for_each(|page| self.ask_for(page))
+    }
+
+    /// All that wait for `page` go on.
+    fn wake(&mut self, page: u64) -> Result<(), String> {
+        for vcpu in 0..=LOADER {
+            let waiting = &mut self.destination.waiting[vcpu];
+            let Some(touch) = waiting.take_if(|touch| touch.page == page) else { continue };
+            self.destination.access(touch)?;
+            if vcpu == LOADER {
+                self.answer(DestinationEvent::Loaded(Ok(())));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn pages_came(
+        &mut self,
+        round: u32,
+        pages: &Pages,
+        announced: bool,
+    ) -> Result<(), String> {
+        if self.destination.dead || self.destination.arrival.is_some() {
+            return Ok(());
+        }
+        if self.destination.demand.is_some() {
+            return self.owed_pages_came(round, pages);
+        }
+        let d = &mut self.destination;
+        if !d.closed {
+            d.last_round = d.last_round.max(round);
+            for &(page, content) in pages {
+                let admission = d.ledger.admit(page as usize, round, digest(page, content));
+                if admission != Admission::Late || self.plant == Plant::NoLedger {
+                    d.copy[page as usize] = content;
+                }
+                self.source.debt.remove(page);
+            }
+        }
+        if announced {
+            self.feed_destination(DestinationEvent::Installed { round })
+        } else {
+            Ok(())
+        }
+    }
+
+    fn owed_pages_came(&mut self, round: u32, pages: &Pages) -> Result<(), String> {
+        for &(page, content) in pages {
+            let d = &mut self.destination;
+            let Some(demand) = d.demand.as_mut().filter(|_| !d.paging_broken) else { break };
+            if round <= d.last_round {
+                continue;
+            }
+            if self.plant == Plant::NoDemand {
+                d.copy[page as usize] = content;
+            }
+            if demand.admit(page) == Admit::Install {
+                d.copying += 1;
+                let at = self.now + self.rng.random_range(0..800);
+                self.net.at(at, Packet::Installed { round, page, content });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn installed(&mut self, round: u32, page: u64, content: u64) -> Result<(), String> {
+        let d = &mut self.destination;
+        d.copying -= 1;
+        let Some(demand) = d.demand.as_mut().filter(|_| !d.dead && !d.paging_broken) else {
+            return Ok(());
+        };
+        demand.installed(page, Duration::from_micros(self.now));
+        d.ledger.admit(page as usize, round, digest(page, content));
+        // As the kernel does it: not over a page that is there.
+        if d.absent.remove(page) {
+            d.copy[page as usize] = content;
+        }
+        self.source.debt.remove(page);
+        self.wake(page)?;
+        self.tell_if_all_here();
+        Ok(())
+    }
+
+    fn tell_if_all_here(&mut self) {
+        let d = &mut self.destination;
+        if !d.all_here && d.demand.as_ref().is_some_and(Demand::is_complete) {
+            d.all_here = true;
+            self.answer(DestinationEvent::AllHere(Fetched::default()));
+        }
+    }
+
+    pub(crate) fn discard(&mut self) -> Result<(), String> {
+        let start = self.rng.random_range(0..PAGES - 4);
+        let run = Run::new(start, self.rng.random_range(1..4));
+        let d = &mut self.destination;
+        let Some(demand) = d.demand.as_mut().filter(|_| d.runs && !d.paging_broken) else {
+            return Ok(());
+        };
+        if d.copying > 0 {
+            self.net.at(self.now + 10, Packet::Discard);
+            return Ok(());
+        }
+        for page in run.start..run.end() {
+            d.copy[page as usize] = 0;
+            d.expected.iter_mut().for_each(|e| e[page as usize] = 0);
+        }
+        d.absent.insert_run(run);
+        for page in demand.discarded(run) {
+            self.destination.absent.remove(page);
+            self.wake(page)?;
+        }
+        self.tell_if_all_here();
+        Ok(())
+    }
+
+    pub(crate) fn destination_lost(&mut self, link: u32) -> Result<(), String> {
+        if link != self.destination.link {
+            return Ok(());
+        }
+        self.destination.urgent = false;
+        self.feed_destination(DestinationEvent::LinkLost("link cut".into()))
+    }
+
+    /// The source says hello to the session on a new link.
+    pub(crate) fn hello_again(&mut self) -> Result<(), String> {
+        self.destination.link = self.net.link;
+        self.destination.urgent = false;
+        let over = self.destination.dead || self.destination.arrival.is_some();
+        if over && let Some(verdict) = self.destination.asked_for_verdict(&self.plan) {
+            let verdict = Packet::ToSource(ToSource::Verdict(verdict));
+            self.net.send(self.now, &mut self.rng, CONTROL, verdict);
+            return Ok(());
+        }
+        let owed = self.destination.missing();
+        self.feed_destination(DestinationEvent::Rejoined(owed))
+    }
+}

@@ -1,0 +1,77 @@
+//! The destination's urgent lane: asks for pages that somebody waits for, and takes them.
+
+use bytes::Bytes;
+use ferry_codec::CodecSet;
+use ferry_pager::Waits;
+use ferry_protocol::{DestinationEvent, Fetched};
+use ferry_transport::{ByteSink, FrameReader};
+use std::time::Duration;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::install::Installer;
+use crate::receive_lane::{self, LaneEnd};
+
+/// Asks for the pages in `wanted`, and installs what comes, until either ends; what is to be told of it.
+pub(crate) async fn run(
+    reader: FrameReader,
+    mut sink: Box<dyn ByteSink>,
+    mut wanted: UnboundedReceiver<u64>,
+    installer: &Installer,
+    codecs: CodecSet,
+) -> Option<DestinationEvent> {
+    let ask = async {
+        let mut gfns = Vec::new();
+        while wanted.recv_many(&mut gfns, 64).await > 0 {
+            let bytes: Vec<u8> = gfns.drain(..).flat_map(u64::to_le_bytes).collect();
+            if let Err(e) = sink.send(Bytes::from(bytes)).await {
+                return LaneEnd::Lost(e.to_string());
+            }
+        }
+        // Another link has taken over, or the session is over.
+        LaneEnd::Finished
+    };
+    let ended = tokio::select! {
+        ended = ask => ended,
+        ended = receive_lane::run(reader, None, installer, codecs, |_| {}) => ended,
+    };
+    match ended {
+        LaneEnd::Finished => {
+            let _ = sink.finish().await;
+            None
+        }
+        LaneEnd::Lost(why) => Some(DestinationEvent::LinkLost(why)),
+        LaneEnd::Bad(why) => {
+            sink.close(&why).await;
+            Some(DestinationEvent::BadPages(why))
+        }
+    }
+}
+
+/// What a pager measured, for the source's report.
+pub(crate) fn measured(waits: &Waits, took: Duration) -> Fetched {
+    let nanos = |d: Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
+    let at = |quantile| waits.nanos.value_at_quantile(quantile);
+    Fetched {
+        faults: waits.counts.faults,
+        requested: waits.counts.requested,
+        pushed: waits.counts.pushed,
+        late: waits.counts.late,
+        zeros: waits.counts.zeros,
+        wait_mean_ns: mean(waits),
+        wait_p50_ns: at(0.5),
+        wait_p90_ns: at(0.9),
+        wait_p99_ns: at(0.99),
+        wait_max_ns: waits.nanos.max(),
+        waited_by_thread_ns: waits.by_thread.iter().map(|(_, wait)| nanos(*wait)).collect(),
+        took_ns: nanos(took),
+    }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "saturates; not negative"
+)]
+fn mean(waits: &Waits) -> u64 {
+    waits.nanos.mean() as u64
+}

@@ -1,0 +1,239 @@
+//! The source after a post-copy hand-over: pages that the destination asks for, at once; all others
+//! pushed on the lanes, no faster than the link takes them, so that no queue stands in front of those.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ferry_codec::{BatchBuilder, Codec, zero_frames};
+use ferry_pages::{PageSet, Run};
+use ferry_postcopy::{PushPace, PushQueue};
+use ferry_protocol::Hello;
+use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, send_message};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+use tokio::io::unix::AsyncFd;
+
+use crate::report::PageCounts;
+use crate::send_lane::{LaneEvent, Sender, Shared};
+
+/// Pages pushed at once: 64 KiB, half a millisecond at 1 Gbit/s.
+const PUSH_PAGES: u64 = 16;
+/// Bytes that such a batch is expected to have.
+const PUSH_BYTES: u64 = 64 << 10;
+/// Bytes of a request: the page's frame number, little endian.
+pub(crate) const REQUEST_BYTES: usize = 8;
+/// What the destination answers to each frame that it installed while it fetches pages.
+pub(crate) const ACK: u8 = 0x06;
+/// How often a lane that has pushed everything looks whether there is more.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// The pages that are owed, as all lanes share them.
+pub(crate) struct Serving {
+    round: u32,
+    owed: PageSet,
+    queue: Mutex<PushQueue>,
+    pace: Mutex<PushPace>,
+    /// What was sent since the hand-over.
+    sent: Mutex<PageCounts>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Serving {
+    /// `owed`, sent under the number `round`, those in `record` first; `limit` in bytes a second.
+    pub(crate) fn new(round: u32, owed: PageSet, record: &[PageSet], limit: Option<u64>) -> Self {
+        let record: Vec<Run> = record.iter().flat_map(PageSet::runs).collect();
+        let queue = Mutex::new(PushQueue::new(owed.clone(), record));
+        let (pace, sent) = (Mutex::new(PushPace::new(limit)), Mutex::default());
+        Self { round, owed, queue, pace, sent }
+    }
+
+    /// Pages sent since the hand-over, by codec.
+    pub(crate) fn pages(&self) -> PageCounts {
+        *lock(&self.sent)
+    }
+
+    /// The link's rate as the pushes see it, bytes/s.
+    pub(crate) fn rate(&self) -> u64 {
+        lock(&self.pace).capacity()
+    }
+}
+
+/// Pushes pages on one lane until none are left and all are acknowledged.
+pub(crate) async fn push(
+    sender: &mut Sender<'_>,
+    serving: &Serving,
+    channel: &mut Channel,
+) -> Result<(), LaneEvent> {
+    let shared = sender.shared;
+    let now = || shared.began.elapsed();
+    // Frames that are not acknowledged: when each was handed to the link, and its bytes.
+    let mut on_the_way: VecDeque<(Duration, u64)> = VecDeque::new();
+    let timer = Timer::new().map_err(|e| LaneEvent::Failed(format!("no timer: {e}")))?;
+    loop {
+        let wait = lock(&serving.pace).may_send(now(), PUSH_BYTES);
+        if wait.is_zero() {
+            let runs = lock(&serving.queue).next(PUSH_PAGES);
+            if runs.is_empty() && on_the_way.is_empty() {
+                return Ok(());
+            }
+            if !runs.is_empty() {
+                let (frames, counts) = sender.build(serving.round, &runs)?;
+                for frame in frames {
+                    let bytes = frame.len() as u64;
+                    let at = now();
+                    lock(&serving.pace).sent(at, bytes);
+                    on_the_way.push_back((at, bytes));
+                    shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+                    channel.sink.send(frame).await.map_err(LaneEvent::LinkLost)?;
+                }
+                lock(&serving.sent).merge(counts);
+                // Acknowledgements that are here; none are waited for.
+                while let Some(acks) = channel.source.ready() {
+                    acknowledge(serving, &mut on_the_way, acks.len(), now());
+                }
+                continue;
+            }
+        }
+        let wait = if wait.is_zero() { LOOK_AGAIN } else { wait };
+        tokio::select! {
+            acks = channel.source.recv() => match acks {
+                Ok(Some(acks)) => acknowledge(serving, &mut on_the_way, acks.len(), now()),
+                Ok(None) => return Err(LaneEvent::LinkLost(closed(channel))),
+                Err(e) => return Err(LaneEvent::LinkLost(e)),
+            },
+            () = timer.wait(wait) => {}
+        }
+    }
+}
+
+/// A timer that is exact to microseconds; the runtime's own is to a millisecond, in which a fast link
+/// carries two batches.
+struct Timer(AsyncFd<OwnedFd>);
+
+impl Timer {
+    #[expect(
+        deprecated,
+        reason = "unsound for a type that changes or closes its descriptor, which an OwnedFd does not"
+    )]
+    fn new() -> io::Result<Self> {
+        let fd = timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
+        )?;
+        AsyncFd::new(fd).map(Self)
+    }
+
+    async fn wait(&self, wait: Duration) {
+        let nothing = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // Zero would disarm it.
+        let at = Timespec::try_from(wait.max(Duration::from_nanos(1))).unwrap_or(nothing);
+        let at = Itimerspec { it_interval: nothing, it_value: at };
+        if timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &at).is_err() {
+            return tokio::time::sleep(wait).await;
+        }
+        if let Ok(mut ready) = self.0.readable().await {
+            // Setting it again makes it unreadable, too.
+            ready.clear_ready();
+        }
+    }
+}
+
+fn closed(channel: &Channel) -> LinkError {
+    let reason = "the destination closed a lane".to_owned();
+    LinkError::Closed { remote: channel.remote.clone(), reason }
+}
+
+fn acknowledge(
+    serving: &Serving,
+    on_the_way: &mut VecDeque<(Duration, u64)>,
+    frames: usize,
+    now: Duration,
+) {
+    let mut pace = lock(&serving.pace);
+    for (at, bytes) in on_the_way.drain(..frames.min(on_the_way.len())) {
+        pace.acked(now, bytes, now.saturating_sub(at));
+    }
+}
+
+/// Runs the urgent lane: a thread of its own, which serves one request after the other.
+pub(crate) fn run_urgent(shared: &Shared, tell: &dyn Fn(LaneEvent)) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return tell(LaneEvent::Failed(format!("urgent lane: no runtime: {e}"))),
+    };
+    let mut stop = shared.stop.subscribe();
+    runtime.block_on(async {
+        let opened = tokio::select! {
+            opened = open(shared) => opened,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        let channel = match opened {
+            Ok(channel) => channel,
+            Err(e) => return tell(LaneEvent::LinkLost(e)),
+        };
+        tell(LaneEvent::Open);
+        let Channel { mut sink, source, .. } = channel;
+        let ended = tokio::select! {
+            ended = answer(shared, FrameReader::new(source), sink.as_mut()) => ended,
+            _ = stop.wait_for(|stop| *stop) => Ok(()),
+        };
+        if let Err(event) = ended {
+            tell(event);
+        }
+        sink.close("the migration ended").await;
+    });
+}
+
+async fn open(shared: &Shared) -> Result<Channel, LinkError> {
+    let mut channel = shared.connector.connect().await?;
+    let hello = Hello::Urgent { session: shared.session };
+    send_message(channel.sink.as_mut(), &hello.encode()).await?;
+    Ok(channel)
+}
+
+async fn answer(
+    shared: &Shared,
+    mut requests: FrameReader,
+    sink: &mut dyn ByteSink,
+) -> Result<(), LaneEvent> {
+    let mut serving = shared.serving.subscribe();
+    let mut builder = BatchBuilder::new();
+    while let Some(request) = requests.fill(REQUEST_BYTES).await.map_err(LaneEvent::LinkLost)? {
+        let gfn = request.try_into().map_or(u64::MAX, u64::from_le_bytes);
+        // The guest's first fault may be faster than the engine here.
+        let Ok(serving) = serving.wait_for(Option::is_some).await.map(|s| s.clone()) else { break };
+        let Some(serving) = serving else { break };
+        if !serving.owed.contains(gfn) {
+            return Err(LaneEvent::Failed(format!(
+                "the destination asked for frame {gfn:#x}, which is not owed"
+            )));
+        }
+        lock(&serving.queue).fault(gfn);
+        let fail = |e: &dyn std::fmt::Display| LaneEvent::Failed(format!("frame {gfn:#x}: {e}"));
+        builder.begin(serving.round);
+        let mut read = Ok(());
+        builder.push(gfn, |page| read = shared.view.read(gfn, page)).map_err(|e| fail(&e))?;
+        read.map_err(|e| fail(&e))?;
+        let built = builder.finish(Codec::Raw);
+        let (codec, frame) = match built.frame {
+            Some(frame) => (Codec::Raw, Some(frame)),
+            None => (Codec::Zero, zero_frames(serving.round, built.zeros).next()),
+        };
+        let Some(frame) = frame else { continue };
+        let bytes = frame.len() as u64;
+        lock(&serving.sent).add(codec, 1);
+        shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+        lock(&serving.pace).urgent(shared.began.elapsed(), bytes);
+        sink.send(frame).await.map_err(LaneEvent::LinkLost)?;
+    }
+    Ok(())
+}

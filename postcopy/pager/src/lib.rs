@@ -1,0 +1,20 @@
+//! Pages on demand: serves the faults of a machine whose memory is still elsewhere.
+//!
+//! A [`Pager`] watches the memory of a machine that runs already. A touch of a page that is not there is
+//! asked for once, by a [`Notice`], wherever the pages are: at the source of a migration, or in a file.
+//! Whoever brings pages calls [`Pager::install`], in any order and from any thread, asked for or not. What
+//! to do about each fault and each page is decided by the pure ledger of `ferry-postcopy`; this crate
+//! carries it out. It does not know where pages come from, or how they travel.
+//!
+//! ```text
+//!   vCPU touches a missing page ──▶ userfaultfd ──▶ pager's thread ──▶ Notice::Ask ──▶ source, file
+//!   vCPU goes on ◀── woken by the kernel ◀── Pager::install, any thread ◀──────────────────┘
+//! ```
+//!
+//! The pager's thread never touches guest memory: it would wait for itself.
+
+mod pager;
+mod waits;
+
+pub use pager::{Notice, Pager};
+pub use waits::Waits;

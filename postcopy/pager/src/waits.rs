@@ -1,0 +1,24 @@
+//! How long threads waited for pages.
+
+use std::time::Duration;
+
+use ferry_postcopy::DemandCounts;
+use hdrhistogram::Histogram;
+
+/// What a pager measured.
+#[derive(Clone, Debug)]
+pub struct Waits {
+    /// Faults, and what became of the pages.
+    pub counts: DemandCounts,
+    /// Each wait for a page, from reading the fault to placing the page, ns.
+    pub nanos: Histogram<u64>,
+    /// All waits of each thread together, by the thread's number in the system.
+    pub by_thread: Vec<(u32, Duration)>,
+}
+
+/// A wait of a minute is the longest that is told apart, and three digits of it.
+const LONGEST_NS: u64 = 60_000_000_000;
+
+pub(crate) fn histogram() -> Histogram<u64> {
+    Histogram::new_with_max(LONGEST_NS, 3).unwrap_or_else(|_| unreachable!("bounds are constants"))
+}

@@ -1,0 +1,297 @@
+//! How fast the background may push without building a queue in front of pages that a thread waits for.
+//!
+//! A sender that never exceeds the link leaves no queue; one that never reaches it wastes it. Between the
+//! two there is only one signal that comes before loss: delay. For each acknowledged batch
+//!
+//! ```text
+//!   round trip  =  base  +  bytes ÷ capacity  +  queue
+//! ```
+//!
+//! `base` is what the smallest round trip of the last seconds leaves, `capacity` the rate at which
+//! acknowledgements came (as BBR measures it: Cardwell et al., ACM Queue 14(5), 2016), and what remains
+//! is the queue. Once a *window* (a round trip, at least [`SHORTEST_WINDOW_S`]) the rate becomes
+//!
+//! ```text
+//!   rate  =  capacity × (1 + (target ÷ 2 − queue) ÷ (4 × window))
+//! ```
+//!
+//! A queue grows by the share that the rate is above capacity, so this undoes a quarter of the error in
+//! each window, and does not swing although an effect is seen a window late. While there is no queue at
+//! all, the rate exceeds that by a share that doubles in each window, from 1/32 to 1: the fast start, and
+//! the way to a link that became faster.
+//!
+//! What it cannot see: an acknowledgement that is late because its reader was. It looks like a queue where
+//! *all* of a window's are late by more than the target, and the link is then not filled.
+
+use std::time::Duration;
+
+/// Pace before anything was acknowledged, bytes per second.
+const START: f64 = 8.0 * 1024.0 * 1024.0;
+/// It always goes on at this pace, bytes per second.
+const FLOOR: f64 = 1024.0 * 1024.0;
+/// The queue is to stay below this, or below a quarter of the smallest round trip, in seconds.
+const TARGET_S: f64 = 300e-6;
+/// Acknowledgements come in bunches: over less than this, a rate is noise.
+const SHORTEST_WINDOW_S: f64 = 5e-3;
+/// A smallest round trip is remembered for one to two of these, in seconds. At the end of each, one
+/// window at half the rate empties the queue, so that the next smallest is without it.
+const PERIOD_S: f64 = 5.0;
+/// Without an acknowledgement for this long (or for four round trips), those on the way are lost.
+const SILENCE_S: f64 = 1.0;
+/// The background gives way to urgent pages for no longer than this after they were sent, in seconds.
+const LONGEST_DEBT_S: f64 = 0.1;
+/// The least wait for room on the link, in seconds.
+const SHORTEST_WAIT_S: f64 = 50e-6;
+
+/// The pace of background pushes, from the acknowledgements of earlier ones.
+///
+/// Ask [`may_send`](Self::may_send) for each batch, wait that long *or until the next acknowledgement*,
+/// and ask again; report what was sent and what was acknowledged. Urgent pages are sent without asking and
+/// reported too. Time is any clock that does not go back.
+#[derive(Clone, Debug)]
+pub struct PushPace {
+    /// Bytes per second; none: no limit.
+    limit: Option<f64>,
+    /// The link's capacity as far as it is known, bytes per second.
+    capacity: f64,
+    /// Whether it is more than a guess.
+    measured: bool,
+    /// Bytes per second.
+    rate: f64,
+    /// What the rate exceeds the capacity by while there is no queue.
+    boost: f64,
+    /// Bytes that may leave; below zero: that left too early.
+    tokens: f64,
+    /// When `tokens` was right, in seconds.
+    settled_at: f64,
+    last_sent_at: Option<f64>,
+    in_flight: u64,
+    /// When the last acknowledgement came, or the first of what is on its way was sent.
+    heard_at: f64,
+    /// Nothing came for so long that what is on its way says nothing.
+    silent: bool,
+    round_trip: f64,
+    window: Window,
+    /// The smallest round trips of this period and the one before.
+    periods: [Smallest; 2],
+    period_began: f64,
+    drain: bool,
+}
+
+/// What was seen since the rate was last set.
+#[derive(Clone, Copy, Debug)]
+struct Window {
+    /// When, by an acknowledgement; none: before the first.
+    began: Option<f64>,
+    bytes: f64,
+    /// Least queue in its second half: the first half tells of the rate before.
+    queue: f64,
+}
+
+const NEW_WINDOW: Window = Window { began: None, bytes: 0.0, queue: f64::INFINITY };
+
+/// The smallest round trip of a period.
+#[derive(Clone, Copy, Debug)]
+struct Smallest {
+    round_trip: f64,
+    bytes: f64,
+    /// The greatest capacity in the period: what the smallest round trip was made at.
+    capacity: f64,
+}
+
+const NONE_YET: Smallest = Smallest { round_trip: f64::INFINITY, bytes: 0.0, capacity: FLOOR };
+
+impl PushPace {
+    /// A pace for a link of which nothing is known. `limit` is the operator's, in bytes per second, urgent
+    /// pages included (none or 0: no limit).
+    pub fn new(limit: Option<u64>) -> Self {
+        let limit = limit.filter(|limit| *limit > 0).map(|limit| limit as f64);
+        Self {
+            limit,
+            capacity: START,
+            measured: false,
+            rate: limit.map_or(START, |limit| limit.min(START)),
+            boost: 1.0,
+            tokens: 0.0,
+            settled_at: 0.0,
+            last_sent_at: None,
+            in_flight: 0,
+            heard_at: 0.0,
+            silent: false,
+            round_trip: 0.0,
+            window: NEW_WINDOW,
+            periods: [NONE_YET; 2],
+            period_began: 0.0,
+            drain: false,
+        }
+    }
+
+    /// How long to wait before `bytes` may be sent; zero: now. An acknowledgement may make it shorter.
+    pub fn may_send(&mut self, now: Duration, bytes: u64) -> Duration {
+        let now = self.settle(now);
+        if self.in_flight > 0 && now - self.heard_at > SILENCE_S.max(4.0 * self.round_trip) {
+            self.start_again(now);
+        }
+        // What the link needs, with a queue of twice the target: a bound on the queue of a link that
+        // became slow.
+        let needs_s = self.base() + 2.0 * self.target();
+        let room = self.rate.max(self.capacity) * needs_s + bytes as f64;
+        let excess = self.in_flight as f64 - room;
+        if self.in_flight > 0 && excess > 0.0 && !self.silent {
+            return seconds((excess / self.capacity).clamp(SHORTEST_WAIT_S, SILENCE_S));
+        }
+        // Urgent pages may take all of the rate, but not the floor.
+        let longest = self.last_sent_at.map_or(0.0, |at| at + bytes as f64 / self.floor() - now);
+        seconds((-self.tokens / self.rate).min(longest))
+    }
+
+    /// `bytes` were handed to the link.
+    pub fn sent(&mut self, now: Duration, bytes: u64) {
+        let now = self.settle(now);
+        if self.in_flight == 0 {
+            self.heard_at = now;
+        }
+        self.in_flight = self.in_flight.saturating_add(bytes);
+        self.tokens -= bytes as f64;
+        self.last_sent_at = Some(now);
+    }
+
+    /// `bytes` of urgent pages were handed to the link: the background gives way for as long as they take.
+    pub fn urgent(&mut self, now: Duration, bytes: u64) {
+        self.settle(now);
+        let most = self.tokens.min(-self.rate * LONGEST_DEBT_S);
+        self.tokens = (self.tokens - bytes as f64).max(most);
+        self.window.bytes += bytes as f64;
+    }
+
+    /// The destination has acknowledged a batch of `bytes`, `round_trip` after it was handed to the link.
+    pub fn acked(&mut self, now: Duration, bytes: u64, round_trip: Duration) {
+        let now = self.settle(now);
+        let round_trip = round_trip.as_secs_f64().max(1e-6);
+        self.in_flight = self.in_flight.saturating_sub(bytes);
+        self.heard_at = now;
+        self.silent = false;
+        self.round_trip = round_trip;
+        let bytes = bytes as f64;
+        // It went through in that time, so the link is no slower; and at first nothing else is known.
+        let proven = bytes / round_trip;
+        self.capacity = if self.measured { self.capacity.max(proven) } else { proven };
+        self.measured = true;
+        self.note_round_trip(now, bytes, round_trip);
+
+        let Some(began) = self.window.began else {
+            self.window = Window { began: Some(now), ..NEW_WINDOW };
+            return;
+        };
+        self.window.bytes += bytes;
+        // A round trip; of a long queue, enough to see that it is long.
+        let enough = self.base() + bytes / self.capacity + 4.0 * self.target();
+        let least = SHORTEST_WINDOW_S.max(round_trip.min(enough));
+        let elapsed = now - began;
+        if elapsed >= least / 2.0 {
+            let queue = round_trip - bytes / self.capacity - self.base();
+            self.window.queue = self.window.queue.min(queue.max(0.0));
+        }
+        if elapsed >= least {
+            self.set_rate(elapsed);
+            self.window = Window { began: Some(now), ..NEW_WINDOW };
+        }
+    }
+
+    /// The pace, in bytes per second.
+    pub fn rate(&self) -> u64 {
+        whole(self.rate)
+    }
+
+    /// The link's capacity as far as it is known, in bytes per second.
+    pub fn capacity(&self) -> u64 {
+        whole(self.capacity)
+    }
+
+    /// Ends a window that took `elapsed` seconds.
+    fn set_rate(&mut self, elapsed: f64) {
+        let (queue, target) = (self.window.queue, self.target());
+        let measured = self.window.bytes / elapsed;
+        if measured > self.capacity {
+            self.capacity = measured;
+        } else if queue > target {
+            // The link was busy, so this is all that it carries. Without a queue it may be the sender
+            // that was slow.
+            self.capacity = measured.max(self.capacity / 2.0).max(self.floor());
+        }
+        self.boost =
+            if queue < target / 8.0 { (self.boost * 2.0).clamp(1.0 / 32.0, 1.0) } else { 0.0 };
+        let correction = (target / 2.0 - queue) / (4.0 * elapsed);
+        let steered = (1.0 + self.boost + correction).clamp(0.5, 2.0);
+        let gain = if std::mem::take(&mut self.drain) { 0.5 } else { steered };
+        self.rate = (self.capacity * gain).max(FLOOR).min(self.limit.unwrap_or(f64::INFINITY));
+    }
+
+    fn note_round_trip(&mut self, now: f64, bytes: f64, round_trip: f64) {
+        if now - self.period_began > PERIOD_S {
+            self.periods = [NONE_YET, self.periods[0]];
+            self.period_began = now;
+            self.drain = true;
+        }
+        let period = &mut self.periods[0];
+        period.capacity = period.capacity.max(self.capacity);
+        if round_trip < period.round_trip {
+            (period.round_trip, period.bytes) = (round_trip, bytes);
+        }
+    }
+
+    /// Nothing was heard for long: everything that is known of the link may be wrong.
+    fn start_again(&mut self, now: f64) {
+        self.silent = true;
+        self.in_flight = 0;
+        self.capacity = self.floor();
+        self.rate = self.floor();
+        self.boost = 1.0;
+        self.window = NEW_WINDOW;
+        self.periods = [NONE_YET; 2];
+        self.period_began = now;
+    }
+
+    /// Delay of the empty link for a batch of no bytes, in seconds.
+    fn base(&self) -> f64 {
+        let capacity = self.periods[0].capacity.max(self.periods[1].capacity);
+        let of = |smallest: &Smallest| smallest.round_trip - smallest.bytes / capacity;
+        let least = of(&self.periods[0]).min(of(&self.periods[1]));
+        if least.is_finite() { least.max(0.0) } else { 0.0 }
+    }
+
+    /// What the queue is to stay below, in seconds.
+    fn target(&self) -> f64 {
+        let least = self.periods[0].round_trip.min(self.periods[1].round_trip);
+        if least.is_finite() { TARGET_S.max(least / 4.0) } else { TARGET_S }
+    }
+
+    fn floor(&self) -> f64 {
+        self.limit.map_or(FLOOR, |limit| limit.min(FLOOR))
+    }
+
+    /// Brings the tokens up to `now`, which it returns in seconds.
+    fn settle(&mut self, now: Duration) -> f64 {
+        let now = now.as_secs_f64().max(self.settled_at);
+        // A burst after a silence adds no more than the target to the queue.
+        let most = self.rate * self.target();
+        self.tokens = (self.tokens + (now - self.settled_at) * self.rate).min(most);
+        self.settled_at = now;
+        now
+    }
+}
+
+/// Rounded up, so that whoever waits finds the time passed.
+fn seconds(seconds: f64) -> Duration {
+    if seconds <= 0.0 {
+        return Duration::ZERO;
+    }
+    Duration::try_from_secs_f64(seconds)
+        .unwrap_or(Duration::MAX)
+        .saturating_add(Duration::from_nanos(1))
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates, and is not negative.
+fn whole(rate: f64) -> u64 {
+    rate as u64
+}

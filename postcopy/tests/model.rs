@@ -1,0 +1,230 @@
+//! The ledger of faults and the queue of pushes behave as the plain tables that they stand for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use ferry_pages::{PageSet, Run};
+use ferry_postcopy::{Admit, Demand, Fault, PushQueue};
+use proptest::prelude::*;
+
+/// Around a chunk border of `PageSet`.
+const FIRST: u64 = 32768 - 60;
+const PAGES: u64 = 120;
+
+fn run() -> impl Strategy<Value = Run> {
+    (FIRST..FIRST + PAGES, prop_oneof![Just(1), 0..40_u64])
+        .prop_map(|(start, pages)| Run::new(start, pages.min(FIRST + PAGES - start)))
+}
+
+fn runs() -> impl Strategy<Value = Vec<Run>> {
+    prop::collection::vec(run(), 0..6)
+}
+
+fn numbers<'a>(runs: impl IntoIterator<Item = &'a Run>) -> BTreeSet<u64> {
+    runs.into_iter().flat_map(|run| run.start..run.end()).collect()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Page {
+    Owed,
+    Installing,
+    Here,
+    /// Zero was given for it.
+    Zero,
+    Gone,
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Fault(u64, u32),
+    Admit(u64),
+    Installed(u64),
+    NotInstalled(u64),
+    Discarded(Run),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    // Few pages, so that events meet.
+    let gfn = FIRST + 50..FIRST + 70;
+    prop_oneof![
+        4 => (gfn.clone(), 0..4_u32).prop_map(|(gfn, waiter)| Event::Fault(gfn, waiter)),
+        3 => gfn.clone().prop_map(Event::Admit),
+        3 => gfn.clone().prop_map(Event::Installed),
+        1 => gfn.prop_map(Event::NotInstalled),
+        1 => run().prop_map(|run| Event::Discarded(Run::new(run.start, run.pages.min(5)))),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// No page is installed twice, none after it was discarded or given as zero, and a page is asked for
+    /// once however many threads wait.
+    #[test]
+    fn a_page_is_asked_for_once_installed_once_and_never_after_a_discard(
+        owed in runs(),
+        events in prop::collection::vec(event(), 0..200),
+    ) {
+        let mut model: BTreeMap<u64, Page> =
+            numbers(&owed).into_iter().map(|gfn| (gfn, Page::Owed)).collect();
+        // By page: the threads that wait, with the time since, first come first.
+        let mut waiting: Vec<(u64, Vec<(u32, Duration)>)> = Vec::new();
+        let mut waits: BTreeMap<u32, Duration> = BTreeMap::new();
+        let mut demand = Demand::new(owed.into_iter().collect());
+        let (mut requested, mut pushed, mut late, mut zeros) = (0, 0, 0, 0);
+
+        for (step, event) in (0..).zip(events) {
+            let now = Duration::from_micros(step * step);
+            match event {
+                Event::Fault(gfn, waiter) => {
+                    let state = model.get(&gfn).copied();
+                    let asked = waiting.iter_mut().find(|w| w.0 == gfn);
+                    let expected = match state {
+                        Some(Page::Owed) if asked.is_none() => Fault::Ask,
+                        Some(Page::Owed | Page::Installing) => Fault::Asked,
+                        Some(Page::Here | Page::Zero) => Fault::Here,
+                        Some(Page::Gone) | None => Fault::Zero,
+                    };
+                    prop_assert_eq!(demand.fault(gfn, now, waiter), expected);
+                    requested += u64::from(expected == Fault::Ask);
+                    zeros += u64::from(expected == Fault::Zero);
+                    if state.is_none() {
+                        model.insert(gfn, Page::Zero);
+                    }
+                    if matches!(expected, Fault::Ask | Fault::Asked) {
+                        match asked {
+                            Some((_, threads)) if threads.iter().any(|t| t.0 == waiter) => {}
+                            Some((_, threads)) => threads.push((waiter, now)),
+                            None => waiting.push((gfn, vec![(waiter, now)])),
+                        }
+                    }
+                }
+                Event::Admit(gfn) => {
+                    let wanted = model.get(&gfn) == Some(&Page::Owed);
+                    prop_assert_eq!(demand.admit(gfn) == Admit::Install, wanted);
+                    late += u64::from(!wanted);
+                    if wanted {
+                        model.insert(gfn, Page::Installing);
+                    }
+                }
+                Event::Installed(gfn) => {
+                    let waited = demand.installed(gfn, now);
+                    let mut expected = None;
+                    if model.get(&gfn) == Some(&Page::Installing) {
+                        model.insert(gfn, Page::Here);
+                        expected = waiting.iter().position(|w| w.0 == gfn).map(|at| waiting.remove(at).1);
+                        pushed += u64::from(expected.is_none());
+                    }
+                    for (waiter, since) in expected.iter().flatten() {
+                        *waits.entry(*waiter).or_default() += now - *since;
+                    }
+                    prop_assert_eq!(
+                        waited.map(|w| (w.waiter, w.wait, w.waiters)),
+                        expected.map(|threads| (threads[0].0, now - threads[0].1, threads.len()))
+                    );
+                }
+                Event::NotInstalled(gfn) => {
+                    let was_installing = model.get(&gfn) == Some(&Page::Installing);
+                    if was_installing {
+                        model.insert(gfn, Page::Owed);
+                    }
+                    let ask_again = was_installing && waiting.iter().any(|w| w.0 == gfn);
+                    prop_assert_eq!(demand.not_installed(gfn), ask_again);
+                }
+                Event::Discarded(run) => {
+                    let mut freed = Vec::new();
+                    for gfn in run.start..run.end() {
+                        model.insert(gfn, Page::Gone);
+                        if let Some(at) = waiting.iter().position(|w| w.0 == gfn) {
+                            waiting.remove(at);
+                            freed.push(gfn);
+                        }
+                    }
+                    prop_assert_eq!(demand.discarded(run), freed);
+                }
+            }
+            let missing: BTreeSet<u64> = model
+                .iter()
+                .filter(|(_, page)| matches!(page, Page::Owed | Page::Installing))
+                .map(|(gfn, _)| *gfn)
+                .collect();
+            let runs: Vec<Run> = demand.missing().runs().collect();
+            prop_assert_eq!(numbers(&runs), missing);
+            prop_assert_eq!(demand.is_complete(), demand.missing().is_empty());
+            let order: Vec<u64> = waiting.iter().map(|w| w.0).collect();
+            prop_assert_eq!(demand.outstanding().collect::<Vec<_>>(), order);
+        }
+        let counts = demand.counts();
+        prop_assert_eq!(
+            (counts.requested, counts.pushed, counts.late, counts.zeros),
+            (requested, pushed, late, zeros)
+        );
+        prop_assert_eq!(demand.waits().collect::<BTreeMap<_, _>>(), waits);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Turn {
+    Fault(u64),
+    Next(u64),
+    /// The last batch did not leave.
+    PutBack,
+    /// The link is lost: the destination names what it lacks, all that has not left and these.
+    Replace(Vec<Run>),
+}
+
+fn turn() -> impl Strategy<Value = Turn> {
+    prop_oneof![
+        4 => (FIRST..FIRST + PAGES).prop_map(Turn::Fault),
+        4 => (0..30_u64).prop_map(Turn::Next),
+        1 => Just(Turn::PutBack),
+        1 => runs().prop_map(Turn::Replace),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Each owed page is given out once, by a fault or by the background, and no other page ever is.
+    #[test]
+    fn every_owed_page_is_given_out_once(
+        owed in runs(),
+        record in prop::collection::vec(run(), 0..10),
+        turns in prop::collection::vec(turn(), 0..60),
+    ) {
+        let mut left = numbers(&owed);
+        let mut queue = PushQueue::new(owed.into_iter().collect(), record);
+        let mut last: Vec<Run> = Vec::new();
+        for turn in turns {
+            match turn {
+                Turn::Fault(gfn) => prop_assert_eq!(queue.fault(gfn), left.remove(&gfn)),
+                Turn::Next(most) => {
+                    last = queue.next(most);
+                    let pages: u64 = last.iter().map(|run| run.pages).sum();
+                    prop_assert!(pages == most.min(left.len() as u64), "{last:?}");
+                    prop_assert!(last.iter().all(|run| run.pages > 0), "{last:?}");
+                    // Not even touching: such runs are one.
+                    prop_assert!(last.windows(2).all(|w| w[0].end() < w[1].start), "{last:?}");
+                    for gfn in numbers(&last) {
+                        prop_assert!(left.remove(&gfn), "{gfn} was not in the queue");
+                    }
+                }
+                Turn::PutBack => {
+                    left.extend(numbers(&last));
+                    queue.put_back(&last.drain(..).collect());
+                }
+                Turn::Replace(more) => {
+                    left.extend(numbers(&more));
+                    let owed: PageSet = left.iter().map(|gfn| Run::new(*gfn, 1)).collect();
+                    queue.replace(owed);
+                    last.clear();
+                }
+            }
+            prop_assert_eq!(queue.len(), left.len() as u64);
+            prop_assert_eq!(queue.is_empty(), left.is_empty());
+        }
+        let rest = queue.next(u64::MAX);
+        prop_assert_eq!(numbers(&rest), left);
+        prop_assert!(queue.is_empty());
+    }
+}
