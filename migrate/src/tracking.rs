@@ -1,6 +1,6 @@
-//! The trackers of a machine that stays: started so that no write is lost, harvested, stopped.
+//! Trackers: started so that no write is lost; harvested and stopped, for a machine that stays.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use ferry_dirtylog::DirtySource;
 use ferry_memory::GuestView;
@@ -16,31 +16,43 @@ pub(crate) struct Tracking {
     harvested: PageSet,
 }
 
+/// Starts the trackers of `guest`, puts them into `trackers`, and lists the pages that hold data, so that no
+/// write falls in between.
+///
+/// Pages that hold nothing are re-armed at once (they are not mapped: it costs nothing), and then
+/// looked for again: a page touched before the re-arming shows in the second look, one touched
+/// after it shows in the next harvest.
+pub(crate) fn start(
+    trackers: &Trackers,
+    guest: &mut dyn Guest,
+    view: &GuestView,
+) -> Result<PageSet, String> {
+    let sources = guest.dirty_sources().map_err(|e| words(&e))?;
+    let mut trackers = trackers.lock().unwrap_or_else(PoisonError::into_inner);
+    *trackers = sources;
+    let mut scratch = PageSet::new();
+    for tracker in trackers.iter_mut() {
+        tracker.start().map_err(|e| words(&e))?;
+        tracker.collect(&mut scratch).map_err(|e| words(&e))?;
+    }
+    let mut resident = view.resident().map_err(|e| words(&e))?;
+    let mut untouched: PageSet = view.regions().iter().map(|r| r.run).collect();
+    untouched.subtract(&resident);
+    for tracker in trackers.iter_mut() {
+        tracker.rearm(&untouched).map_err(|e| words(&e))?;
+    }
+    resident.union_with(&view.resident().map_err(|e| words(&e))?);
+    Ok(resident)
+}
+
 impl Tracking {
-    /// Starts the trackers, and lists the pages that hold data: ARCHITECTURE.md, "how tracking starts".
+    /// [`start`]s the trackers.
     pub(crate) fn start(
         guest: &mut dyn Guest,
         view: &GuestView,
     ) -> Result<(Self, PageSet), String> {
-        let sources = guest.dirty_sources().map_err(|e| words(&e))?;
-        let tracking = Self { trackers: Arc::new(Mutex::new(sources)), harvested: PageSet::new() };
-        let begin = || -> Result<PageSet, String> {
-            let mut trackers = tracking.lock();
-            let mut scratch = PageSet::new();
-            for tracker in trackers.iter_mut() {
-                tracker.start().map_err(|e| words(&e))?;
-                tracker.collect(&mut scratch).map_err(|e| words(&e))?;
-            }
-            let mut resident = view.resident().map_err(|e| words(&e))?;
-            let mut untouched: PageSet = view.regions().iter().map(|r| r.run).collect();
-            untouched.subtract(&resident);
-            for tracker in trackers.iter_mut() {
-                tracker.rearm(&untouched).map_err(|e| words(&e))?;
-            }
-            resident.union_with(&view.resident().map_err(|e| words(&e))?);
-            Ok(resident)
-        };
-        let resident = begin()?;
+        let tracking = Self { trackers: Arc::default(), harvested: PageSet::new() };
+        let resident = start(&tracking.trackers, guest, view)?;
         Ok((tracking, resident))
     }
 
