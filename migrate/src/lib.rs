@@ -1,7 +1,8 @@
 //! Moving a machine.
 //!
 //! [`send()`] moves a [`Guest`] away; [`receive()`] takes machines in for a [`Host`]. Both carry out what
-//! the pure state machines of `ferry-protocol` ask for, over any link of `ferry-transport`. This crate
+//! the pure state machines of `ferry-protocol` ask for, over any link of `ferry-transport`. [`save()`]
+//! writes a guest to a bundle of `ferry-bundle`, [`restore()`] starts one from it. This crate
 //! knows no VMM: it sees memory, trackers, and state as opaque sections.
 
 mod control;
@@ -11,10 +12,13 @@ mod install;
 mod receive;
 mod receive_lane;
 mod report;
+mod restore;
 mod round;
+mod save;
 mod send;
 mod send_lane;
 mod serve;
+mod tracking;
 
 pub use ferry_memory::GuestView;
 pub use ferry_pages::PageSet;
@@ -25,6 +29,8 @@ pub use ferry_protocol::{
 pub use guest::{Guest, GuestError, Host};
 pub use receive::{Fetching, ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
+pub use restore::{RestoreError, Restored, restore};
+pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
 pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, reattach, send};
 
 /// An error with its causes, as one line: `what: why: why that`.

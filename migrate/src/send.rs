@@ -27,7 +27,7 @@ use crate::report::{self, PageCounts, Report};
 use crate::round::{Round, Trackers};
 use crate::send_lane::{self, LaneEvent, LaneRound, Shared, Work};
 use crate::serve::{self, Serving};
-use crate::{Guest, GuestError, words};
+use crate::{Guest, GuestError, tracking, words};
 
 /// How to migrate.
 #[derive(Clone, Copy, Debug)]
@@ -507,31 +507,8 @@ impl Engine<'_> {
         }
     }
 
-    /// Starts the trackers and finds the pages that hold data, so that no write falls in between.
-    ///
-    /// Pages that hold nothing are re-armed at once (they are not mapped: it costs nothing), and then
-    /// looked for again: a page touched before the re-arming shows in the second look, one touched
-    /// after it shows in the next harvest.
     fn start_tracking(&mut self) -> SourceEvent {
-        let mut start = || -> Result<PageSet, String> {
-            let sources = self.guest.dirty_sources().map_err(|e| words(&e))?;
-            let mut trackers = self.trackers.lock().unwrap_or_else(PoisonError::into_inner);
-            *trackers = sources;
-            let mut scratch = PageSet::new();
-            for tracker in trackers.iter_mut() {
-                tracker.start().map_err(|e| words(&e))?;
-                tracker.collect(&mut scratch).map_err(|e| words(&e))?;
-            }
-            let mut resident = self.memory.resident().map_err(|e| words(&e))?;
-            let mut untouched: PageSet = self.memory.regions().iter().map(|r| r.run).collect();
-            untouched.subtract(&resident);
-            for tracker in trackers.iter_mut() {
-                tracker.rearm(&untouched).map_err(|e| words(&e))?;
-            }
-            resident.union_with(&self.memory.resident().map_err(|e| words(&e))?);
-            Ok(resident)
-        };
-        let started = start();
+        let started = tracking::start(&self.trackers, self.guest, &self.memory);
         self.last_harvest = self.began.elapsed();
         match started {
             Ok(resident) => SourceEvent::TrackingStarted(resident),

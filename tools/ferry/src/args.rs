@@ -44,7 +44,23 @@ pub(crate) enum Command {
                       2 the command line is wrong; 3 it runs there, but its memory is not the same."
     )]
     Migrate(Migrate),
-    /// End the migration of a machine; it goes on here. Nothing changes once it is handed over.
+    /// Save a machine to a bundle: a directory that can be copied, and started elsewhere.
+    #[command(after_help = "Example:\n  ferry save web1 /backup/web1-monday\n  \
+                      ferry save web1 /backup/web1-tuesday --base /backup/web1-monday\n\n\
+                      The guest runs on, but for a stop of milliseconds. A bundle that is there is replaced when the new one is \
+                      on the disk.")]
+    Save(Save),
+    /// Start a machine from a bundle, and host it until it ends or moves away.
+    #[command(
+        after_help = "Example:\n  ferry restore /backup/web1-monday web1 --serial console.log\n\n\
+                      It is a new machine with the memory and state of the one that was saved. If that one still runs, it is \
+                      a clone of it."
+    )]
+    Restore(Restore),
+    /// Look at bundles.
+    #[command(subcommand)]
+    Bundle(Bundle),
+    /// End the migration or the save of a machine; it goes on here. Nothing changes once it is handed over.
     #[command(after_help = "Example:\n  ferry cancel web1")]
     Cancel {
         /// The machine.
@@ -238,6 +254,75 @@ pub(crate) struct Migrate {
     /// When the link is lost after the hand-over, try for this long to come back.
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration)]
     pub(crate) rejoin: Duration,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Save {
+    /// The machine.
+    pub(crate) name: String,
+    /// The bundle: a new directory, an empty one, or a bundle to be replaced.
+    pub(crate) dir: PathBuf,
+    /// Store only what changed since this bundle of the same machine.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) base: Option<PathBuf>,
+    /// End the machine once its bundle is on the disk.
+    #[arg(long)]
+    pub(crate) stop: bool,
+    /// Do not save if the guest, which runs on, would stand still for longer than this.
+    #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = humantime::parse_duration)]
+    pub(crate) max_stop: Duration,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// The bundle.
+    pub(crate) dir: PathBuf,
+    /// The machine's name here.
+    pub(crate) name: String,
+    /// Where to look for bases that are not where the bundle expects them; may be repeated.
+    #[arg(long = "base", value_name = "DIR")]
+    pub(crate) bases: Vec<PathBuf>,
+    /// Append the serial console to FILE instead of standard output.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) serial: Option<PathBuf>,
+    /// How writes are tracked when the machine moves or is saved.
+    #[arg(long, value_enum, default_value_t = DirtyLogArg::Auto)]
+    pub(crate) dirty_log: DirtyLogArg,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bundle {
+    /// Show what a bundle is. Pages are not read.
+    #[command(after_help = "Example:\n  ferry bundle info /backup/web1-monday --json")]
+    Info(OneBundle),
+    /// Read and check all that a restore would read, the bases included.
+    #[command(after_help = "Example:\n  ferry bundle verify /backup/web1-tuesday")]
+    Verify(OneBundle),
+    /// Make a bundle independent of its bases; it keeps its id, and bundles that are based on it.
+    #[command(after_help = "Example:\n  ferry bundle merge /backup/web1-tuesday\n  \
+                            ferry bundle merge /backup/web1-tuesday --into /backup/web1-full")]
+    Merge {
+        #[command(flatten)]
+        bundle: OneBundle,
+        /// Write the merged bundle here; the bundle itself stays as it is.
+        #[arg(long, value_name = "DIR")]
+        into: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneBundle {
+    /// The bundle.
+    pub(crate) dir: PathBuf,
+    /// Where to look for bases that are not where the bundle expects them; may be repeated.
+    #[arg(long = "base", value_name = "DIR")]
+    pub(crate) bases: Vec<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

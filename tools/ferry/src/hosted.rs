@@ -2,23 +2,29 @@
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ferry_bundle::Chain;
 use ferry_migrate::{
-    Canceller, Fetching, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report, SendEvent,
-    SendOptions, Whereabouts, reattach, send,
+    Canceller, Fetching, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report,
+    SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions,
+    Whereabouts, reattach, save, send, words,
 };
 use ferry_transport::{Identity, QuicConnector};
 
 use crate::machine::{AnyMachine, PAGE_BYTES};
-use crate::protocol::{Conversation, MachineInfo, MigrateRequest, Progress, Reply, Request};
+use crate::protocol::{
+    Conversation, MachineInfo, MigrateRequest, Progress, Reply, Request, SaveRequest,
+};
 use crate::runtime_dir::{Reservation, RuntimeError};
 
 /// How a machine's stay on this host ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
     Moved(SocketAddr),
+    Saved(PathBuf),
     Stopped,
     /// The guest ended, and how.
     Ended(String),
@@ -35,6 +41,7 @@ pub(crate) struct Hosted {
 #[derive(Default)]
 struct Inner {
     migrating: Option<(SocketAddr, Canceller)>,
+    saving: Option<(PathBuf, SaveCanceller)>,
     in_doubt: Option<PermitStub>,
     /// It runs elsewhere, and lacks pages that are here.
     detached: Option<Reattach>,
@@ -132,6 +139,10 @@ impl Hosted {
                 }
                 report.map(|r| Reply::Report(Box::new(r)))
             }
+            Request::Save(how) => self.save(&how, &mut client).map(|report| {
+                ending = how.stop.then_some(Ending::Saved(how.dir));
+                Reply::Saved(Box::new(report))
+            }),
         };
         // A client that is gone misses the reply; what it asked for is done.
         let _ = client.say(&reply.unwrap_or_else(Reply::Error));
@@ -163,6 +174,7 @@ impl Hosted {
             dirty_log: self.machine.dirty_log(),
             pid: std::process::id(),
             migrating_to: inner.migrating.as_ref().map(|(to, _)| *to),
+            saving_to: inner.saving.as_ref().map(|(to, _)| to.clone()),
             pages_written: counters.map(|c| c.0),
             pages_checked: counters.map(|c| c.1),
         }
@@ -174,6 +186,12 @@ impl Hosted {
         if let Some((to, _)) = &inner.migrating {
             return Err(format!(
                 "machine `{name}` is moving to {to}; wait, or `ferry cancel {name}`"
+            ));
+        }
+        if let Some((to, _)) = &inner.saving {
+            return Err(format!(
+                "machine `{name}` is being saved to {}; wait, or `ferry cancel {name}`",
+                to.display()
             ));
         }
         if inner.fetching.is_some() {
@@ -226,7 +244,7 @@ impl Hosted {
 
     fn stop(&self) -> Result<Reply, String> {
         let inner = self.inner();
-        if inner.migrating.is_some() {
+        if inner.migrating.is_some() || inner.saving.is_some() {
             self.check_at_rest(&inner)?;
         }
         match inner.fetching.clone() {
@@ -244,12 +262,17 @@ impl Hosted {
     }
 
     fn cancel(&self) -> Result<Reply, String> {
-        match &self.inner().migrating {
-            Some((to, canceller)) => {
+        let (inner, name) = (self.inner(), self.name());
+        match (&inner.migrating, &inner.saving) {
+            (Some((to, canceller)), _) => {
                 canceller.cancel();
-                Ok(Reply::Done(format!("cancelling the move of `{}` to {to}", self.name())))
+                Ok(Reply::Done(format!("cancelling the move of `{name}` to {to}")))
             }
-            None => Err(format!("machine `{}` is not moving", self.name())),
+            (None, Some((to, canceller))) => {
+                canceller.cancel();
+                Ok(Reply::Done(format!("cancelling the save of `{name}` to {}", to.display())))
+            }
+            (None, None) => Err(format!("machine `{name}` is not moving or being saved")),
         }
     }
 
@@ -327,6 +350,56 @@ impl Hosted {
         }
         Ok(sent.report)
     }
+
+    fn save(&self, how: &SaveRequest, client: &mut Conversation) -> Result<SaveReport, String> {
+        let canceller = SaveCanceller::default();
+        {
+            let mut inner = self.inner();
+            self.check_at_rest(&inner)?;
+            inner.saving = Some((how.dir.clone(), canceller.clone()));
+        }
+        let mut progress = Progress::default();
+        let mut watch = |event| {
+            follow_save(&mut progress, &event);
+            // A client that is gone does not end the save.
+            let _ = client.say(&Reply::Progress(progress.clone()));
+            progress.words = None;
+        };
+        let mut machine = self.machine.clone();
+        let base = how.base.as_deref().map(|base| Chain::open(base, &[]).map(Arc::new)).transpose();
+        let saved = base.map_err(SaveError::from).and_then(|base| {
+            let max_stop = Duration::from_millis(how.max_stop_ms);
+            let options = SaveOptions { base, stop: how.stop, max_stop };
+            save(&mut machine, &how.dir, &options, &canceller, &mut watch)
+        });
+        if saved.is_ok() && how.stop {
+            self.machine.stop();
+        }
+        self.inner().saving = None;
+        saved.map_err(|e| match e {
+            SaveError::NotResumed { .. } => words(&e),
+            e => format!("machine `{}` was not saved, and goes on: {}", self.name(), words(&e)),
+        })
+    }
+}
+
+/// Brings `progress` up to date.
+fn follow_save(progress: &mut Progress, event: &SaveEvent) {
+    progress.words = Some(match *event {
+        SaveEvent::Round { round, pages } => {
+            progress.round = round;
+            progress.round_pages = pages;
+            format!("round {round}: {pages} pages")
+        }
+        SaveEvent::Written { bytes } => {
+            progress.sent_bytes = bytes;
+            return;
+        }
+        SaveEvent::GoesOn(stood) => {
+            format!("the guest stood still for {:.1} ms", stood.as_secs_f64() * 1e3)
+        }
+        SaveEvent::Syncing => "all is written; waiting for the disk".into(),
+    });
 }
 
 /// Brings `progress` up to date.

@@ -1,13 +1,16 @@
 //! The `ferry` command: hosts machines, moves them, and shows what happens.
 
 mod args;
+mod bundle;
 mod demo;
 mod hosted;
 mod machine;
 mod migrate;
 mod protocol;
 mod receive;
+mod restore;
 mod runtime_dir;
+mod save;
 mod vm;
 
 use std::process::ExitCode;
@@ -43,12 +46,23 @@ impl<E: std::error::Error> From<E> for Failure {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
+    survive_file_size_limits();
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(e) => {
             eprintln!("ferry: {e}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// A file that may not grow (`ulimit -f`) is an error of whoever writes it, not the end of the machine
+/// that this process hosts.
+fn survive_file_size_limits() {
+    extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    // Without it all works but that.
+    if let Err(e) = vmm_sys_util::signal::register_signal_handler(libc::SIGXFSZ, ignore) {
+        tracing::warn!("cannot ignore SIGXFSZ: {e}");
     }
 }
 
@@ -60,6 +74,9 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Vm(command) => vm::main(&runtime()?, command)?,
         Command::Receive(args) => receive::main(runtime()?, &args)?,
         Command::Migrate(args) => return migrate::main(&runtime()?, &args),
+        Command::Save(args) => save::main(&runtime()?, &args)?,
+        Command::Restore(args) => restore::main(&runtime()?, &args)?,
+        Command::Bundle(command) => bundle::main(&command)?,
         Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ferry_migrate::Report;
+use ferry_migrate::{Report, SaveReport};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::args::ModeArg;
@@ -24,6 +24,17 @@ pub(crate) enum Request {
     Stop,
     Cancel,
     Migrate(MigrateRequest),
+    Save(SaveRequest),
+}
+
+/// How to save.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SaveRequest {
+    /// Absolute, as is the base.
+    pub(crate) dir: PathBuf,
+    pub(crate) base: Option<PathBuf>,
+    pub(crate) stop: bool,
+    pub(crate) max_stop_ms: u64,
 }
 
 /// How to migrate.
@@ -50,6 +61,7 @@ pub(crate) enum Reply {
     Error(String),
     Progress(Progress),
     Report(Box<Report>),
+    Saved(Box<SaveReport>),
 }
 
 /// What `vm show` shows.
@@ -66,6 +78,8 @@ pub(crate) struct MachineInfo {
     pub(crate) pid: u32,
     /// Where it is moving to.
     pub(crate) migrating_to: Option<SocketAddr>,
+    /// Where it is being saved to.
+    pub(crate) saving_to: Option<PathBuf>,
     /// For the test guests: pages written and checked.
     pub(crate) pages_written: Option<u64>,
     pub(crate) pages_checked: Option<u64>,

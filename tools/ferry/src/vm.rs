@@ -83,6 +83,9 @@ fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
 pub(crate) fn finish(ending: &Ending, name: &str) -> Result<(), Failure> {
     match ending {
         Ending::Moved(to) => eprintln!("ferry: machine `{name}` moved to {to}"),
+        Ending::Saved(to) => {
+            eprintln!("ferry: machine `{name}` was saved to {} and ended", to.display());
+        }
         Ending::Stopped => eprintln!("ferry: machine `{name}` was stopped"),
         Ending::Ended(how) if how.starts_with("crashed") => {
             return Err(Failure::words(format!("machine `{name}` {how}")));
@@ -132,6 +135,9 @@ fn show(runtime: &RuntimeDir, name: &str, json: bool) -> Result<(), Failure> {
     println!("state      {}", m.state);
     if let Some(to) = m.migrating_to {
         println!("moving to  {to}");
+    }
+    if let Some(to) = m.saving_to {
+        println!("saving to  {}", to.display());
     }
     println!("kind       {}, {} vCPUs", m.kind, m.cpus);
     println!("memory     {}, {} resident", mib(m.memory_bytes), mib(m.resident_bytes));

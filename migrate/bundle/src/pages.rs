@@ -1,0 +1,83 @@
+//! Pages of a chain by their place: a frame at a time, the last one kept.
+
+use std::ops::Deref;
+use std::os::unix::fs::FileExt;
+
+use ferry_codec::{CodecSet, Decoder, HEADER_BYTES, parse_header};
+use ferry_pages::PAGE_BYTES;
+
+use crate::{BundleError, Chain};
+
+/// Reads pages of a chain, in any order. Each thread has its own; the chain is shared.
+pub struct Pages<C> {
+    chain: C,
+    decoder: Decoder,
+    body: Vec<u8>,
+    /// The frame that is in `raw`: its layer, and where it begins.
+    now: Option<(usize, u64)>,
+    raw: Vec<u8>,
+    digests: Vec<u64>,
+}
+
+impl<C: Deref<Target = Chain>> Pages<C> {
+    /// A reader of `chain`, which is an `Arc` where it must outlive its owner's scope.
+    pub fn new(chain: C) -> Self {
+        let decoder = Decoder::new(chain.layout().clone(), CodecSet::ALL);
+        let (body, raw, digests) = (Vec::new(), Vec::new(), Vec::new());
+        Self { chain, decoder, body, now: None, raw, digests }
+    }
+
+    /// The content of the page at frame `gfn`, verified; none if it is zero.
+    ///
+    /// # Errors
+    /// Its frame cannot be read, or is damaged.
+    pub fn page(&mut self, gfn: u64) -> Result<Option<&[u8]>, BundleError> {
+        let Some(place) = self.chain.place_of(gfn) else { return Ok(None) };
+        self.run(place.layer, place.at, place.first, &[place.digest]).map(Some)
+    }
+
+    /// The pages from number `first` of the frame at `at` of bundle `layer`: as many as `digests`, which
+    /// they must have.
+    pub(crate) fn run(
+        &mut self,
+        layer: usize,
+        at: u64,
+        first: usize,
+        digests: &[u64],
+    ) -> Result<&[u8], BundleError> {
+        if self.now != Some((layer, at)) {
+            self.now = None;
+            self.load(layer, at)?;
+            self.now = Some((layer, at));
+        }
+        // The digest of a page depends on its frame number: these are the pages that are meant.
+        let pages = first..first.saturating_add(digests.len());
+        if self.digests.get(pages.clone()) != Some(digests) {
+            let path = self.chain.layers()[layer].memory_path();
+            let why =
+                format!("the frame of pages at byte {at} is not the one that the index means");
+            return Err(BundleError::damaged(&path, why));
+        }
+        Ok(&self.raw[pages.start * PAGE_BYTES..pages.end * PAGE_BYTES])
+    }
+
+    fn load(&mut self, layer: usize, at: u64) -> Result<(), BundleError> {
+        let layer = &self.chain.layers()[layer];
+        let path = layer.memory_path();
+        let failed = |e| BundleError::io("read", &path)(e);
+        let wrong = |source| BundleError::Frame { path: path.clone(), at, source };
+        let mut header = [0; HEADER_BYTES];
+        layer.memory.read_exact_at(&mut header, at).map_err(failed)?;
+        let header = parse_header(&header).map_err(wrong)?;
+        // At most a little more than 1 MiB, by the header's bounds.
+        self.body.resize(header.body_bytes(), 0);
+        let body_at = at.saturating_add(HEADER_BYTES as u64);
+        layer.memory.read_exact_at(&mut self.body, body_at).map_err(failed)?;
+        let batch = self.decoder.decode(&header, &self.body).map_err(wrong)?;
+        self.raw.clear();
+        self.raw.extend_from_slice(batch.raw);
+        self.digests.clear();
+        self.digests.extend_from_slice(batch.digests);
+        Ok(())
+    }
+}

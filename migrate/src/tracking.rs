@@ -1,0 +1,96 @@
+//! Trackers: started so that no write is lost; harvested and stopped, for a machine that stays.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use ferry_dirtylog::DirtySource;
+use ferry_memory::GuestView;
+use ferry_pages::PageSet;
+
+use crate::round::Trackers;
+use crate::{Guest, words};
+
+/// Trackers at work; they stop when this is dropped.
+pub(crate) struct Tracking {
+    trackers: Trackers,
+    /// All that was collected: a machine that goes on owes it to other readers of its log.
+    harvested: PageSet,
+}
+
+/// Starts the trackers of `guest`, puts them into `trackers`, and lists the pages that hold data, so that no
+/// write falls in between.
+///
+/// Pages that hold nothing are re-armed at once (they are not mapped: it costs nothing), and then
+/// looked for again: a page touched before the re-arming shows in the second look, one touched
+/// after it shows in the next harvest.
+pub(crate) fn start(
+    trackers: &Trackers,
+    guest: &mut dyn Guest,
+    view: &GuestView,
+) -> Result<PageSet, String> {
+    let sources = guest.dirty_sources().map_err(|e| words(&e))?;
+    let mut trackers = trackers.lock().unwrap_or_else(PoisonError::into_inner);
+    *trackers = sources;
+    let mut scratch = PageSet::new();
+    for tracker in trackers.iter_mut() {
+        tracker.start().map_err(|e| words(&e))?;
+        tracker.collect(&mut scratch).map_err(|e| words(&e))?;
+    }
+    let mut resident = view.resident().map_err(|e| words(&e))?;
+    let mut untouched: PageSet = view.regions().iter().map(|r| r.run).collect();
+    untouched.subtract(&resident);
+    for tracker in trackers.iter_mut() {
+        tracker.rearm(&untouched).map_err(|e| words(&e))?;
+    }
+    resident.union_with(&view.resident().map_err(|e| words(&e))?);
+    Ok(resident)
+}
+
+impl Tracking {
+    /// [`start`]s the trackers.
+    pub(crate) fn start(
+        guest: &mut dyn Guest,
+        view: &GuestView,
+    ) -> Result<(Self, PageSet), String> {
+        let tracking = Self { trackers: Arc::default(), harvested: PageSet::new() };
+        let resident = start(&tracking.trackers, guest, view)?;
+        Ok((tracking, resident))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Box<dyn DirtySource>>> {
+        self.trackers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a round, which re-arms.
+    pub(crate) fn trackers(&self) -> Trackers {
+        self.trackers.clone()
+    }
+
+    /// The pages that were written since they were last re-armed.
+    pub(crate) fn harvest(&mut self) -> Result<PageSet, String> {
+        let mut pages = PageSet::new();
+        let collected = self.lock().iter_mut().try_for_each(|tracker| tracker.collect(&mut pages));
+        self.harvested.union_with(&pages);
+        collected.map(|()| pages).map_err(|e| words(&e))
+    }
+
+    /// Ends tracking; gives the guest back all that was collected.
+    pub(crate) fn stop(mut self, guest: &mut dyn Guest) {
+        self.stop_trackers();
+        guest.return_dirty(&std::mem::take(&mut self.harvested));
+    }
+
+    fn stop_trackers(&self) {
+        let mut trackers = std::mem::take(&mut *self.lock());
+        for tracker in &mut trackers {
+            if let Err(e) = tracker.stop() {
+                tracing::warn!("{}", words(&e));
+            }
+        }
+    }
+}
+
+impl Drop for Tracking {
+    fn drop(&mut self) {
+        self.stop_trackers();
+    }
+}

@@ -1,0 +1,7 @@
+//! Machines as files: saved while they run or for good, in chains, and started again.
+
+mod command;
+mod engine;
+#[path = "../stage/mod.rs"]
+mod stage;
+mod trouble;
