@@ -210,7 +210,8 @@ impl Destination {
                 if matches!(self.phase, Phase::Fetching) {
                     let reason = "the machine was stopped there".to_owned();
                     self.send(ToSource::Failed { reason });
-                    self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None });
+                    // Not `Ran`: a source that did not hear of it would take its pages as delivered.
+                    self.finish(Verdict::Unknown, Arrival::Runs { digest_verified: None });
                 }
             }
             DestinationEvent::Rejoined(owed) => self.rejoined(&owed),

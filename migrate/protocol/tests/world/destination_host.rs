@@ -49,6 +49,8 @@ pub(crate) struct DestinationHost {
     pub(crate) lacked: Option<PageSet>,
     all_here: bool,
     pub(crate) paging_broken: bool,
+    /// Thrown away while it ran.
+    pub(crate) abandoned: bool,
     pub(crate) runs: bool,
     pub(crate) ever_ran: bool,
     pub(crate) dead: bool,
@@ -75,6 +77,7 @@ impl DestinationHost {
             lacked: None,
             all_here: false,
             paging_broken: false,
+            abandoned: false,
             runs: false,
             ever_ran: false,
             dead: false,
@@ -232,6 +235,21 @@ impl World {
         self.feed_destination(DestinationEvent::PagingBroken("userfaultfd: read failed".into()))
     }
 
+    pub(crate) fn abandon(&mut self) -> Result<(), String> {
+        let d = &mut self.destination;
+        if d.missing().is_empty() || d.machine.verdict() != Verdict::Ran || !d.runs {
+            return Ok(());
+        }
+        (d.runs, d.abandoned) = (false, true);
+        self.feed_destination(DestinationEvent::Abandoned)
+    }
+
+    /// Whether nobody there will ever want a page again.
+    pub(crate) fn destination_is_gone(&self) -> bool {
+        let d = &self.destination;
+        d.dead || d.abandoned || d.paging_broken
+    }
+
     pub(crate) fn destination_guest_runs(&mut self) -> Result<(), String> {
         for vcpu in 0..VCPUS {
             for _ in 0..self.rng.random_range(0..3) {
@@ -259,8 +277,9 @@ impl World {
 
     pub(crate) fn fault(&mut self, vcpu: usize, page: u64) -> Result<(), String> {
         let now = Duration::from_micros(self.now);
+        let gone = self.destination_is_gone();
         let d = &mut self.destination;
-        let Some(demand) = d.demand.as_mut().filter(|_| !d.dead && !d.paging_broken) else {
+        let Some(demand) = d.demand.as_mut().filter(|_| !gone) else {
             return Ok(());
         };
         match demand.fault(page, now, vcpu as u32) {
@@ -361,9 +380,10 @@ impl World {
     }
 
     pub(crate) fn installed(&mut self, round: u32, page: u64, content: u64) -> Result<(), String> {
+        let gone = self.destination_is_gone();
         let d = &mut self.destination;
         d.copying.remove(&page);
-        let Some(demand) = d.demand.as_mut().filter(|_| !d.dead && !d.paging_broken) else {
+        let Some(demand) = d.demand.as_mut().filter(|_| !gone) else {
             return Ok(());
         };
         demand.installed(page, Duration::from_micros(self.now));

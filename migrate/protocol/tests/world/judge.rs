@@ -53,7 +53,7 @@ impl World {
     /// The destination's session is over when nothing can come any more, unless it waits for pages.
     fn judge_session(&self) -> Result<(), String> {
         let d = &self.destination;
-        if d.dead {
+        if d.dead || d.abandoned && d.arrival.is_some() {
             return Ok(());
         }
         match &d.arrival {
@@ -109,7 +109,7 @@ impl World {
         if !detached {
             return Ok(End::PausedInDoubt);
         }
-        let hopeless = d.dead || d.paging_broken || self.net.down_until == super::NEVER;
+        let hopeless = self.destination_is_gone() || self.net.down_until == super::NEVER;
         if self.plan.operator_persists && !hopeless {
             return Err("detached for good, and nothing stood in the way".into());
         }

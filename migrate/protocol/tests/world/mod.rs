@@ -77,6 +77,7 @@ struct Plan {
     refuse_paging: bool,
     no_post_copy: bool,
     paging_breaks: bool,
+    abandons: bool,
     discards: bool,
 }
 
@@ -122,6 +123,7 @@ impl World {
             refuse_paging: rng.random_bool(0.03),
             no_post_copy: rng.random_bool(0.08),
             paging_breaks: rng.random_bool(0.04),
+            abandons: rng.random_bool(0.04),
             discards: rng.random_bool(0.1),
         };
         w
@@ -250,6 +252,7 @@ impl World {
                 self.cut_link();
             }
             Fate::PagingBreaks => self.paging_breaks()?,
+            Fate::Abandoned => self.abandon()?,
             Fate::Reattach => self.reattach()?,
         }
         Ok(())
@@ -289,7 +292,7 @@ impl World {
         self.rng.random_range(0..most)
     }
 
-    /// The commit is out, or the source is back: time for the next cut, and for a host to die.
+    /// The commit is out, or the source is back: time for the next cut.
     fn tempt_fate(&mut self) {
         if self.plan.more_cuts > 0 {
             self.plan.more_cuts -= 1;

@@ -73,6 +73,8 @@ pub(crate) enum Fate {
     SourceDies,
     DestinationDies,
     PagingBreaks,
+    /// The machine is thrown away at the destination.
+    Abandoned,
     /// The operator takes a detached migration up again.
     Reattach,
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use ferry_pages::{PageSet, Run};
 use ferry_postcopy::PushQueue;
 use ferry_protocol::{
-    Goals, MachineSpec, Mode, Outcome, Progress, Reattach, RunPermit, Source, SourceAction,
-    SourceEvent, ToDestination,
+    Goals, MachineSpec, Mode, Outcome, Progress, RunPermit, Source, SourceAction, SourceEvent,
+    ToDestination,
 };
 use rand::RngExt;
 use rand::rngs::SmallRng;
@@ -317,6 +317,7 @@ impl World {
                 for (planned, what) in [
                     (self.plan.source_dies, Fate::SourceDies),
                     (self.plan.destination_dies_later, Fate::DestinationDies),
+                    (self.plan.abandons, Fate::Abandoned),
                 ] {
                     if planned {
                         let at = soon(self);
@@ -348,7 +349,7 @@ impl World {
             if self.plant == Plant::ResumeAfterDetach {
                 self.source.runs = true;
             }
-            let pointless = self.destination.dead || self.destination.paging_broken;
+            let pointless = self.destination_is_gone();
             if self.plan.operator_persists && !pointless && self.net.down_until != NEVER {
                 let at = self.now + self.rng.random_range(0..20_000_000);
                 self.fate_at(at, Fate::Reattach);
@@ -364,7 +365,6 @@ impl World {
         let Some(Outcome::Detached { reattach, .. }) = self.source.outcome.take() else {
             return Err("nothing to take up again".into());
         };
-        let reattach: Reattach = reattach;
         self.source.machine = Source::reattach(reattach, self.source.goals, self.source.rejoin_for);
         self.source.began = self.now;
         self.source.lost_at = Some(self.now);
