@@ -72,10 +72,10 @@ impl Control {
     }
 }
 
-/// Starts the thread: it connects, says `hello`, and then carries out orders.
+/// Starts the thread: it connects and says `hello`, if it is to, and then carries out orders.
 pub(crate) fn start(
     connector: Arc<dyn Connector>,
-    hello: Hello,
+    hello: Option<Hello>,
     tell: impl Fn(ControlEvent) + Send + Sync + 'static,
 ) -> Control {
     let tell: Tell = Arc::new(tell);
@@ -92,7 +92,7 @@ pub(crate) fn start(
         };
         runtime.block_on(async {
             tokio::select! {
-                () = talk(connector.as_ref(), &hello, receiver, tell) => {}
+                () = talk(connector.as_ref(), hello.as_ref(), receiver, tell) => {}
                 // A peer that is alive but reads nothing must not hold up the end.
                 () = async {
                     let _ = ended.wait_for(|ended| *ended).await;
@@ -108,21 +108,21 @@ pub(crate) fn start(
 
 async fn talk(
     connector: &dyn Connector,
-    hello: &Hello,
+    hello: Option<&Hello>,
     mut orders: UnboundedReceiver<Order>,
     tell: Tell,
 ) {
-    let mut sink = match open(connector, hello).await {
-        Ok(channel) => {
-            tell(ControlEvent::Connected);
-            tokio::spawn(read(channel.source, tell.clone()));
-            Some(channel.sink)
+    let mut sink = None;
+    if let Some(hello) = hello {
+        match open(connector, hello).await {
+            Ok(channel) => {
+                tell(ControlEvent::Connected);
+                tokio::spawn(read(channel.source, tell.clone()));
+                sink = Some(channel.sink);
+            }
+            Err(e) => tell(ControlEvent::Lost(e.to_string())),
         }
-        Err(e) => {
-            tell(ControlEvent::Lost(e.to_string()));
-            None
-        }
-    };
+    }
     while let Some(order) = orders.recv().await {
         match order {
             Order::Send(bytes) => {

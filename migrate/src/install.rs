@@ -1,5 +1,6 @@
 //! Installing pages at the destination: no old copy over a newer one, no page faulted in for nothing.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use ferry_codec::{Batch, Codec};
@@ -19,6 +20,8 @@ pub(crate) struct Installer {
     extents: Vec<(Run, u64, usize)>,
     /// Held for reading while a batch is installed.
     stage: RwLock<Stage>,
+    /// The newest round of which pages were installed.
+    newest: AtomicU32,
 }
 
 /// What is done with pages that come.
@@ -26,7 +29,7 @@ enum Stage {
     /// The machine does not run: they are written.
     Filling(Filler),
     /// The machine runs, or is about to: they are placed where they are owed.
-    Paging(Pager),
+    Paging { pager: Pager, after: u32 },
     /// The last page came while the machine ran; more copies are for nothing.
     Drained,
     /// Nothing is to come.
@@ -59,7 +62,7 @@ impl Installer {
         }
         let chunks = (0..count).map(|_| Mutex::new(None)).collect();
         let stage = RwLock::new(Stage::Filling(Filler::new(view.clone())));
-        Self { view, layout, chunks, extents, stage }
+        Self { view, layout, chunks, extents, stage, newest: AtomicU32::new(0) }
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -86,14 +89,15 @@ impl Installer {
         let mut stage = self.stage.write().unwrap_or_else(PoisonError::into_inner);
         // The memory can be watched by one only.
         *stage = Stage::Closed;
-        *stage = Stage::Paging(Pager::start(&self.view, owed, notify)?);
+        let pager = Pager::start(&self.view, owed, notify)?;
+        *stage = Stage::Paging { pager, after: self.newest.load(Ordering::Relaxed) };
         Ok(())
     }
 
     /// Ends paging: memory is plain from here on.
     pub(crate) fn drain(&self) {
         let mut stage = self.stage.write().unwrap_or_else(PoisonError::into_inner);
-        if let Stage::Paging(_) = *stage {
+        if let Stage::Paging { .. } = *stage {
             *stage = Stage::Drained;
         }
     }
@@ -101,7 +105,7 @@ impl Installer {
     /// Calls `ask` with the pager, where there is one.
     pub(crate) fn pager<T>(&self, ask: impl FnOnce(&Pager) -> T) -> Option<T> {
         match &*self.stage.read().unwrap_or_else(PoisonError::into_inner) {
-            Stage::Paging(pager) => Some(ask(pager)),
+            Stage::Paging { pager, .. } => Some(ask(pager)),
             Stage::Filling(_) | Stage::Drained | Stage::Closed => None,
         }
     }
@@ -111,10 +115,15 @@ impl Installer {
         let stage = self.stage.read().unwrap_or_else(PoisonError::into_inner);
         let filler = match &*stage {
             Stage::Filling(filler) => filler,
-            Stage::Paging(pager) => return self.place(pager, batch).map(|()| Installed::Paged),
+            // A frame of a round before the hand-over: its pages have changed since.
+            Stage::Paging { after, .. } if batch.round <= *after => return Ok(Installed::Paged),
+            Stage::Paging { pager, .. } => {
+                return self.place(pager, batch).map(|()| Installed::Paged);
+            }
             Stage::Drained => return Ok(Installed::Paged),
             Stage::Closed => return Ok(Installed::Closed),
         };
+        self.newest.fetch_max(batch.round, Ordering::Relaxed);
         let mut digests = batch.digests;
         for (run, mut bytes) in batch.run_bytes() {
             for (number, first, part) in by_chunk(run) {

@@ -117,6 +117,33 @@ impl std::fmt::Debug for Fetching {
     }
 }
 
+/// State that is being loaded, which may touch a page that is still to come: when the link is lost, it
+/// must not wait for ever.
+#[derive(Clone, Default)]
+struct Loading(Arc<Mutex<Option<Arc<Installer>>>>);
+
+impl Loading {
+    fn slot(&self) -> MutexGuard<'_, Option<Arc<Installer>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, installer: Option<Arc<Installer>>) {
+        *self.slot() = installer;
+    }
+
+    /// Whether the link held all the while.
+    fn end(&self) -> bool {
+        self.slot().take().is_some()
+    }
+
+    /// The link was lost: whoever loads goes on, with pages of zeros, and [`end`](Self::end) says so.
+    fn link_lost(&self) {
+        if let Some(installer) = self.slot().take() {
+            installer.drain();
+        }
+    }
+}
+
 type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
 
 enum Message {
@@ -291,7 +318,7 @@ async fn write(mut sink: Box<dyn ByteSink>, mut messages: UnboundedReceiver<Vec<
     let _ = sink.finish().await;
 }
 
-async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64) {
+async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64, loading: Loading) {
     loop {
         let event = match reader.read_message(wire::MAX_MESSAGE_BYTES).await {
             Ok(Some(bytes)) => match wire::decode::<ToDestination>(&bytes) {
@@ -302,6 +329,9 @@ async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64) {
             Err(e) => DestinationEvent::LinkLost(e.to_string()),
         };
         let over = !matches!(event, DestinationEvent::Message(_));
+        if over {
+            loading.link_lost();
+        }
         if door.send(Message::Link { epoch, event }).is_err() || over {
             return;
         }
@@ -409,6 +439,7 @@ struct Arriving<H: Host> {
     asks: Arc<Mutex<Option<UnboundedSender<u64>>>>,
     urgent_allowed: bool,
     paging_since: Duration,
+    loading: Loading,
     runtime: tokio::runtime::Handle,
     machine: Destination,
     began: Instant,
@@ -441,6 +472,7 @@ impl<H: Host + 'static> Arriving<H> {
             asks: Arc::default(),
             urgent_allowed: false,
             paging_since: Duration::ZERO,
+            loading: Loading::default(),
             runtime,
             machine,
             began: Instant::now(),
@@ -566,7 +598,8 @@ impl<H: Host + 'static> Arriving<H> {
         self.linked = true;
         let (outgoing, messages) = unbounded_channel();
         self.runtime.spawn(write(sink, messages));
-        self.runtime.spawn(read(reader, self.door.clone(), self.epoch));
+        let loading = self.loading.clone();
+        self.runtime.spawn(read(reader, self.door.clone(), self.epoch, loading));
         self.outgoing = Some(outgoing);
     }
 
@@ -634,9 +667,11 @@ impl<H: Host + 'static> Arriving<H> {
         // The session holds the only other one, so that the lane ends with it.
         drop(asks);
         let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
+        let loading = self.loading.clone();
         self.runtime.spawn(async move {
             let event = fetch::run(reader, sink, wanted, &installer, codecs).await;
             if let Some(event) = event {
+                loading.link_lost();
                 let _ = door.send(Message::Link { epoch, event });
             }
         });
@@ -662,7 +697,13 @@ impl<H: Host + 'static> Arriving<H> {
         }
         let guest = self.guest.as_mut().ok_or("there is no machine")?;
         let state = StateReader::parse(state).map_err(|e| e.to_string())?;
-        guest.load(&state).map_err(|e| words(&e))
+        self.loading.begin(self.installer.clone());
+        let loaded = guest.load(&state).map_err(|e| words(&e));
+        if self.loading.end() {
+            loaded
+        } else {
+            Err("the link was lost while state was loaded".into())
+        }
     }
 
     fn lane(&mut self, reader: FrameReader, mut sink: Box<dyn ByteSink>) {

@@ -251,6 +251,9 @@ pub(crate) fn outcome(outcome: &Outcome) -> (OutcomeKind, String, Whereabouts, O
             (K::Refused, words.join("; "), W::RunsAtSource, None)
         }
         Outcome::Failed(why) => (K::Failed, why.clone(), W::RunsAtSource, None),
+        Outcome::Detached { reason, reattach } if reattach.is_in_doubt() => {
+            (K::Failed, reason.clone(), W::PausedAtSource, None)
+        }
         Outcome::Detached { reason, .. } => (K::Failed, reason.clone(), W::LacksPages, None),
         Outcome::InDoubt { reason, .. } => (K::Failed, reason.clone(), W::PausedAtSource, None),
     }

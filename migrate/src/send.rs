@@ -157,7 +157,7 @@ pub fn send(
     let (codecs, lanes) = (options.codecs.bits(), options.lanes);
     let machine = Source::new(guest.spec(), codecs, lanes, how, options.rejoin_for);
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
-    engine.connect(Hello::control());
+    engine.connect(Some(Hello::control()));
     engine.run(&receiver)
 }
 
@@ -174,6 +174,7 @@ pub fn reattach(
     let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
     engine.paused = true;
+    engine.connect(None);
     engine.run(&receiver)
 }
 
@@ -265,8 +266,9 @@ impl<'a> Engine<'a> {
         (engine, receiver)
     }
 
-    /// Opens a control channel that begins with `hello`; events of all links before it count no more.
-    fn connect(&mut self, hello: Hello) {
+    /// Opens a control channel that begins with `hello` (none: it can only inquire); events of all links
+    /// before it count no more.
+    fn connect(&mut self, hello: Option<Hello>) {
         self.epoch += 1;
         let (sender, epoch) = (self.sender.clone(), self.epoch);
         let control = control::start(self.connector.clone(), hello, move |event| {
@@ -413,7 +415,7 @@ impl Engine<'_> {
             }
             SourceAction::Rejoin { session } => {
                 self.give_up_link();
-                self.connect(Hello::Rejoin { session });
+                self.connect(Some(Hello::Rejoin { session }));
                 None
             }
             SourceAction::DigestMemory => Some(match digest(&self.memory) {

@@ -93,10 +93,24 @@ pub(crate) async fn push(
                     lock(&serving.pace).sent(at, bytes);
                     on_the_way.push_back((at, bytes));
                     shared.bytes.fetch_add(bytes, Ordering::Relaxed);
-                    channel.sink.send(frame).await.map_err(LaneEvent::LinkLost)?;
+                    let Channel { sink, source, remote, .. } = &mut *channel;
+                    let mut sending = sink.send(frame);
+                    // A peer that waits until its acknowledgements are read takes no more frames.
+                    loop {
+                        tokio::select! {
+                            biased;
+                            sent = &mut sending => break sent.map_err(LaneEvent::LinkLost)?,
+                            acks = source.recv() => match acks {
+                                Ok(Some(acks)) => {
+                                    acknowledge(serving, &mut on_the_way, acks.len(), now());
+                                }
+                                Ok(None) => return Err(LaneEvent::LinkLost(closed(remote))),
+                                Err(e) => return Err(LaneEvent::LinkLost(e)),
+                            },
+                        }
+                    }
                 }
                 lock(&serving.sent).merge(counts);
-                // Acknowledgements that are here; none are waited for.
                 while let Some(acks) = channel.source.ready() {
                     acknowledge(serving, &mut on_the_way, acks.len(), now());
                 }
@@ -107,7 +121,7 @@ pub(crate) async fn push(
         tokio::select! {
             acks = channel.source.recv() => match acks {
                 Ok(Some(acks)) => acknowledge(serving, &mut on_the_way, acks.len(), now()),
-                Ok(None) => return Err(LaneEvent::LinkLost(closed(channel))),
+                Ok(None) => return Err(LaneEvent::LinkLost(closed(&channel.remote))),
                 Err(e) => return Err(LaneEvent::LinkLost(e)),
             },
             () = timer.wait(wait) => {}
@@ -147,9 +161,9 @@ impl Timer {
     }
 }
 
-fn closed(channel: &Channel) -> LinkError {
+fn closed(remote: &str) -> LinkError {
     let reason = "the destination closed a lane".to_owned();
-    LinkError::Closed { remote: channel.remote.clone(), reason }
+    LinkError::Closed { remote: remote.to_owned(), reason }
 }
 
 fn acknowledge(

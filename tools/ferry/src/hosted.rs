@@ -200,6 +200,13 @@ impl Hosted {
                  here (`ferry vm show {name}`)"
             ));
         }
+        if inner.detached.as_ref().is_some_and(Reattach::is_in_doubt) {
+            return Err(format!(
+                "machine `{name}` is paused: its last migration sent the run permit and lost the destination. \
+                 `ferry migrate --resume {name} --to ADDR` asks there and goes on; if you have made sure that \
+                 it does not run there, `ferry vm resume {name} --destination-is-dead` here"
+            ));
+        }
         if inner.detached.is_some() {
             return Err(format!(
                 "machine `{name}` runs elsewhere and lacks pages that are only here: `ferry migrate --resume \
