@@ -243,7 +243,11 @@ fn a_cancelled_kvm_machine_runs_on_and_can_be_moved_afterwards() {
 #[test]
 fn a_migration_that_takes_too_long_fails_in_words_and_the_machine_runs_on() {
     let (hosts, _runner, _receiver, to) = set_out(PROCESS, &["--cmdline", LARGE]);
-    let moved = hosts.source.migrate("m", to, &[&SLOW[..], &["--max-total", "1s"]].concat());
+    let moved = hosts.source.migrate(
+        "m",
+        to,
+        &[&SLOW[..], &["--mode", "pre-copy", "--max-total", "1s"]].concat(),
+    );
     moved.stayed("failed", &["--max-total", "1.0 s"]);
     hosts.source.works("m");
     hosts.source.migrate("m", to, &[]).completed();

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use ferry_e2e::{HANG, Host, Hosts, Running, kvm, path};
 
 const MOVES: usize = 10;
+const MODES: [&str; 3] = ["auto", "post-copy", "hybrid"];
 /// What this guest needs where ring 0 is emulated; harmless elsewhere.
 const CMDLINE: &str = "console=ttyS0 noxsave mitigations=off random.trust_cpu=off \
     rcutorture.stat_interval=5 rcutorture.fwd_progress=0 rcutorture.nreaders=2 \
@@ -99,9 +100,12 @@ fn linux_goes_on_after_ten_moves_in_a_row() {
         let ((here, _), (there, console)) = (&sides[n % 2], &sides[(n + 1) % 2]);
         let (receiver, to) = there.receive(&["--once", "--serial", path(console)]);
         let before = read(console).matches(STATISTICS).count();
-        let moved = here.migrate("linux", to, &[]);
+        let mode = MODES[n % MODES.len()];
+        // So that hybrid is not done after its one round.
+        let moved = here.migrate("linux", to, &["--mode", mode, "--max-downtime", "5ms"]);
         moved.completed();
-        println!("move {}: {} ms downtime", n + 1, moved.report["downtime_ms"]);
+        let (downtime, how) = (&moved.report["downtime_ms"], &moved.report["mode"]);
+        println!("move {}: {how}, {downtime} ms downtime", n + 1);
         process.end().succeeded();
         process = receiver;
         wait_for_words(console, STATISTICS, before, &mut process);

@@ -52,6 +52,26 @@ impl Network {
         ["ip", "netns", "exec", &self.0[end]].map(str::to_owned).into()
     }
 
+    /// Gives `end` another address, and takes its old one; the new one.
+    #[allow(dead_code, reason = "each test file uses its part")]
+    pub(crate) fn renumber(&self, end: usize) -> &'static str {
+        let new = ["10.77.77.3", "10.77.77.4"][end];
+        let name = &self.0[end];
+        assert_eq!(ip(&format!("-n {name} address del {}/24 dev cable", ADDRESSES[end])), None);
+        assert_eq!(ip(&format!("-n {name} address add {new}/24 dev cable")), None);
+        new
+    }
+
+    /// Lets no more than `rate` through, each way; why not, if so.
+    #[allow(dead_code, reason = "each test file uses its part")]
+    pub(crate) fn shape(&self, rate: &str) -> Option<String> {
+        let words = format!("qdisc add dev cable root tbf rate {rate} burst 128kb latency 5ms");
+        self.0.iter().find_map(|name| {
+            let args = ["-n", name].into_iter().chain(words.split_whitespace());
+            why_not(Command::new("tc").args(args).output())
+        })
+    }
+
     /// `down` cuts the cable, `up` joins it.
     pub(crate) fn set_link(&self, state: &str) {
         assert_eq!(ip(&format!("-n {} link set cable {state}", self.0[0])), None);

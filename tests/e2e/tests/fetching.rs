@@ -1,0 +1,176 @@
+//! Machines that fetch their pages after the hand-over, between two processes: each side is killed, the
+//! cable is cut, the address changes, and both say what became of the machine.
+
+mod network;
+
+use std::net::SocketAddr;
+
+use ferry_e2e::{Hosts, Running, kvm, wait_for};
+use rustix::process::Signal;
+
+const PROCESS: &str = ":process";
+/// All memory is written without end.
+const ALL: &str = "pattern=random arena=40M fill=all fill_random=60 random=60";
+/// Pages come so slowly that there is time to do harm.
+const SLOWLY: [&str; 4] = ["--mode", "post-copy", "--bandwidth", "16Mbit"];
+
+/// A machine `m` that runs at its destination and fetches pages for seconds.
+struct Fetching {
+    hosts: Hosts,
+    runner: Running,
+    receiver: Running,
+    moving: Running,
+    to: SocketAddr,
+}
+
+fn fetching(hosts: Hosts, listen: &str, more: &[&str]) -> Fetching {
+    let (receiver, to) = hosts.destination.receive_on(listen, &[]);
+    let runner = hosts.source.boot("m", PROCESS, &["--cmdline", ALL]);
+    let moving = hosts.source.start_migrate("m", to, &[&SLOWLY[..], more].concat());
+    moving.line("it fetches ");
+    receiver.line("`m` runs here");
+    assert!(hosts.destination.state("m").contains("fetching"));
+    Fetching { hosts, runner, receiver, moving, to }
+}
+
+fn on_loopback(more: &[&str]) -> Fetching {
+    fetching(Hosts::new(), "127.0.0.1:0", more)
+}
+
+/// Waits until all pages are there, and sees that the machine goes on.
+fn arrives(hosts: &Hosts) {
+    wait_for("all pages are there", || (hosts.destination.state("m") == "running").then_some(()));
+    hosts.destination.works("m");
+}
+
+#[test]
+fn while_it_fetches_pages_a_machine_is_not_moved_on_and_can_be_stopped() {
+    let at = on_loopback(&[]);
+    let refused = at.hosts.destination.migrate("m", at.to, &[]);
+    assert!(refused.reason().contains("still fetching pages"), "{:#}", refused.report);
+    at.hosts.destination.run(&["vm", "stop", "m"]).succeeded();
+    at.receiver.line("`m` was stopped");
+    let done = at.moving.end();
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.stdout.contains("the machine was stopped there"), "{done:?}");
+    assert!(at.hosts.destination.machines().is_empty());
+}
+
+#[test]
+fn a_source_that_is_killed_leaves_a_destination_that_says_what_is_lost() {
+    let at = on_loopback(&[]);
+    at.runner.kill();
+    let done = at.moving.end();
+    assert!(done.stderr.contains("look at both hosts"), "{done:?}");
+    let said = at.receiver.line("lacks");
+    for word in ["pages", "the link to its source was lost", "if its process has ended"] {
+        assert!(said.contains(word), "{said}");
+    }
+    assert!(at.hosts.destination.state("m").contains("fetching"));
+    // Its vCPUs wait for ever; it can be shown and stopped all the same.
+    at.hosts.destination.run(&["vm", "stop", "m"]).succeeded();
+    at.receiver.line("`m` was stopped");
+}
+
+#[test]
+fn a_destination_that_is_killed_leaves_the_machine_as_it_was_handed_over() {
+    let at = on_loopback(&["--rejoin", "2s"]);
+    at.receiver.kill();
+    at.moving.line("trying to come back");
+    let done = at.moving.end();
+    assert_eq!(done.status, Some(1), "{done:?}");
+    for word in ["BUT SOME OF ITS PAGES ARE STILL ONLY HERE", "could not be reached", "--resume"] {
+        assert!(done.stdout.contains(word), "`{word}` is not in {done:?}");
+    }
+    let hosts = &at.hosts;
+    assert_eq!(hosts.source.state("m"), "moved, its pages still here");
+    hosts.source.run(&["vm", "resume", "m"]).failed(&["runs elsewhere", "--destination-is-dead"]);
+    let again = hosts.source.migrate("m", at.to, &[]);
+    assert_eq!(again.report["machine"], "lacks_pages", "{:#}", again.report);
+    assert_eq!(again.status, Some(1));
+    // The operator knows that it is dead.
+    hosts.source.run(&["vm", "resume", "m", "--destination-is-dead"]).succeeded();
+    hosts.source.works("m");
+    let (_receiver, to) = hosts.destination.receive(&[]);
+    hosts.source.migrate("m", to, &["--mode", "post-copy"]).completed();
+    hosts.destination.works("m");
+}
+
+#[test]
+fn a_destination_that_was_frozen_for_a_while_goes_on() {
+    let at = on_loopback(&[]);
+    at.receiver.signal(Signal::STOP);
+    at.moving.line("trying to come back");
+    at.receiver.signal(Signal::CONT);
+    at.moving.end().succeeded();
+    arrives(&at.hosts);
+    at.runner.end().succeeded();
+}
+
+fn in_namespaces() -> Option<(network::Network, Hosts)> {
+    let network = network::Network::new()?;
+    let mut hosts = Hosts::new();
+    hosts.source.before = network.at(0);
+    hosts.destination.before = network.at(1);
+    Some((network, hosts))
+}
+
+#[test]
+fn a_cable_that_is_cut_and_joined_again_costs_time_and_nothing_else() {
+    let Some((network, hosts)) = in_namespaces() else { return };
+    let at = fetching(hosts, &format!("{}:0", network::ADDRESSES[1]), &[]);
+    network.set_link("down");
+    at.moving.line("trying to come back");
+    at.receiver.line("lacks");
+    network.set_link("up");
+    let done = at.moving.end().succeeded();
+    assert!(done.stdout.contains("the same on both sides"), "{done:?}");
+    arrives(&at.hosts);
+}
+
+#[test]
+fn a_destination_at_a_new_address_is_found_by_resume() {
+    let Some((network, hosts)) = in_namespaces() else { return };
+    let (receiver, listens) = hosts.destination.receive_on("0.0.0.0:0", &[]);
+    let to = format!("{}:{}", network::ADDRESSES[1], listens.port()).parse().expect("an address");
+    let _runner = hosts.source.boot("m", PROCESS, &["--cmdline", ALL]);
+    let more = [&SLOWLY[..], &["--rejoin", "1s"]].concat();
+    let moving = hosts.source.start_migrate("m", to, &more);
+    moving.line("it fetches ");
+    let new = network.renumber(1);
+    let done = moving.end();
+    assert!(done.stdout.contains("--resume"), "{done:?}");
+    receiver.line("lacks");
+    let to = format!("{new}:{}", listens.port()).parse().expect("an address");
+    hosts.source.migrate("m", to, &["--resume"]).completed();
+    arrives(&hosts);
+    hosts.source.run(&["vm", "show", "m"]).failed(&["no machine"]);
+}
+
+/// Each guest under write load of all its memory, over 1 Gbit/s.
+#[test]
+fn over_a_gigabit_link_machines_move_by_post_copy_and_hybrid_there_and_back() {
+    let Some((network, mut hosts)) = in_namespaces() else { return };
+    if let Some(why) = network.shape("1gbit") {
+        return println!("SKIP: no link of 1 Gbit/s can be made: {why}");
+    }
+    let guests: &[&str] = if kvm() { &[PROCESS, ":guest"] } else { &[PROCESS] };
+    for guest in guests {
+        let mut process = hosts.source.boot("m", guest, &["--cmdline", ALL]);
+        for n in 0..10 {
+            let mode = ["post-copy", "hybrid"][n % 2];
+            let listen = format!("{}:0", network::ADDRESSES[(n + 1) % 2]);
+            let (receiver, to) = hosts.destination.receive_on(&listen, &["--once"]);
+            let goal = ["--mode", mode, "--max-downtime", "1ms"];
+            let moved = hosts.source.migrate("m", to, &goal);
+            moved.completed();
+            assert_eq!(moved.report["mode"], mode, "{:#}", moved.report);
+            process.end().succeeded();
+            process = receiver;
+            std::mem::swap(&mut hosts.source, &mut hosts.destination);
+            hosts.source.works("m");
+        }
+        hosts.source.run(&["vm", "stop", "m"]).succeeded();
+        process.end().succeeded();
+    }
+}
