@@ -629,6 +629,8 @@ impl Engine<'_> {
                 Left::Stopped(permit, error)
             }
         };
+        let fetching = self.machine.fetched().map_or(0, |fetched| fetched.took_ns);
+        let fetching = Duration::from_nanos(fetching);
         let report = Report {
             outcome: kind,
             reason,
@@ -637,10 +639,11 @@ impl Engine<'_> {
             total_ms: report::ms(ran_at.unwrap_or(total)),
             downtime_ms,
             downtime_parts_ms,
-            verify_ms: ran_at.map_or(0.0, |at| report::ms(total.saturating_sub(at))),
+            verify_ms: ran_at.map_or(0.0, |at| report::ms(total.saturating_sub(at + fetching))),
             bytes_sent: self.bytes_before,
             state_bytes: self.state_bytes,
-            rounds: self.machine.rounds(),
+            // What is served after the hand-over goes under a number of its own.
+            rounds: self.machine.rounds() - u32::from(self.machine.is_post_copy()),
             pages: self.pages,
             paging: self.machine.fetched().map(report::paging),
             link_bytes_per_s: link_rate,

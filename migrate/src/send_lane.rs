@@ -207,6 +207,11 @@ impl<'a> Sender<'a> {
         Ok(())
     }
 
+    /// The link takes so many bytes a second, as far as is known.
+    pub(crate) fn set_link_rate(&mut self, bytes_per_s: u64) {
+        self.chooser.set_link_rate(bytes_per_s.max(1) as f64);
+    }
+
     /// Frames of pages that no longer change: data and zeros.
     pub(crate) fn build(
         &mut self,

@@ -3,13 +3,14 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferry_codec::{BatchBuilder, Codec, zero_frames};
-use ferry_pages::{PageSet, Run};
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_postcopy::{PushPace, PushQueue};
 use ferry_protocol::Hello;
 use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, send_message};
@@ -22,10 +23,11 @@ use tokio::io::unix::AsyncFd;
 use crate::report::PageCounts;
 use crate::send_lane::{LaneEvent, Sender, Shared};
 
-/// Pages pushed at once: 64 KiB, half a millisecond at 1 Gbit/s.
-const PUSH_PAGES: u64 = 16;
-/// Bytes that such a batch is expected to have.
-const PUSH_BYTES: u64 = 64 << 10;
+/// What one batch of pushed pages may take of the link's time: a page that somebody waits for is sent after
+/// the batch that is under way.
+const BATCH_TIME: Duration = Duration::from_micros(200);
+/// Pages pushed at once, at least and at most.
+const PUSH_PAGES: RangeInclusive<u64> = 8..=64;
 /// Bytes of a request: the page's frame number, little endian.
 pub(crate) const REQUEST_BYTES: usize = 8;
 /// What the destination answers to each frame that it installed while it fetches pages.
@@ -77,18 +79,27 @@ pub(crate) async fn push(
     let now = || shared.began.elapsed();
     // Frames that are not acknowledged: when each was handed to the link, and its bytes.
     let mut on_the_way: VecDeque<(Duration, u64)> = VecDeque::new();
+    let mut bytes_per_page = PAGE_BYTES as u64;
     let timer = Timer::new().map_err(|e| LaneEvent::Failed(format!("no timer: {e}")))?;
     loop {
-        let wait = lock(&serving.pace).may_send(now(), PUSH_BYTES);
+        let (rate, pages, wait) = {
+            let mut pace = lock(&serving.pace);
+            let rate = pace.rate();
+            let pages = batch_pages(rate, bytes_per_page);
+            (rate, pages, pace.may_send(now(), pages * bytes_per_page))
+        };
         if wait.is_zero() {
-            let runs = lock(&serving.queue).next(PUSH_PAGES);
+            sender.set_link_rate(rate);
+            let runs = lock(&serving.queue).next(pages);
             if runs.is_empty() && on_the_way.is_empty() {
                 return Ok(());
             }
             if !runs.is_empty() {
                 let (frames, counts) = sender.build(serving.round, &runs)?;
+                let mut sent_bytes = 0;
                 for frame in frames {
                     let bytes = frame.len() as u64;
+                    sent_bytes += bytes;
                     let at = now();
                     lock(&serving.pace).sent(at, bytes);
                     on_the_way.push_back((at, bytes));
@@ -110,6 +121,8 @@ pub(crate) async fn push(
                         }
                     }
                 }
+                let pages: u64 = runs.iter().map(|run| run.pages).sum();
+                bytes_per_page = (bytes_per_page * 7 + sent_bytes / pages) / 8;
                 lock(&serving.sent).merge(counts);
                 while let Some(acks) = channel.source.ready() {
                     acknowledge(serving, &mut on_the_way, acks.len(), now());
@@ -127,6 +140,13 @@ pub(crate) async fn push(
             () = timer.wait(wait) => {}
         }
     }
+}
+
+/// How many pages take about [`BATCH_TIME`] at `rate`.
+fn batch_pages(rate: u64, bytes_per_page: u64) -> u64 {
+    let micros = u64::try_from(BATCH_TIME.as_micros()).unwrap_or(u64::MAX);
+    let bytes = rate.saturating_mul(micros) / 1_000_000;
+    (bytes / bytes_per_page.max(64)).clamp(*PUSH_PAGES.start(), *PUSH_PAGES.end())
 }
 
 /// A timer that is exact to microseconds; the runtime's own is to a millisecond, in which a fast link
@@ -180,6 +200,7 @@ fn acknowledge(
 
 /// Runs the urgent lane: a thread of its own, which serves one request after the other.
 pub(crate) fn run_urgent(shared: &Shared, tell: &dyn Fn(LaneEvent)) {
+    ferry_pager::hurry();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return tell(LaneEvent::Failed(format!("urgent lane: no runtime: {e}"))),

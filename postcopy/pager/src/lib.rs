@@ -16,5 +16,5 @@
 mod pager;
 mod waits;
 
-pub use pager::{Notice, Pager};
+pub use pager::{Notice, Pager, hurry};
 pub use waits::Waits;

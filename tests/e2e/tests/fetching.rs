@@ -53,7 +53,7 @@ fn while_it_fetches_pages_a_machine_is_not_moved_on_and_can_be_stopped() {
     let done = at.moving.end();
     assert_eq!(done.status, Some(1), "{done:?}");
     assert!(done.stdout.contains("the machine was stopped there"), "{done:?}");
-    assert!(at.hosts.destination.machines().is_empty());
+    wait_for("it is gone", || at.hosts.destination.machines().is_empty().then_some(()));
 }
 
 #[test]

@@ -257,12 +257,10 @@ impl Hosted {
         match inner.fetching.clone() {
             None => self.machine.stop(),
             Some(fetching) => std::thread::scope(|scope| {
-                let stopping = scope.spawn(|| self.machine.stop());
+                scope.spawn(|| self.machine.stop());
                 // vCPUs that wait for a page end when it will not come; by now they know that they shall.
                 std::thread::sleep(Duration::from_millis(20));
-                if !stopping.is_finished() {
-                    fetching.abandon();
-                }
+                fetching.abandon();
             }),
         }
         Ok(Reply::Done(format!("machine `{}` is stopped", self.name())))

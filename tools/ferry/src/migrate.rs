@@ -155,7 +155,7 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
     // Writing to a string cannot fail.
     let _ = writeln!(out, "{head}");
     let _ = writeln!(out, "  why       {}", r.reason);
-    if r.rounds == 0 {
+    if r.rounds == 0 && r.paging.is_none() {
         return out;
     }
     if r.outcome == OutcomeKind::Completed {
