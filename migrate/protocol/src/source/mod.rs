@@ -32,16 +32,21 @@
 //! Every harvested page is in `pending` or `in_flight` until the destination acknowledged its round.
 //! When the migration ends before the commit, both go back by `ReturnDirty`.
 
+mod after_commit;
+mod events;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use ferry_pages::PageSet;
 
-use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, VERSION_MIN, Verdict};
+use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
 use crate::{Fetched, MachineSpec, PackedPages, RunPermit};
+
+pub use events::{SourceAction, SourceEvent};
 
 /// How long to wait for an answer of a peer whose connection is alive.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -59,111 +64,6 @@ const MAX_RECORD: usize = 8;
 /// First and longest pause between two attempts to come back.
 const REJOIN_FIRST: Duration = Duration::from_millis(100);
 const REJOIN_LONGEST: Duration = Duration::from_secs(5);
-
-/// What happened, told to the source.
-#[derive(Debug)]
-pub enum SourceEvent {
-    /// The control channel is open.
-    Connected,
-    /// A message of the destination.
-    Message(ToSource),
-    /// The control channel or a lane broke, or could not be opened.
-    LinkLost(String),
-    /// Answer to `OpenLanes`.
-    LanesOpen,
-    /// Answer to `StartTracking`: the pages that hold data.
-    TrackingStarted(PageSet),
-    /// Answer to `Harvest`.
-    Harvested(PageSet),
-    /// Answer to `SendPages`: all of it is on the lanes.
-    RoundSent {
-        /// Which round.
-        round: u32,
-        /// Batches sent.
-        batches: u64,
-        /// Bytes sent.
-        bytes: u64,
-    },
-    /// Answer to `Pause`.
-    Paused(RunPermit),
-    /// Answer to `SaveState`.
-    StateSaved(Vec<u8>),
-    /// Answer to `DigestMemory`.
-    MemoryDigest(u64),
-    /// Answer to `Rejoin`: the control channel is open again.
-    Rejoined,
-    /// An action could not be carried out.
-    Failed(String),
-    /// The operator wants it to end.
-    Cancel,
-    /// The deadline passed.
-    Tick,
-}
-
-/// What the engine does next.
-#[derive(Debug, PartialEq)]
-pub enum SourceAction {
-    /// Send on the control channel.
-    Send(ToDestination),
-    /// Open the lanes of `session`.
-    OpenLanes {
-        /// Token for their hello.
-        session: u128,
-        /// Codecs that may be used, a bit each.
-        codecs: u8,
-    },
-    /// Start the trackers, then find the pages that hold data.
-    StartTracking,
-    /// Re-arm these pages without sending them, so that the next harvest says which are written.
-    Sample(PageSet),
-    /// Collect what was dirtied.
-    Harvest,
-    /// Re-arm and send these pages on the lanes.
-    SendPages {
-        /// Which round.
-        round: u32,
-        /// The pages.
-        pages: PageSet,
-    },
-    /// Stop the vCPUs.
-    Pause,
-    /// Save vCPU and device state.
-    SaveState,
-    /// Let the guest run (on) here.
-    Resume(RunPermit),
-    /// These pages were harvested and not delivered: give them back.
-    ReturnDirty(PageSet),
-    /// Stop the trackers.
-    StopTracking,
-    /// From now on, send each page that the destination asks for, at once. Lanes push nothing yet.
-    Serve {
-        /// The number under which pages go.
-        round: u32,
-        /// The pages, which no longer change.
-        owed: PageSet,
-        /// Pages written lately, the latest first.
-        record: Vec<PageSet>,
-    },
-    /// Push what `Serve` named on the lanes, too.
-    Push,
-    /// Drop every connection, and say hello to `session` again; the answer is `Rejoined`, then a
-    /// `Message`, or `LinkLost`.
-    Rejoin {
-        /// The session.
-        session: u128,
-    },
-    /// Ask on a new connection what became of `session`; the answer is a `Message` or `LinkLost`.
-    Inquire {
-        /// The session.
-        session: u128,
-    },
-    /// Compute the digest of all memory (the guest stands still).
-    DigestMemory,
-    /// Tell whoever watches.
-    Tell(Progress),
-    /// The migration is over.
-    Finish(Outcome),
-}
 
 #[derive(Debug)]
 enum Phase {
@@ -458,6 +358,15 @@ impl Source {
     fn message(&mut self, now: Duration, message: ToSource) {
         match (&mut self.phase, message) {
             (Phase::Done, _) => {}
+            (
+                Phase::Committed
+                | Phase::Doubting { .. }
+                | Phase::Serving
+                | Phase::Rejoining { .. }
+                | Phase::Reopening { .. }
+                | Phase::Verifying { .. },
+                message,
+            ) => self.message_after_commit(now, message),
             (Phase::Negotiating, ToSource::Accepted { version, session, codecs, no_post_copy }) => {
                 let codecs = codecs & self.codecs;
                 if !(VERSION_MIN..=VERSION_MAX).contains(&version) || codecs == 0 {
@@ -505,114 +414,6 @@ impl Source {
                 self.in_flight.clear();
                 self.phase = Phase::Harvesting { facts };
                 self.actions.push_back(SourceAction::Harvest);
-            }
-            (
-                Phase::Committed | Phase::Doubting { .. },
-                ToSource::Running { pages_us, load_us, resume_us },
-            ) => {
-                self.switchover.destination_pages_us = pages_us;
-                self.switchover.destination_load_us = load_us;
-                self.switchover.destination_resume_us = resume_us;
-                self.ran(now);
-            }
-            (Phase::Committed | Phase::Doubting { .. }, ToSource::CommitRefused { reason }) => {
-                self.never_ran(reason);
-            }
-            (Phase::Doubting { why, .. }, ToSource::Verdict(verdict)) => {
-                let why = why.clone();
-                match verdict {
-                    Verdict::Ran => {
-                        self.switchover.running = now;
-                        self.tell(Progress::Running);
-                        if self.post_copy {
-                            return self.lost_while_serving(now, why);
-                        }
-                        self.stub = None;
-                        self.finish(Outcome::Completed {
-                            digest_verified: None,
-                            reason: format!("{why}; asked again, the destination runs the machine"),
-                        });
-                    }
-                    Verdict::NeverRan => {
-                        self.never_ran(format!("{why}; the destination never ran the machine"));
-                    }
-                    Verdict::Pending | Verdict::Unknown => self.ask_later(now),
-                }
-            }
-            (Phase::Rejoining { since, wait, .. }, ToSource::Lacks { owed }) => {
-                let (since, wait) = (*since, *wait);
-                let owed = match owed.unpack_within(&self.owed) {
-                    Ok(owed) => owed,
-                    Err(why) => return self.link_lost(now, why),
-                };
-                self.tell(Progress::Fetching { pages: owed.len() });
-                self.owed = owed;
-                self.phase = Phase::Reopening { since, wait };
-                let (session, codecs) = (self.session, self.codecs);
-                self.actions.push_back(SourceAction::OpenLanes { session, codecs });
-                self.expect_answer(now);
-            }
-            // It has no more use for this source: everything came, and then the link was lost.
-            (Phase::Rejoining { why, .. }, ToSource::Verdict(Verdict::Ran)) => {
-                let reason = format!("{why}; the destination has all pages");
-                self.finish(Outcome::Completed { digest_verified: None, reason });
-            }
-            (Phase::Rejoining { .. }, ToSource::Verdict(verdict)) => {
-                let why = format!(
-                    "the process at that address does not run this machine ({verdict:?}): if it was \
-                     restarted, the machine is lost there"
-                );
-                self.link_lost(now, why);
-            }
-            // In `Reopening`: what was lacking was just being installed.
-            (
-                Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
-                ToSource::Digest { sum, fetched },
-            ) => {
-                self.fetched = fetched;
-                self.stub = None;
-                if sum.is_some() {
-                    self.phase = Phase::Verifying { ours: None, theirs: sum };
-                    self.expect_answer(now);
-                    self.actions.push_back(SourceAction::DigestMemory);
-                } else {
-                    let reason = format!(
-                        "{}; the guest gave memory up before it came: digests cannot be compared",
-                        self.why_now
-                    );
-                    self.finish(Outcome::Completed { digest_verified: None, reason });
-                }
-            }
-            (
-                Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
-                ToSource::Failed { reason },
-            ) => {
-                let reason = format!("the destination cannot go on fetching pages: {reason}");
-                self.detach(reason);
-            }
-            // An inquiry was answered after the destination had spoken for itself.
-            (Phase::Serving | Phase::Verifying { .. }, ToSource::Verdict(_)) => {}
-            // The machine is there and its pages are here: begin anew, whatever the destination says.
-            (Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. }, other) => {
-                let why = format!("the destination broke the protocol: {}", name(&other));
-                self.link_lost(now, why);
-            }
-            (Phase::Verifying { theirs, .. }, ToSource::Digest { sum: Some(sum), .. }) => {
-                *theirs = Some(sum);
-                self.verify();
-            }
-            (Phase::Verifying { .. }, other) => {
-                self.finish(Outcome::Completed {
-                    digest_verified: None,
-                    reason: format!(
-                        "the destination broke the protocol after switchover: {}",
-                        name(&other)
-                    ),
-                });
-            }
-            (Phase::Committed | Phase::Doubting { .. }, other) => {
-                let why = format!("the destination broke the protocol: {}", name(&other));
-                self.doubt(now, why);
             }
             (_, ToSource::Failed { reason }) => {
                 self.fail_before_commit(format!("the destination gave up: {reason}"));
@@ -757,56 +558,6 @@ impl Source {
         self.expect_answer(now);
     }
 
-    fn serve(&mut self) {
-        let record = self.record.iter().cloned().collect();
-        let (round, owed) = (self.round, self.owed.clone());
-        self.actions.push_back(SourceAction::Serve { round, owed, record });
-    }
-
-    fn ran(&mut self, now: Duration) {
-        self.switchover.running = now;
-        self.tell(Progress::Running);
-        if self.post_copy {
-            self.tell(Progress::Fetching { pages: self.owed.len() });
-            self.phase = Phase::Serving;
-            self.deadline = None;
-            self.actions.push_back(SourceAction::Push);
-            return;
-        }
-        self.stub = None;
-        self.phase = Phase::Verifying { ours: None, theirs: None };
-        self.expect_answer(now);
-        self.actions.push_back(SourceAction::DigestMemory);
-    }
-
-    fn never_ran(&mut self, reason: String) {
-        self.pending.union_with(&std::mem::take(&mut self.owed));
-        if let Some(stub) = self.stub.take() {
-            self.permit = Some(stub.refused_by_destination());
-        }
-        self.abort(&reason);
-        self.finish(Outcome::Failed(format!(
-            "the destination refused to run the machine: {reason}"
-        )));
-    }
-
-    fn verify(&mut self) {
-        let Phase::Verifying { ours: Some(ours), theirs: Some(theirs) } = self.phase else {
-            return;
-        };
-        let matches = ours == theirs;
-        self.send(ToDestination::Verified { matches });
-        let reason = if matches {
-            std::mem::take(&mut self.why_now)
-        } else {
-            format!(
-                "memory at the destination is not what it was here (digest {theirs:#018x}, here \
-                 {ours:#018x}): the machine runs there on damaged memory; stop it there"
-            )
-        };
-        self.finish(Outcome::Completed { digest_verified: Some(matches), reason });
-    }
-
     fn tick(&mut self, now: Duration) {
         if self.deadline.is_none_or(|d| now < d) {
             return;
@@ -933,61 +684,6 @@ impl Source {
             }
             _ => self.fail_before_commit(why),
         }
-    }
-
-    fn lost_while_serving(&mut self, now: Duration, why: String) {
-        self.tell(Progress::LinkLost(why.clone()));
-        self.phase = Phase::Rejoining { since: now, wait: REJOIN_FIRST, why };
-        self.deadline = Some(now);
-    }
-
-    /// Ends without the destination: what is owed stays here.
-    fn detach(&mut self, why: String) {
-        let Some(permit) = self.stub.take() else { return };
-        let pages = self.owed.len();
-        let reason = format!(
-            "{why}. The machine runs at the destination; up to {pages} of its pages are only here, and who \
-             touches one there waits. This host keeps them: go on by `ferry migrate --resume`"
-        );
-        let (session, codecs, round) = (self.session, self.codecs, self.round);
-        let owed = std::mem::take(&mut self.owed);
-        let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: false };
-        self.finish(Outcome::Detached { reason, reattach });
-    }
-
-    fn doubt(&mut self, now: Duration, why: String) {
-        if matches!(self.phase, Phase::Doubting { .. }) {
-            return self.ask_later(now);
-        }
-        self.tell(Progress::InDoubt(why.clone()));
-        self.phase = Phase::Doubting { since: now, why };
-        self.deadline = Some(now);
-    }
-
-    fn ask_later(&mut self, now: Duration) {
-        self.deadline = Some(now + ASK_AGAIN);
-    }
-
-    fn give_up_asking(&mut self) {
-        let Phase::Doubting { why, .. } = std::mem::replace(&mut self.phase, Phase::Done) else {
-            return;
-        };
-        let Some(permit) = self.stub.take() else { return };
-        self.stop_tracking();
-        let reason = format!(
-            "{why}, after the run permit was sent; the destination cannot be asked whether it runs the \
-             machine, so the machine stays paused here"
-        );
-        if self.post_copy {
-            // If it does run there, pages of it are only here.
-            let (session, codecs, round) = (self.session, self.codecs, self.round);
-            let owed = std::mem::take(&mut self.owed);
-            let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: true };
-            let reason = format!("{reason}. Go on by `ferry migrate --resume`");
-            let outcome = Outcome::Detached { reason, reattach };
-            return self.actions.push_back(SourceAction::Finish(outcome));
-        }
-        self.actions.push_back(SourceAction::Finish(Outcome::InDoubt { reason, permit }));
     }
 
     fn fail_before_commit(&mut self, why: String) {

@@ -1,0 +1,231 @@
+//! The source once the permit has left: doubt, serving what is owed, coming back, comparing memory.
+
+use std::time::Duration;
+
+use super::{ASK_AGAIN, Phase, REJOIN_FIRST, Reattach, Source, SourceAction, name};
+use crate::messages::{ToDestination, ToSource, Verdict};
+use crate::outcome::{Outcome, Progress};
+
+impl Source {
+    pub(super) fn message_after_commit(&mut self, now: Duration, message: ToSource) {
+        match (&mut self.phase, message) {
+            // Late: it was not waited for.
+            (_, ToSource::Ready) => {}
+            (
+                Phase::Committed | Phase::Doubting { .. },
+                ToSource::Running { pages_us, load_us, resume_us },
+            ) => {
+                self.switchover.destination_pages_us = pages_us;
+                self.switchover.destination_load_us = load_us;
+                self.switchover.destination_resume_us = resume_us;
+                self.ran(now);
+            }
+            (Phase::Committed | Phase::Doubting { .. }, ToSource::CommitRefused { reason }) => {
+                self.never_ran(reason);
+            }
+            (Phase::Doubting { why, .. }, ToSource::Verdict(verdict)) => {
+                let why = why.clone();
+                match verdict {
+                    Verdict::Ran => {
+                        self.switchover.running = now;
+                        self.tell(Progress::Running);
+                        if self.post_copy {
+                            return self.lost_while_serving(now, why);
+                        }
+                        self.stub = None;
+                        self.finish(Outcome::Completed {
+                            digest_verified: None,
+                            reason: format!("{why}; asked again, the destination runs the machine"),
+                        });
+                    }
+                    Verdict::NeverRan => {
+                        self.never_ran(format!("{why}; the destination never ran the machine"));
+                    }
+                    Verdict::Pending | Verdict::Unknown => self.ask_later(now),
+                }
+            }
+            (Phase::Rejoining { since, wait, .. }, ToSource::Lacks { owed }) => {
+                let (since, wait) = (*since, *wait);
+                let owed = match owed.unpack_within(&self.owed) {
+                    Ok(owed) => owed,
+                    Err(why) => return self.link_lost(now, why),
+                };
+                self.tell(Progress::Fetching { pages: owed.len() });
+                self.owed = owed;
+                self.phase = Phase::Reopening { since, wait };
+                let (session, codecs) = (self.session, self.codecs);
+                self.actions.push_back(SourceAction::OpenLanes { session, codecs });
+                self.expect_answer(now);
+            }
+            // It has no more use for this source: everything came, and then the link was lost.
+            (Phase::Rejoining { why, .. }, ToSource::Verdict(Verdict::Ran)) => {
+                let reason = format!("{why}; the destination has all pages");
+                self.finish(Outcome::Completed { digest_verified: None, reason });
+            }
+            (Phase::Rejoining { .. }, ToSource::Verdict(verdict)) => {
+                let why = format!(
+                    "the process at that address does not run this machine ({verdict:?}): if it was \
+                     restarted, the machine is lost there"
+                );
+                self.link_lost(now, why);
+            }
+            // In `Reopening`: what was lacking was just being installed.
+            (
+                Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
+                ToSource::Digest { sum, fetched },
+            ) => {
+                self.fetched = fetched;
+                self.stub = None;
+                if sum.is_some() {
+                    self.phase = Phase::Verifying { ours: None, theirs: sum };
+                    self.expect_answer(now);
+                    self.actions.push_back(SourceAction::DigestMemory);
+                } else {
+                    let reason = format!(
+                        "{}; the guest gave memory up before it came: digests cannot be compared",
+                        self.why_now
+                    );
+                    self.finish(Outcome::Completed { digest_verified: None, reason });
+                }
+            }
+            (
+                Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
+                ToSource::Failed { reason },
+            ) => {
+                let reason = format!("the destination cannot go on fetching pages: {reason}");
+                self.detach(reason);
+            }
+            // An inquiry was answered after the destination had spoken for itself.
+            (Phase::Serving | Phase::Verifying { .. }, ToSource::Verdict(_)) => {}
+            // The machine is there and its pages are here: begin anew, whatever the destination says.
+            (Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. }, other) => {
+                let why = format!("the destination broke the protocol: {}", name(&other));
+                self.link_lost(now, why);
+            }
+            (Phase::Verifying { theirs, .. }, ToSource::Digest { sum: Some(sum), .. }) => {
+                *theirs = Some(sum);
+                self.verify();
+            }
+            (Phase::Verifying { .. }, other) => {
+                self.finish(Outcome::Completed {
+                    digest_verified: None,
+                    reason: format!(
+                        "the destination broke the protocol after switchover: {}",
+                        name(&other)
+                    ),
+                });
+            }
+            (Phase::Committed | Phase::Doubting { .. }, other) => {
+                let why = format!("the destination broke the protocol: {}", name(&other));
+                self.doubt(now, why);
+            }
+            // Before the commit.
+            _ => {}
+        }
+    }
+
+    pub(super) fn serve(&mut self) {
+        let record = self.record.iter().cloned().collect();
+        let (round, owed) = (self.round, self.owed.clone());
+        self.actions.push_back(SourceAction::Serve { round, owed, record });
+    }
+
+    pub(super) fn ran(&mut self, now: Duration) {
+        self.switchover.running = now;
+        self.tell(Progress::Running);
+        if self.post_copy {
+            self.tell(Progress::Fetching { pages: self.owed.len() });
+            self.phase = Phase::Serving;
+            self.deadline = None;
+            self.actions.push_back(SourceAction::Push);
+            return;
+        }
+        self.stub = None;
+        self.phase = Phase::Verifying { ours: None, theirs: None };
+        self.expect_answer(now);
+        self.actions.push_back(SourceAction::DigestMemory);
+    }
+
+    pub(super) fn never_ran(&mut self, reason: String) {
+        self.pending.union_with(&std::mem::take(&mut self.owed));
+        if let Some(stub) = self.stub.take() {
+            self.permit = Some(stub.refused_by_destination());
+        }
+        self.abort(&reason);
+        self.finish(Outcome::Failed(format!(
+            "the destination refused to run the machine: {reason}"
+        )));
+    }
+
+    pub(super) fn verify(&mut self) {
+        let Phase::Verifying { ours: Some(ours), theirs: Some(theirs) } = self.phase else {
+            return;
+        };
+        let matches = ours == theirs;
+        self.send(ToDestination::Verified { matches });
+        let reason = if matches {
+            std::mem::take(&mut self.why_now)
+        } else {
+            format!(
+                "memory at the destination is not what it was here (digest {theirs:#018x}, here \
+                 {ours:#018x}): the machine runs there on damaged memory; stop it there"
+            )
+        };
+        self.finish(Outcome::Completed { digest_verified: Some(matches), reason });
+    }
+
+    pub(super) fn lost_while_serving(&mut self, now: Duration, why: String) {
+        self.tell(Progress::LinkLost(why.clone()));
+        self.phase = Phase::Rejoining { since: now, wait: REJOIN_FIRST, why };
+        self.deadline = Some(now);
+    }
+
+    /// Ends without the destination: what is owed stays here.
+    pub(super) fn detach(&mut self, why: String) {
+        let Some(permit) = self.stub.take() else { return };
+        let pages = self.owed.len();
+        let reason = format!(
+            "{why}. The machine runs at the destination; up to {pages} of its pages are only here, and who \
+             touches one there waits. This host keeps them: go on by `ferry migrate --resume`"
+        );
+        let (session, codecs, round) = (self.session, self.codecs, self.round);
+        let owed = std::mem::take(&mut self.owed);
+        let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: false };
+        self.finish(Outcome::Detached { reason, reattach });
+    }
+
+    pub(super) fn doubt(&mut self, now: Duration, why: String) {
+        if matches!(self.phase, Phase::Doubting { .. }) {
+            return self.ask_later(now);
+        }
+        self.tell(Progress::InDoubt(why.clone()));
+        self.phase = Phase::Doubting { since: now, why };
+        self.deadline = Some(now);
+    }
+
+    pub(super) fn ask_later(&mut self, now: Duration) {
+        self.deadline = Some(now + ASK_AGAIN);
+    }
+
+    pub(super) fn give_up_asking(&mut self) {
+        let Phase::Doubting { why, .. } = std::mem::replace(&mut self.phase, Phase::Done) else {
+            return;
+        };
+        let Some(permit) = self.stub.take() else { return };
+        self.stop_tracking();
+        let reason = format!(
+            "{why}, after the run permit was sent; the destination cannot be asked whether it runs the \
+             machine, so the machine stays paused here"
+        );
+        if self.post_copy {
+            // If it does run there, pages of it are only here.
+            let (session, codecs, round) = (self.session, self.codecs, self.round);
+            let owed = std::mem::take(&mut self.owed);
+            let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: true };
+            let reason = format!("{reason}. Go on by `ferry migrate --resume`");
+            let outcome = Outcome::Detached { reason, reattach };
+            return self.actions.push_back(SourceAction::Finish(outcome));
+        }
+        self.actions.push_back(SourceAction::Finish(Outcome::InDoubt { reason, permit }));
+    }
+}
