@@ -1,10 +1,11 @@
 //! What a migration costs on this machine: figures measured in one run, side by side.
 //!
 //! Everything that is compared is run in turn, so that a busy machine is busy for both; figures are
-//! medians, with the least and the most beside them. Both hosts live in this process, and the link is
-//! QUIC on loopback: one machine does the work of two.
+//! medians, with the least and the most beside them. Both hosts live in this process (for `fetch`: in two
+//! network namespaces), and the link is QUIC: one machine does the work of two.
 
 mod downtime;
+mod fetch;
 mod figures;
 mod moves;
 mod page_cost;
@@ -46,6 +47,8 @@ enum What {
     Pages,
     /// Downtime of an idle and of a busy guest.
     Downtime,
+    /// How long vCPUs wait for pages in post-copy, over 1 Gbit/s.
+    Fetch,
 }
 
 /// How to measure.
@@ -100,6 +103,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Downtime) {
         downtime::measure(&plan)?;
+    }
+    if wanted(What::Fetch) {
+        fetch::measure(&plan)?;
     }
     Ok(())
 }

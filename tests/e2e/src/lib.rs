@@ -3,6 +3,7 @@
 //! [`Hosts`] is two hosts of one authority, [`Host`] one of them, [`Running`] a process of theirs that is
 //! killed when it is dropped. Time-outs only find what hangs: nothing here judges how fast something is.
 
+pub mod network;
 mod process;
 
 use std::net::SocketAddr;
@@ -27,9 +28,11 @@ pub fn ferry() -> &'static Path {
         if let Some(binary) = std::env::var_os("FERRY_BINARY") {
             return binary.into();
         }
-        // TARGET/PROFILE/deps/TEST
-        let exe = std::env::current_exe().expect("this test has a path");
-        let profile = exe.ancestors().nth(2).expect("it lies in a target directory");
+        // TARGET/PROFILE/deps/TEST, or TARGET/PROFILE/BENCHMARK
+        let exe = std::env::current_exe().expect("this program has a path");
+        let folder = exe.parent().expect("it lies in a folder");
+        let profile = if folder.ends_with("deps") { folder.parent() } else { Some(folder) };
+        let profile = profile.expect("it lies in a target directory");
         let target = profile.parent().expect("the profile's folder lies in a target directory");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "-p", "ferry", "--manifest-path"]);

@@ -1,13 +1,11 @@
 //! What goes wrong is said in words, and where there is a machine it runs on.
 
-mod network;
-
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use ferry_e2e::{Done, Host, Hosts, Running, kvm, path, wait_for};
+use ferry_e2e::{Done, Host, Hosts, Running, kvm, network, path, wait_for};
 use ferry_transport::pki::{Validity, init_for};
 use rustix::process::Signal;
 

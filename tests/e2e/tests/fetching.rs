@@ -1,11 +1,9 @@
 //! Machines that fetch their pages after the hand-over, between two processes: each side is killed, the
 //! cable is cut, the address changes, and both say what became of the machine.
 
-mod network;
-
 use std::net::SocketAddr;
 
-use ferry_e2e::{Hosts, Running, kvm, wait_for};
+use ferry_e2e::{Hosts, Running, kvm, network, wait_for};
 use rustix::process::Signal;
 
 const PROCESS: &str = ":process";

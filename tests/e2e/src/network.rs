@@ -5,13 +5,13 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The addresses of the two ends.
-pub(crate) const ADDRESSES: [&str; 2] = ["10.77.77.1", "10.77.77.2"];
+pub const ADDRESSES: [&str; 2] = ["10.77.77.1", "10.77.77.2"];
 
 /// Two namespaces; they go with this.
-pub(crate) struct Network([String; 2]);
+pub struct Network([String; 2]);
 
 /// Why a command did not succeed, in words.
-pub(crate) fn why_not(tried: io::Result<Output>) -> Option<String> {
+pub fn why_not(tried: io::Result<Output>) -> Option<String> {
     match tried {
         Ok(output) if output.status.success() => None,
         Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
@@ -26,7 +26,7 @@ fn ip(words: &str) -> Option<String> {
 
 impl Network {
     /// None, with a word on standard output, where this is not permitted.
-    pub(crate) fn new() -> Option<Self> {
+    pub fn new() -> Option<Self> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let id = format!("{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let network = Self(["a", "b"].map(|end| format!("ferry-{id}-{end}")));
@@ -48,13 +48,12 @@ impl Network {
     }
 
     /// What runs a command at one end.
-    pub(crate) fn at(&self, end: usize) -> Vec<String> {
+    pub fn at(&self, end: usize) -> Vec<String> {
         ["ip", "netns", "exec", &self.0[end]].map(str::to_owned).into()
     }
 
     /// Gives `end` another address, and takes its old one; the new one.
-    #[allow(dead_code, reason = "each test file uses its part")]
-    pub(crate) fn renumber(&self, end: usize) -> &'static str {
+    pub fn renumber(&self, end: usize) -> &'static str {
         let new = ["10.77.77.3", "10.77.77.4"][end];
         let name = &self.0[end];
         assert_eq!(ip(&format!("-n {name} address del {}/24 dev cable", ADDRESSES[end])), None);
@@ -63,8 +62,7 @@ impl Network {
     }
 
     /// Lets no more than `rate` through, each way; why not, if so.
-    #[allow(dead_code, reason = "each test file uses its part")]
-    pub(crate) fn shape(&self, rate: &str) -> Option<String> {
+    pub fn shape(&self, rate: &str) -> Option<String> {
         let words = format!("qdisc add dev cable root tbf rate {rate} burst 128kb latency 5ms");
         self.0.iter().find_map(|name| {
             let args = ["-n", name].into_iter().chain(words.split_whitespace());
@@ -73,7 +71,7 @@ impl Network {
     }
 
     /// `down` cuts the cable, `up` joins it.
-    pub(crate) fn set_link(&self, state: &str) {
+    pub fn set_link(&self, state: &str) {
         assert_eq!(ip(&format!("-n {} link set cable {state}", self.0[0])), None);
     }
 }
