@@ -30,7 +30,7 @@ const START: f64 = 8.0 * 1024.0 * 1024.0;
 /// It always goes on at this pace, bytes per second.
 const FLOOR: f64 = 1024.0 * 1024.0;
 /// The queue is to stay below this, or below a quarter of the smallest round trip, in seconds.
-const TARGET_S: f64 = 300e-6;
+const TARGET_S: f64 = 150e-6;
 /// Acknowledgements come in bunches: over less than this, a rate is noise.
 const SHORTEST_WINDOW_S: f64 = 5e-3;
 /// A smallest round trip is remembered for one to two of these, in seconds. At the end of each, one
