@@ -181,6 +181,11 @@ impl PushQueue {
         joined(batch)
     }
 
+    /// Takes out pages that came unasked, along with others.
+    pub fn remove(&mut self, run: Run) {
+        self.left.remove_run(run);
+    }
+
     /// Puts pages back that were given out and did not leave.
     pub fn put_back(&mut self, pages: &PageSet) {
         if let Some(lowest) = pages.first() {
