@@ -1,4 +1,4 @@
-//! What a migration costs on this machine: figures measured in one run, side by side.
+//! What a migration, a save and a restore cost on this machine: figures measured in one run, side by side.
 //!
 //! Everything that is compared is run in turn, so that a busy machine is busy for both; figures are
 //! medians, with the least and the most beside them. Both hosts live in this process, and the link is
@@ -10,6 +10,7 @@ mod moves;
 mod page_cost;
 mod plain;
 mod rate;
+mod restore;
 
 use std::process::ExitCode;
 
@@ -21,7 +22,7 @@ use crate::moves::Pki;
 /// Whatever went wrong, in words.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Measures what a migration costs on this machine.
+/// Measures what a migration, a save and a restore cost on this machine.
 #[derive(Parser)]
 struct Args {
     /// Measure each thing three times instead of seven.
@@ -46,6 +47,8 @@ enum What {
     Pages,
     /// Downtime of an idle and of a busy guest.
     Downtime,
+    /// Saving a running guest, and restoring it eagerly and lazily.
+    Restore,
 }
 
 /// How to measure.
@@ -100,6 +103,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Downtime) {
         downtime::measure(&plan)?;
+    }
+    if wanted(What::Restore) {
+        restore::measure(&plan)?;
     }
     Ok(())
 }
