@@ -29,9 +29,7 @@ pub struct RecordPart {
 }
 
 /// The pages of `harvests`, of which the last is the latest: each once, as many as a record may have.
-pub(crate) fn latest_first<'a>(
-    harvests: impl DoubleEndedIterator<Item = &'a PageSet>,
-) -> Vec<Run> {
+pub(crate) fn latest_first<'a>(harvests: impl DoubleEndedIterator<Item = &'a PageSet>) -> Vec<Run> {
     let (mut record, mut named, mut room) = (Vec::new(), PageSet::new(), RECORD_PAGES);
     for harvest in harvests.rev() {
         let mut fresh = harvest.clone();
@@ -68,7 +66,10 @@ impl RecordPart {
             .filter(|bytes| self.at.checked_add(*bytes) == Some(end))
             .and_then(|bytes| usize::try_from(bytes).ok())
             .ok_or_else(|| {
-                format!("its record has {} runs at byte {}, its index is at byte {end}", self.runs, self.at)
+                format!(
+                    "its record has {} runs at byte {}, its index is at byte {end}",
+                    self.runs, self.at
+                )
             })
     }
 
@@ -129,7 +130,8 @@ mod tests {
     fn a_record_that_no_writer_makes_is_refused() {
         let layout = Layout::new(vec![Run::new(0, 1 << 20), Run::new(1 << 30, 16)]).unwrap();
         let read = |record: &[(u64, u64)]| {
-            let record: Vec<_> = record.iter().map(|&(start, pages)| Run::new(start, pages)).collect();
+            let record: Vec<_> =
+                record.iter().map(|&(start, pages)| Run::new(start, pages)).collect();
             let (bytes, part) = encode(&record, 32).unwrap();
             assert_eq!(part.bytes(32 + bytes.len() as u64), Ok(bytes.len()));
             part.bytes(33 + bytes.len() as u64).unwrap_err();

@@ -135,11 +135,7 @@ where
 }
 
 /// From the call until guest code has run; of a lazy restore, how its pages came.
-fn runs<H: Host>(
-    host: &H,
-    dir: &Path,
-    lazily: bool,
-) -> Result<(Duration, Option<Paging>), Failure>
+fn runs<H: Host>(host: &H, dir: &Path, lazily: bool) -> Result<(Duration, Option<Paging>), Failure>
 where
     H::Guest: Counts,
 {

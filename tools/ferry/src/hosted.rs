@@ -211,7 +211,9 @@ impl Hosted {
                      {name}`)"
                 ),
                 Some(why) => {
-                    format!("machine `{name}` lacks pages that cannot be had, and can only be stopped: {why}")
+                    format!(
+                        "machine `{name}` lacks pages that cannot be had, and can only be stopped: {why}"
+                    )
                 }
             });
         }

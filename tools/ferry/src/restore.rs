@@ -5,9 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use ferry_bundle::Chain;
-use ferry_migrate::{
-    Fetching, Guest, Host, LazyEvent, Paging, RestoreError, RunPermit, restore, restore_lazily,
-};
+use ferry_migrate::{Fetching, Guest, Host, LazyEvent, Paging, RunPermit, restore, restore_lazily};
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::{Arrival, RefHost, SerialSink};
 use indicatif::HumanCount;
@@ -70,7 +68,7 @@ fn from<H: Host>(
     args: &Restore,
     tell: Sender<LazyEvent>,
     wrap: impl FnOnce(H::Guest) -> AnyMachine,
-) -> Result<Ready, RestoreError> {
+) -> Result<Ready, Failure> {
     let (restored, fetching) = if args.lazy {
         // Nobody hears it when the machine is gone.
         let tell = move |event| drop(tell.send(event));
