@@ -320,6 +320,18 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_came_unasked_are_not_given_out() {
+        let mut queue = queue(&[Run::new(0, 100)], &[Run::new(50, 2)]);
+        queue.fault(80);
+        queue.remove(Run::new(2, 79));
+        queue.remove(Run::new(200, 5));
+        assert_eq!(queue.len(), 21);
+        let mut rest = order(&mut queue, 99);
+        rest.sort_unstable();
+        assert_eq!(rest, (0..2).chain(81..100).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn a_fault_draws_its_surroundings_and_more_of_what_is_above() {
         let mut queue = queue(&[Run::new(0, 2000)], &[Run::new(5, 1)]);
         assert!(queue.fault(1000));

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use ferry_bundle::Chain;
+use ferry_bundle::{Chain, Draft};
 use ferry_dirtylog::DirtySource;
 use ferry_e2e::{Hosts, kvm, path, wait_for};
 use ferry_memory::GuestView;
@@ -17,7 +17,7 @@ use ferry_migrate::{
     Fetching, Guest, GuestError, Host, LazyEvent, MachineSpec, Paging, Refusal, Restored,
     RunPermit, StateReader, StateWriter, restore_lazily,
 };
-use ferry_pages::PAGE_BYTES;
+use ferry_pages::{PAGE_BYTES, Run};
 use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
 use tempfile::TempDir;
 
@@ -125,6 +125,37 @@ fn what_is_opened_is_paged_in_though_the_directory_is_saved_over_or_removed() {
     let again = Lazily::new(&maker.host(), chain);
     again.complete();
     assert_eq!(digest(&again.restored.guest.memory()), report.memory_digest.0);
+}
+
+#[test]
+fn the_record_comes_before_all_that_nobody_touches() {
+    let dir = TempDir::new().unwrap();
+    let (plain, recorded) = (dir.path().join("plain"), dir.path().join("recorded"));
+    let maker = process(Tracker::UffdWriteProtect);
+    saved(&mut maker.busy_guest(), &plain, None, true).unwrap();
+    // The same machine, with a record of pages that would come last.
+    let chain = Chain::open(&plain, &[]).unwrap();
+    let last = chain.data_pages().last().unwrap();
+    let mut draft = Draft::begin(&recorded, chain.spec().clone(), None).unwrap();
+    let put = |run: Run, bytes: &[u8], _: &[u64]| {
+        let pages = (run.start..).zip(bytes.chunks_exact(PAGE_BYTES));
+        pages.into_iter().try_for_each(|(gfn, page)| draft.put(gfn, page))
+    };
+    chain.visit(put).unwrap();
+    draft.record([[Run::new(last, 1)].into_iter().collect()].iter());
+    draft.commit(chain.manifest().machine.0, &chain.state().unwrap()).unwrap();
+    // Whoever looks may be too late, but not each time; without the record, none would be in time.
+    let comes_first = |dir: &Path| {
+        let lazily = Lazily::new(&maker.host(), Chain::open(dir, &[]).unwrap());
+        while lazily.fetching.lacks(last) {
+            std::thread::yield_now();
+        }
+        let missing = lazily.fetching.missing();
+        lazily.complete();
+        missing > ARENA_PAGES / 4
+    };
+    assert!((0..20).any(|_| comes_first(&recorded)));
+    assert!(!comes_first(&plain));
 }
 
 /// Flips a bit of the memory file of the bundle at `dir`.
