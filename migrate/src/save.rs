@@ -334,6 +334,8 @@ impl Saving<'_> {
         let machine = permit.machine();
         let mut stand = || -> Result<Vec<u8>, SaveError> {
             dirty.union_with(&tracking.harvest().map_err(SaveError::Failed)?);
+            // KVM's bitmap would tell of them again, and they would be copied twice.
+            tracking.rearm(&dirty).map_err(SaveError::Failed)?;
             self.copy_last(&dirty, &mut last)?;
             let state = state_of(guest)?;
             let late = tracking.harvest().map_err(SaveError::Failed)?;
