@@ -2,13 +2,15 @@
 //!
 //! [`send()`] moves a [`Guest`] away; [`receive()`] takes machines in for a [`Host`]. Both carry out what
 //! the pure state machines of `ferry-protocol` ask for, over any link of `ferry-transport`. [`save()`]
-//! writes a guest to a bundle of `ferry-bundle`, [`restore()`] starts one from it. This crate
-//! knows no VMM: it sees memory, trackers, and state as opaque sections.
+//! writes a guest to a bundle of `ferry-bundle`, [`restore()`] starts one from it when it is read, and
+//! [`restore_lazily()`] before. This crate knows no VMM: it sees memory, trackers, and state as opaque sections.
 
 mod control;
 mod fetch;
+mod fetching;
 mod guest;
 mod install;
+mod lazy;
 mod receive;
 mod receive_lane;
 mod report;
@@ -26,8 +28,10 @@ pub use ferry_protocol::{
     Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, Mode, PermitStub, Progress,
     Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
 };
+pub use fetching::Fetching;
 pub use guest::{Guest, GuestError, Host};
-pub use receive::{Fetching, ReceiveEvent, ReceiveOptions, receive};
+pub use lazy::{LazyEvent, restore_lazily};
+pub use receive::{ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};

@@ -22,6 +22,7 @@ use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, Listener, send_
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::fetch;
+use crate::fetching::{Bringer, Fetching};
 use crate::install::Installer;
 use crate::receive_lane::{self, LaneEnd};
 use crate::{Guest, Host, words};
@@ -88,32 +89,25 @@ pub enum ReceiveEvent<G> {
     Turned(String),
 }
 
-/// A machine that runs here before its pages are here.
-#[derive(Clone)]
-pub struct Fetching {
+/// The source of a machine brings its pages.
+struct FromSource {
     installer: Arc<Installer>,
     door: Sender<Message>,
 }
 
-impl Fetching {
-    /// Pages that are still to come.
-    pub fn missing(&self) -> u64 {
-        self.installer.pager(|pager| pager.missing().len()).unwrap_or(0)
+impl Bringer for FromSource {
+    fn missing(&self) -> PageSet {
+        self.installer.pager(Pager::missing).unwrap_or_default()
     }
 
-    /// Ends it: pages that are not here never come, and read as zeros.
-    ///
-    /// Only for a machine that is being thrown away, whose vCPUs have been told to stop: those that wait
-    /// for a page wake, and can end.
-    pub fn abandon(&self) {
+    fn abandon(&self) {
         self.installer.drain();
         let _ = self.door.send(Message::Abandoned);
     }
-}
 
-impl std::fmt::Debug for Fetching {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Fetching").field("missing", &self.missing()).finish_non_exhaustive()
+    fn trouble(&self) -> Option<String> {
+        // A source may come back.
+        None
     }
 }
 
@@ -751,7 +745,10 @@ impl<H: Host + 'static> Arriving<H> {
         }
         if let (Some(guest), Some(spec)) = (self.guest.take(), &self.spec) {
             let pages = self.installer.clone().filter(|i| i.pager(|_| ()).is_some());
-            let fetching = pages.map(|installer| Fetching { installer, door: self.door.clone() });
+            let fetching = pages.map(|installer| {
+                let door = self.door.clone();
+                Fetching::new(Arc::new(FromSource { installer, door }))
+            });
             let spec = spec.clone();
             (self.server.tell)(ReceiveEvent::Arrived { guest, spec, fetching });
         }

@@ -1,5 +1,7 @@
 //! Starting a machine from a bundle.
 
+use std::io;
+
 use ferry_bundle::{BundleError, Chain};
 use ferry_memory::{Filler, MemoryError};
 use ferry_protocol::{MachineSpec, Refusal, RunPermit, StateError, StateReader};
@@ -18,6 +20,15 @@ pub enum RestoreError {
     /// Its memory cannot be filled.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Its memory cannot be filled while it runs.
+    #[error("memory cannot be paged in on demand ({0}); restore it without --lazy")]
+    NotLazy(#[source] MemoryError),
+    /// The system gave no thread.
+    #[error("cannot start a thread to bring pages: {0}")]
+    Thread(#[source] io::Error),
+    /// Pages that its state needs cannot be had.
+    #[error("its state cannot be loaded: {0}")]
+    Lost(String),
     /// Its state is not one.
     #[error(transparent)]
     State(#[from] StateError),
@@ -42,7 +53,7 @@ pub struct Restored<G> {
     /// Whoever restores a bundle while the machine that was saved still runs has made a clone, which
     /// nothing here can prevent, and which shares its network addresses and disks with it.
     pub permit: RunPermit,
-    /// Pages of data that were read.
+    /// Pages of data: all were read, or are to come.
     pub pages: u64,
 }
 
@@ -56,9 +67,7 @@ pub fn restore<H: Host>(
     name: &str,
     watch: &mut dyn FnMut(u64),
 ) -> Result<Restored<H::Guest>, RestoreError> {
-    let state = StateReader::parse(&bundle.state()?)?;
-    let spec = MachineSpec { name: name.to_owned(), ..bundle.spec().clone() };
-    let mut guest = host.prepare(&spec).map_err(RestoreError::Refused)?;
+    let (mut guest, state) = prepare(host, bundle, name)?;
     let mut pages = 0;
     let filler = Filler::new(guest.memory());
     bundle.visit(|run, bytes, _| -> Result<(), RestoreError> {
@@ -69,5 +78,21 @@ pub fn restore<H: Host>(
     })?;
     drop(filler);
     guest.load(&state)?;
-    Ok(Restored { guest, permit: RunPermit::for_new_machine(rand::random()), pages })
+    Ok(Restored { guest, permit: permit(), pages })
+}
+
+/// An empty machine for `bundle`, and the state that it is to be given.
+pub(crate) fn prepare<H: Host>(
+    host: &H,
+    bundle: &Chain,
+    name: &str,
+) -> Result<(H::Guest, StateReader), RestoreError> {
+    let state = StateReader::parse(&bundle.state()?)?;
+    let spec = MachineSpec { name: name.to_owned(), ..bundle.spec().clone() };
+    Ok((host.prepare(&spec).map_err(RestoreError::Refused)?, state))
+}
+
+/// The right to run of what was restored.
+pub(crate) fn permit() -> RunPermit {
+    RunPermit::for_new_machine(rand::random())
 }

@@ -292,8 +292,9 @@ impl Saving<'_> {
             Tracking::start(guest, &self.view).map_err(SaveError::Failed)?;
         let taken = self.take(guest, &mut tracking, resident);
         tracking.stop(guest);
-        let Taken { machine, state, mut last, stood } = taken?;
+        let Taken { machine, state, mut last, stood, harvests } = taken?;
         (self.watch)(SaveEvent::GoesOn(stood));
+        self.draft.record(harvests.iter());
         last.write(&mut self.draft)?;
         (self.watch)(SaveEvent::Syncing);
         let committed = self.draft.commit(machine, &state)?;
@@ -309,6 +310,7 @@ impl Saving<'_> {
     ) -> Result<Taken, SaveError> {
         self.put_missing(&resident)?;
         let (mut pages, mut dirty) = (resident, PageSet::new());
+        let mut harvests = Vec::new();
         for number in 1..=MAX_ROUNDS {
             let (before, began) = (pages.len(), Instant::now());
             self.round(pages, Some(tracking.trackers()))?;
@@ -323,6 +325,7 @@ impl Saving<'_> {
                 break;
             }
             pages = std::mem::take(&mut dirty);
+            harvests.push(pages.clone());
         }
         let mut last = LastPages::with_room(dirty.len() + dirty.len() / 2 + LAST_PAGES);
 
@@ -331,6 +334,8 @@ impl Saving<'_> {
         let machine = permit.machine();
         let mut stand = || -> Result<Vec<u8>, SaveError> {
             dirty.union_with(&tracking.harvest().map_err(SaveError::Failed)?);
+            // KVM's bitmap would tell of them again, and they would be copied twice.
+            tracking.rearm(&dirty).map_err(SaveError::Failed)?;
             self.copy_last(&dirty, &mut last)?;
             let state = state_of(guest)?;
             let late = tracking.harvest().map_err(SaveError::Failed)?;
@@ -344,7 +349,8 @@ impl Saving<'_> {
             return Err(SaveError::NotResumed { permit, why, unsaved: state.err().map(Box::new) });
         }
         self.counts.rounds += 1;
-        Ok(Taken { machine, state: state?, last, stood })
+        harvests.push(dirty);
+        Ok(Taken { machine, state: state?, last, stood, harvests })
     }
 
     /// Refuses a stop for `dirty` pages that would be too long; the last round had `pages` and took `took`.
@@ -418,6 +424,8 @@ struct Taken {
     state: Vec<u8>,
     last: LastPages,
     stood: Duration,
+    /// Pages that the guest wrote meanwhile, the latest last.
+    harvests: Vec<PageSet>,
 }
 
 /// Pages that were copied while the guest stood still, in the order in which they were.

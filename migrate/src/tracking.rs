@@ -73,6 +73,11 @@ impl Tracking {
         collected.map(|()| pages).map_err(|e| words(&e))
     }
 
+    /// Re-arms `pages`: from here on, only what is written again is harvested again.
+    pub(crate) fn rearm(&self, pages: &PageSet) -> Result<(), String> {
+        self.lock().iter_mut().try_for_each(|tracker| tracker.rearm(pages)).map_err(|e| words(&e))
+    }
+
     /// Ends tracking; gives the guest back all that was collected.
     pub(crate) fn stop(mut self, guest: &mut dyn Guest) {
         self.stop_trackers();

@@ -181,6 +181,11 @@ impl PushQueue {
         joined(batch)
     }
 
+    /// Takes out pages that came unasked, along with others.
+    pub fn remove(&mut self, run: Run) {
+        self.left.remove_run(run);
+    }
+
     /// Puts pages back that were given out and did not leave.
     pub fn put_back(&mut self, pages: &PageSet) {
         if let Some(lowest) = pages.first() {
@@ -312,6 +317,18 @@ mod tests {
             &[Run::new(15, 2), Run::new(12, 4), Run::new(90, 9)],
         );
         assert_eq!(order(&mut queue, 99), [15, 16, 12, 13, 14, 10, 11, 17, 18, 19, 50, 51]);
+    }
+
+    #[test]
+    fn pages_that_came_unasked_are_not_given_out() {
+        let mut queue = queue(&[Run::new(0, 100)], &[Run::new(50, 2)]);
+        queue.fault(80);
+        queue.remove(Run::new(2, 79));
+        queue.remove(Run::new(200, 5));
+        assert_eq!(queue.len(), 21);
+        let mut rest = order(&mut queue, 99);
+        rest.sort_unstable();
+        assert_eq!(rest, (0..2).chain(81..100).collect::<Vec<_>>());
     }
 
     #[test]

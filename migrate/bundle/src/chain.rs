@@ -28,6 +28,7 @@ pub struct Layer {
     pub manifest: Manifest,
     pub(crate) memory: File,
     pub(crate) index: Index,
+    record: Vec<Run>,
     state: File,
 }
 
@@ -36,6 +37,8 @@ pub struct Layer {
 pub struct Chain {
     layers: Vec<Layer>,
     layout: Layout,
+    /// Every page of data once, with where it is: by bundle, and in it as the file goes.
+    pieces: Vec<Piece>,
 }
 
 /// Where a page of data is.
@@ -52,12 +55,12 @@ pub struct Place {
 }
 
 /// A run of pages in one frame that no newer bundle of the chain has.
-#[derive(Clone, Copy)]
-struct Piece {
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
     layer: usize,
     at: u64,
-    first: u64,
-    run: Run,
+    pub(crate) first: u64,
+    pub(crate) run: Run,
     digest: usize,
 }
 
@@ -105,17 +108,23 @@ impl Layer {
         if head[..16] != MAGIC || head[16..] != manifest.token.0.to_le_bytes() {
             return Err(damaged("it does not begin as the memory of this bundle".into()));
         }
-        let frames = HEAD_BYTES as u64..part.index_at;
+        let frames = HEAD_BYTES as u64..part.record.map_or(part.index_at, |record| record.at);
         if frames.start > frames.end || part.index_at > part.bytes {
             return Err(damaged(format!("it has no byte {} for its index", part.index_at)));
         }
+        let layout = layout_of(&manifest, &path)?;
+        let mut record = Vec::new();
+        if let Some(part_of_record) = part.record {
+            let mut bytes = vec![0; part_of_record.bytes(part.index_at).map_err(damaged)?];
+            memory.read_exact_at(&mut bytes, part_of_record.at).map_err(failed)?;
+            record = part_of_record.decode(&bytes, &layout).map_err(damaged)?;
+        }
         let mut from = BufReader::with_capacity(1 << 20, &memory);
         from.seek(SeekFrom::Start(part.index_at)).map_err(failed)?;
-        let layout = layout_of(&manifest, &path)?;
         let bytes = part.bytes - part.index_at;
         let index = Index::decode(&mut from, bytes, frames, &layout, part.index_checksum)
             .map_err(damaged)?;
-        Ok(Self { dir: dir.to_owned(), manifest, memory, index, state })
+        Ok(Self { dir: dir.to_owned(), manifest, memory, index, record, state })
     }
 
     pub(crate) fn memory_path(&self) -> PathBuf {
@@ -176,6 +185,27 @@ fn layout_of(manifest: &Manifest, path: &Path) -> Result<Layout, BundleError> {
     Layout::new(joined).map_err(|e| BundleError::damaged(path, e.to_string()))
 }
 
+/// Every page of data once, with where it is: by bundle, and in it as the file goes.
+fn pieces_of(layers: &[Layer]) -> Vec<Piece> {
+    let (mut pieces, mut covered) = (Vec::new(), PageSet::new());
+    for (layer, l) in layers.iter().enumerate() {
+        let mut fresh = l.index.pages();
+        fresh.subtract(&covered);
+        for entry in l.index.entries.iter().filter(|e| !e.is_zero()) {
+            for run in fresh.runs_in(entry.run) {
+                let before = run.start - entry.run.start;
+                // No longer than a frame.
+                let digest = entry.digest + usize::try_from(before).unwrap_or(0);
+                let (at, first) = (entry.at, entry.first + before);
+                pieces.push(Piece { layer, at, first, run, digest });
+            }
+        }
+        covered.union_with(&fresh);
+    }
+    pieces.sort_by_key(|p| (p.layer, p.at, p.first));
+    pieces
+}
+
 impl Chain {
     /// Opens the bundle at `dir` and its bases, looking for each at its hint and then at `bases`.
     /// Manifests and indexes are checked; pages and state are when they are read.
@@ -192,7 +222,8 @@ impl Chain {
             }
             layers.push(base);
         }
-        let chain = Self { layers, layout };
+        let pieces = pieces_of(&layers);
+        let chain = Self { layers, layout, pieces };
         let (found, expected) = (chain.sum_of_digests(), chain.top().manifest.memory.digest);
         if found != expected {
             let path = chain.top().memory_path();
@@ -262,39 +293,35 @@ impl Chain {
         self.place_of(gfn).map_or(0, |place| place.digest)
     }
 
-    /// The pages that hold data; all others are zero.
-    pub fn data_pages(&self) -> PageSet {
-        self.pieces().iter().map(|piece| piece.run).collect()
+    /// The pages that the guest wrote last before it was saved, the latest first; empty where none were
+    /// recorded. Some may be zero.
+    pub fn record(&self) -> &[Run] {
+        &self.top().record
     }
 
-    /// Every page of data once, with where it is: by bundle, and in it as the file goes.
-    fn pieces(&self) -> Vec<Piece> {
-        let (mut pieces, mut covered) = (Vec::new(), PageSet::new());
-        for (layer, l) in self.layers.iter().enumerate() {
-            let mut fresh = l.index.pages();
-            fresh.subtract(&covered);
-            for entry in l.index.entries.iter().filter(|e| !e.is_zero()) {
-                for run in fresh.runs_in(entry.run) {
-                    let before = run.start - entry.run.start;
-                    // No longer than a frame.
-                    let digest = entry.digest + usize::try_from(before).unwrap_or(0);
-                    let (at, first) = (entry.at, entry.first + before);
-                    pieces.push(Piece { layer, at, first, run, digest });
-                }
-            }
-            covered.union_with(&fresh);
-        }
-        pieces.sort_by_key(|p| (p.layer, p.at, p.first));
-        pieces
+    /// The pages that count of the frame that has page `gfn`, with that page; empty if it is zero.
+    pub fn frame_of(&self, gfn: u64) -> impl Iterator<Item = Run> {
+        self.place_of(gfn).map_or(&[][..], |place| self.pieces_at(place)).iter().map(|p| p.run)
+    }
+
+    pub(crate) fn pieces_at(&self, place: Place) -> &[Piece] {
+        let frame = (place.layer, place.at);
+        let rest = &self.pieces[self.pieces.partition_point(|p| (p.layer, p.at) < frame)..];
+        &rest[..rest.partition_point(|p| (p.layer, p.at) == frame)]
+    }
+
+    /// The pages that hold data; all others are zero.
+    pub fn data_pages(&self) -> PageSet {
+        self.pieces.iter().map(|piece| piece.run).collect()
     }
 
     fn sum_of_digests(&self) -> Sum {
-        Sum(self.pieces().iter().fold(0, |sum: u64, piece| {
+        Sum(self.pieces.iter().fold(0, |sum: u64, piece| {
             self.digests(piece).iter().fold(sum, |sum, digest| sum.wrapping_add(*digest))
         }))
     }
 
-    fn digests(&self, piece: &Piece) -> &[u64] {
+    pub(crate) fn digests(&self, piece: &Piece) -> &[u64] {
         let pages = usize::try_from(piece.run.pages).unwrap_or(0);
         // An index has a digest for each page of data of its entries.
         self.layers[piece.layer]
@@ -313,8 +340,8 @@ impl Chain {
         mut each: impl FnMut(Run, &[u8], &[u64]) -> Result<(), E>,
     ) -> Result<(), E> {
         let mut pages = Pages::new(self);
-        for piece in self.pieces() {
-            let digests = self.digests(&piece);
+        for piece in &self.pieces {
+            let digests = self.digests(piece);
             let first = usize::try_from(piece.first).unwrap_or(usize::MAX);
             let bytes = pages.run(piece.layer, piece.at, first, digests)?;
             each(piece.run, bytes, digests)?;

@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use ferry_codec::{BatchBuilder, Codec, is_zero, page_digest};
-use ferry_pages::PAGE_BYTES;
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_protocol::MachineSpec;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::chain::{HEAD_BYTES, MAGIC};
 use crate::index::{Index, PageMap};
 use crate::manifest::{Facts, MANIFEST, draft_name, memory_name, state_name, token_of};
+use crate::record;
 use crate::{
     Base, BundleError, BundleId, Chain, FRAME_PAGES, Manifest, MemoryPart, StatePart, Sum,
 };
@@ -37,6 +38,7 @@ pub struct Draft {
     /// Frames below it may be in the batch that is being built.
     next_gfn: u64,
     map: PageMap,
+    record: Vec<Run>,
     required: Option<Sum>,
 }
 
@@ -103,6 +105,7 @@ impl Draft {
             builder: BatchBuilder::new(),
             next_gfn: 0,
             map: PageMap::default(),
+            record: Vec::new(),
             required: None,
         };
         draft.builder.begin(0);
@@ -147,6 +150,12 @@ impl Draft {
             self.map.forget(gfn);
         }
         Ok(())
+    }
+
+    /// The guest wrote these pages while it was saved, the last set of them last: the latest of them are
+    /// the record of its working set.
+    pub fn record<'a>(&mut self, harvests: impl DoubleEndedIterator<Item = &'a PageSet>) {
+        self.record = record::latest_first(harvests);
     }
 
     /// The digest that all memory must have, from whoever can tell without this bundle: [`commit`] fails
@@ -238,8 +247,14 @@ impl Draft {
     fn finish_memory(&mut self) -> Result<MemoryPart, BundleError> {
         self.flush()?;
         let index = self.map.finish();
-        let (index_at, mut bytes) = (self.at, self.at);
         let memory = &mut self.memory;
+        let record = record::encode(&self.record, self.at);
+        let record = record.map(|(bytes, part)| {
+            self.at += bytes.len() as u64;
+            memory.write_all(&bytes).map(|()| part)
+        });
+        let record = record.transpose().map_err(BundleError::io("write", &self.path))?;
+        let (index_at, mut bytes) = (self.at, self.at);
         let written = index.encode(|piece| {
             bytes += piece.len() as u64;
             memory.write_all(piece)
@@ -254,6 +269,7 @@ impl Draft {
             bytes,
             data_pages: index.digests.len() as u64,
             zero_pages: index.zero_pages(),
+            record,
             index_at,
             index_checksum,
             digest: self.digest(&index),
@@ -301,6 +317,7 @@ pub fn merge(chain: &Chain, to: &Path) -> Result<Committed, BundleError> {
         return Err(BundleError::Occupied { dir: to.to_owned(), why });
     }
     draft.require_digest(manifest.memory.digest);
+    draft.record = chain.record().to_vec();
     chain.visit(|run, bytes, _| {
         (run.start..)
             .zip(bytes.chunks_exact(PAGE_BYTES))

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!  DIR/manifest.json     what the bundle is: version, ids, the machine's specification, checksums
-//!  DIR/memory-TOKEN      ┌ head │ frame │ frame │ … │ frame │ index ┐
+//!  DIR/memory-TOKEN      ┌ head │ frame │ frame │ … │ frame │ record │ index ┐
 //!  DIR/state-TOKEN       vCPU and device state: the sections of a StateWriter
 //! ```
 //!
@@ -16,6 +16,9 @@
 //!
 //! **The index** says of each run of pages in which frame it is and where in it, with the digest of each
 //! page, or that it is zero. A page that no index has reads as zeros: untouched memory takes no room.
+//!
+//! **The record** names the pages that the guest wrote last, the latest first, for a reader that brings
+//! pages while the machine runs already. A bundle may have none; those of version 1 have none.
 //!
 //! **A chain**: a bundle may name a *base*, by the base's id. It then holds only pages whose digest is
 //! not the base's (a page that became zero is held as such). Digests are compared, not a dirty log: the
@@ -43,6 +46,7 @@ mod index;
 mod manifest;
 mod number;
 mod pages;
+mod record;
 
 pub use chain::{Chain, Layer, Place, Verified};
 pub use draft::{Committed, Draft, merge};
@@ -50,6 +54,7 @@ pub use error::BundleError;
 pub use manifest::{Base, Manifest, MemoryPart, StatePart, VERSION};
 pub use number::{BundleId, Sum};
 pub use pages::Pages;
+pub use record::{RECORD_PAGES, RecordPart};
 
 /// Most pages in one frame: 256 KiB of memory. Long enough to compress well, short enough that a page
 /// wanted by itself costs a tenth of a millisecond.

@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::number::hex_bytes;
-use crate::{BundleError, BundleId, Sum};
+use crate::{BundleError, BundleId, RecordPart, Sum};
 
 /// The format's version that is written, and the newest that is read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// What a bundle says that it is.
 const FORMAT: &str = "ferry-bundle";
 /// A specification of the largest machine is far smaller.
@@ -67,6 +67,9 @@ pub struct MemoryPart {
     pub data_pages: u64,
     /// Pages in its index that are zero, and are not in the base.
     pub zero_pages: u64,
+    /// The record of the working set, if there is one: from version 2 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<RecordPart>,
     /// Where its index begins.
     pub index_at: u64,
     /// xxh3 of the index.

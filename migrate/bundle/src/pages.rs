@@ -36,6 +36,27 @@ impl<C: Deref<Target = Chain>> Pages<C> {
         self.run(place.layer, place.at, place.first, &[place.digest]).map(Some)
     }
 
+    /// Calls `each` with the first page and the content of `gfn`, and then of every run of pages that counts
+    /// of the same frame, verified: reading one page has read them all. Not at all if the page is zero.
+    ///
+    /// # Errors
+    /// The frame cannot be read, or is damaged; or what `each` returned.
+    pub fn frame<E: From<BundleError>>(
+        &mut self,
+        gfn: u64,
+        mut each: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some(place) = self.chain.place_of(gfn) else { return Ok(()) };
+        each(gfn, self.run(place.layer, place.at, place.first, &[place.digest])?)?;
+        for number in 0..self.chain.pieces_at(place).len() {
+            let piece = self.chain.pieces_at(place)[number];
+            let first = usize::try_from(piece.first).unwrap_or(usize::MAX);
+            let digests = self.chain.digests(&piece).to_vec();
+            each(piece.run.start, self.run(place.layer, place.at, first, &digests)?)?;
+        }
+        Ok(())
+    }
+
     /// The pages from number `first` of the frame at `at` of bundle `layer`: as many as `digests`, which
     /// they must have.
     pub(crate) fn run(

@@ -151,17 +151,42 @@ fn a_base_with_the_right_id_and_other_content_is_found() {
 }
 
 #[test]
+fn a_bundle_of_version_1_has_no_record_and_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = dir.path().join("old");
+    let mut draft = ferry_bundle::Draft::begin(&old, model::spec(), None).unwrap();
+    for (gfn, page) in some_memory() {
+        draft.put(gfn, &page).unwrap();
+    }
+    draft.commit(model::MACHINE, &model::state()).unwrap();
+    let text = std::fs::read_to_string(file(&old, "manifest.json")).unwrap();
+    assert!(!text.contains("record"), "{text}");
+    forge(&old, "\"version\": 2,\n  \"id\"", "\"version\": 1,\n  \"id\"");
+    assert_holds(&old, &some_memory());
+    let old = open(&old).unwrap();
+    assert_eq!((old.manifest().version, old.record()), (1, &[][..]));
+    // It is a base like any other.
+    save(&dir.path().join("next"), &some_memory(), Some(&old)).unwrap();
+    assert_holds(&dir.path().join("next"), &some_memory());
+}
+
+#[test]
 fn a_manifest_whose_numbers_cannot_be_is_an_error_and_never_a_panic() {
     let dir = tempfile::tempdir().unwrap();
     let good = dir.path().join("good");
     let part = save(&good, &some_memory(), None).unwrap().memory;
     let huge = u64::MAX.to_string();
     let index_at = format!("\"index_at\": {}", part.index_at);
+    let record_at = format!("\"at\": {}", part.record.unwrap().at);
     let forgeries = [
         (index_at.as_str(), "\"index_at\": 0".to_owned()),
         (&index_at, format!("\"index_at\": {}", part.index_at - 8)),
         (&index_at, format!("\"index_at\": {}", part.bytes)),
         (&index_at, format!("\"index_at\": {huge}")),
+        ("\"runs\": 4", format!("\"runs\": {huge}")),
+        ("\"runs\": 4", "\"runs\": 5".to_owned()),
+        (&record_at, "\"at\": 0".to_owned()),
+        (&record_at, format!("\"at\": {huge}")),
         (&format!("\"bytes\": {}", part.bytes), format!("\"bytes\": {huge}")),
         ("700\n", "699\n".to_owned()),
         ("700\n", format!("{huge}\n")),

@@ -1,4 +1,4 @@
-//! What a migration costs on this machine: figures measured in one run, side by side.
+//! What a migration, a save and a restore cost on this machine: figures measured in one run, side by side.
 //!
 //! Everything that is compared is run in turn, so that a busy machine is busy for both; figures are
 //! medians, with the least and the most beside them. Both hosts live in this process (for `fetch`: in two
@@ -11,6 +11,7 @@ mod moves;
 mod page_cost;
 mod plain;
 mod rate;
+mod restore;
 
 use std::process::ExitCode;
 
@@ -22,7 +23,7 @@ use crate::moves::Pki;
 /// Whatever went wrong, in words.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Measures what a migration costs on this machine.
+/// Measures what a migration, a save and a restore cost on this machine.
 #[derive(Parser)]
 struct Args {
     /// Measure each thing three times instead of seven.
@@ -49,6 +50,8 @@ enum What {
     Downtime,
     /// How long vCPUs wait for pages in post-copy, over 1 Gbit/s.
     Fetch,
+    /// Saving a running guest, and restoring it eagerly and lazily.
+    Restore,
 }
 
 /// How to measure.
@@ -106,6 +109,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Fetch) {
         fetch::measure(&plan)?;
+    }
+    if wanted(What::Restore) {
+        restore::measure(&plan)?;
     }
     Ok(())
 }

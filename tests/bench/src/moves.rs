@@ -14,7 +14,7 @@ use ferry_migrate::{
 };
 use ferry_pages::PAGE_BYTES;
 use ferry_process_guest::{Config, ProcessGuest, Tracker};
-use ferry_refvmm::{DirtyLog, Machine, MachineConfig, SerialSink};
+use ferry_refvmm::{DirtyLog, Machine, MachineConfig, RefHost, SerialSink};
 use ferry_transport::{Identity, Listener, QuicConnector, QuicListener, pki};
 use tokio::runtime::Runtime;
 
@@ -132,13 +132,15 @@ pub(crate) fn process(memory_bytes: u64, workload: &str) -> Result<ProcessGuest,
 
 /// A KVM guest with a vCPU that does `workload`, its fill done.
 pub(crate) fn kvm(pki: &Pki, memory_bytes: u64, workload: &str) -> Result<Machine, Failure> {
+    // For workloads with a rate.
+    let tsc_khz = RefHost::tsc_khz()?;
     let machine = Machine::boot(&MachineConfig {
         name: "bench".into(),
         memory_bytes,
         cpus: 1,
         kernel: pki.kernel()?,
         initrd: None,
-        cmdline: workload.into(),
+        cmdline: format!("tsc_khz={tsc_khz} {workload}"),
         dirty_log: DirtyLog::Auto,
         serial: SerialSink::Discard,
     })?;

@@ -52,9 +52,12 @@ pub(crate) enum Command {
     Save(Save),
     /// Start a machine from a bundle, and host it until it ends or moves away.
     #[command(
-        after_help = "Example:\n  ferry restore /backup/web1-monday web1 --serial console.log\n\n\
+        after_help = "Example:\n  ferry restore /backup/web1-monday web1 --serial console.log\n  \
+                      ferry restore /backup/web1-monday web1 --lazy\n\n\
                       It is a new machine with the memory and state of the one that was saved. If that one still runs, it is \
-                      a clone of it."
+                      a clone of it.\n\n\
+                      With --lazy the bundle is needed until all pages are here, which is said. Saving over it or deleting it \
+                      does no harm; what is damaged in it is never given to the guest."
     )]
     Restore(Restore),
     /// Look at bundles.
@@ -288,6 +291,10 @@ pub(crate) struct Restore {
     /// Where to look for bases that are not where the bundle expects them; may be repeated.
     #[arg(long = "base", value_name = "DIR")]
     pub(crate) bases: Vec<PathBuf>,
+    /// Run at once: read each page when it is touched, and all others in the background. The machine
+    /// cannot be saved or moved until all are here. Needs access to userfaultfd.
+    #[arg(long)]
+    pub(crate) lazy: bool,
     /// Append the serial console to FILE instead of standard output.
     #[arg(long, value_name = "FILE")]
     pub(crate) serial: Option<PathBuf>,

@@ -45,8 +45,10 @@ struct Inner {
     in_doubt: Option<PermitStub>,
     /// It runs elsewhere, and lacks pages that are here.
     detached: Option<Reattach>,
-    /// It runs here, and lacks pages that are elsewhere.
+    /// It runs here, and lacks pages that are elsewhere, or in files.
     fetching: Option<Fetching>,
+    /// It was stopped: what its guest makes of that is not how it ended.
+    stopped: bool,
     ending: Option<Ending>,
 }
 
@@ -80,7 +82,7 @@ impl Hosted {
         Ok(hosted)
     }
 
-    /// Says whether pages of the machine are still at its source.
+    /// Says whether pages of the machine are still at its source, or in its bundle.
     pub(crate) fn set_fetching(&self, fetching: Option<Fetching>) {
         self.inner().fetching = fetching;
     }
@@ -106,6 +108,9 @@ impl Hosted {
 
     fn end(&self, ending: Ending) {
         let mut inner = self.inner();
+        if inner.stopped && matches!(ending, Ending::Ended(_)) {
+            return;
+        }
         if inner.ending.is_none() {
             inner.ending = Some(ending);
         }
@@ -158,12 +163,17 @@ impl Hosted {
             Some(_) => "paused in doubt".into(),
             None if inner.detached.is_some() => "moved, its pages still here".into(),
             None if let Some(fetching) = &inner.fetching => {
-                format!("{}, fetching {} pages", self.machine.state(), fetching.missing())
+                let (state, missing) = (self.machine.state(), fetching.missing());
+                match fetching.trouble() {
+                    None => format!("{state}, fetching {missing} pages"),
+                    Some(why) => format!("{state}, lacks {missing} pages: {why}"),
+                }
             }
             None => self.machine.state(),
         };
         let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
-        let counters = self.machine.counters();
+        let lacks = |gfn| inner.fetching.as_ref().is_some_and(|fetching| fetching.lacks(gfn));
+        let counters = self.machine.counters(lacks);
         MachineInfo {
             name: self.name().to_owned(),
             kind: self.machine.kind().into(),
@@ -194,11 +204,18 @@ impl Hosted {
                 to.display()
             ));
         }
-        if inner.fetching.is_some() {
-            return Err(format!(
-                "machine `{name}` runs here and is still fetching pages from its source: wait until all are \
-                 here (`ferry vm show {name}`)"
-            ));
+        if let Some(fetching) = &inner.fetching {
+            return Err(match fetching.trouble() {
+                None => format!(
+                    "machine `{name}` runs here and is still fetching pages: wait until all are here (`ferry vm show \
+                     {name}`)"
+                ),
+                Some(why) => {
+                    format!(
+                        "machine `{name}` lacks pages that cannot be had, and can only be stopped: {why}"
+                    )
+                }
+            });
         }
         if inner.detached.as_ref().is_some_and(Reattach::is_in_doubt) {
             return Err(format!(
@@ -250,7 +267,7 @@ impl Hosted {
     }
 
     fn stop(&self) -> Result<Reply, String> {
-        let inner = self.inner();
+        let mut inner = self.inner();
         if inner.migrating.is_some() || inner.saving.is_some() {
             self.check_at_rest(&inner)?;
         }
@@ -263,6 +280,7 @@ impl Hosted {
                 fetching.abandon();
             }),
         }
+        inner.stopped = true;
         Ok(Reply::Done(format!("machine `{}` is stopped", self.name())))
     }
 

@@ -93,16 +93,20 @@ impl AnyMachine {
         }
     }
 
-    /// Of a test guest, pages written and checked.
-    pub(crate) fn counters(&self) -> Option<(u64, u64)> {
+    /// Of a test guest, pages written and checked; `lacks` says of a page that it is not here, and is not
+    /// to be waited for.
+    pub(crate) fn counters(&self, lacks: impl FnOnce(u64) -> bool) -> Option<(u64, u64)> {
         match self {
             Self::Process(p) => {
                 let counters = lock(p).counters();
                 Some(counters.iter().fold((0, 0), |(w, c), one| (w + one.written, c + one.checked)))
             }
             Self::Kvm(m) => {
-                let mut page = vec![0; status::BYTES];
-                m.memory().read(status::GPA / PAGE_BYTES, &mut page).ok()?;
+                let (gfn, mut page) = (status::GPA / PAGE_BYTES, vec![0; status::BYTES]);
+                if lacks(gfn) {
+                    return None;
+                }
+                m.memory().read(gfn, &mut page).ok()?;
                 let total = StatusView::parse(&page).ok()?.total();
                 Some((total.written, total.checked))
             }

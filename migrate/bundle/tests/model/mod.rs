@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ferry_bundle::{BundleError, Chain, Committed, Draft, Pages};
 use ferry_codec::page_digest;
-use ferry_pages::PAGE_BYTES;
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_protocol::{DeviceSpec, MachineSpec, StateWriter};
 
 pub const MACHINE: u128 = 0x00ff_0000_1234;
@@ -49,12 +49,19 @@ pub fn some_memory() -> Memory {
     gfns.map(|gfn| (gfn, page(gfn + 1, gfn % 10 == 0))).collect()
 }
 
+/// What the guest is said to have written last.
+pub fn harvests() -> [PageSet; 2] {
+    let set = |runs: &[Run]| runs.iter().copied().collect();
+    [set(&[Run::new(0, 5), Run::new(1030, 1)]), set(&[Run::new(3, 1)])]
+}
+
 pub fn save(
     dir: &Path,
     memory: &Memory,
     base: Option<&Arc<Chain>>,
 ) -> Result<Committed, BundleError> {
     let mut draft = Draft::begin(dir, spec(), base.cloned())?;
+    draft.record(harvests().iter());
     for (gfn, page) in memory {
         draft.put(*gfn, page)?;
     }
@@ -95,7 +102,23 @@ pub fn assert_holds(dir: &Path, memory: &Memory) {
     let sum =
         memory.iter().fold(0u64, |sum, (gfn, page)| sum.wrapping_add(page_digest(*gfn, page)));
     assert_eq!(chain.manifest().memory.digest.0, sum);
-    let mut pages = Pages::new(chain);
+    let mut pages = Pages::new(chain.clone());
+    for gfn in EXTENTS.iter().flat_map(|e| e.0..e.0 + e.1).step_by(9) {
+        let mut seen = Vec::new();
+        let frame = pages.frame(gfn, |first, bytes| {
+            for (gfn, page) in (first..).zip(bytes.chunks_exact(PAGE_BYTES)) {
+                assert!(memory.get(&gfn).is_some_and(|is| is == page), "page {gfn} in its frame");
+                seen.push(gfn);
+            }
+            Ok::<(), BundleError>(())
+        });
+        frame.unwrap();
+        // The page itself first, then all of its frame.
+        assert_eq!(seen.first().copied(), memory.contains_key(&gfn).then_some(gfn));
+        let all: Vec<u64> = chain.frame_of(gfn).flat_map(|run| run.start..run.end()).collect();
+        assert_eq!(seen.get(1..).unwrap_or_default(), all);
+        assert!(all.is_empty() || all.contains(&gfn));
+    }
     for gfn in EXTENTS.iter().flat_map(|e| e.0..e.0 + e.1).rev() {
         assert!(
             pages.page(gfn).unwrap() == memory.get(&gfn).map(Vec::as_slice),

@@ -20,19 +20,19 @@ use crate::stage::{
     DRAINED_BY_SAVE, Faults, Kind, Kvm, Maker, Process, Subject, Watched, Witness, goes_on, has_kvm,
 };
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 /// Two workers that come to any of 16 MiB again and again, as fast as they can.
 const BUSY: &str = "pattern=random arena=16M fill=all fill_random=60 random=60";
 /// A stop that is allowed to any guest on a busy computer.
 const LONG: Duration = Duration::from_secs(60);
-const ARENA_PAGES: u64 = 16 * MIB / 4096;
+pub(crate) const ARENA_PAGES: u64 = 16 * MIB / 4096;
 
-fn process(tracker: Tracker) -> Process {
+pub(crate) fn process(tracker: Tracker) -> Process {
     Process { tracker, memory_bytes: 128 * MIB, workload: BUSY.into() }
 }
 
 /// Runs `check` with a guest of each kind that can run here.
-fn with_every_kind(check: &impl Check) {
+pub(crate) fn with_every_kind(check: &impl Check) {
     let with_kvm = has_kvm();
     for kind in Kind::ALL {
         println!("{kind:?}");
@@ -47,11 +47,11 @@ fn with_every_kind(check: &impl Check) {
 }
 
 /// A closure over every type of guest.
-trait Check {
+pub(crate) trait Check {
     fn check<M: Maker>(&self, maker: &M);
 }
 
-fn digest(view: &GuestView) -> u64 {
+pub(crate) fn digest(view: &GuestView) -> u64 {
     let (mut sum, mut page) = (0u64, vec![0; PAGE_BYTES]);
     for gfn in view.resident().unwrap().runs().flat_map(|run| run.start..run.end()) {
         view.read(gfn, &mut page).unwrap();
@@ -106,7 +106,7 @@ impl<G: Subject> Guest for Stops<G> {
     }
 }
 
-fn saved(
+pub(crate) fn saved(
     guest: &mut dyn Guest,
     dir: &Path,
     base: Option<&Path>,

@@ -2,6 +2,7 @@
 
 mod command;
 mod engine;
+mod lazy;
 #[path = "../stage/mod.rs"]
 mod stage;
 mod trouble;

@@ -197,9 +197,9 @@ fn a_bad_bundle_is_not_started_and_what_is_wrong_with_it_is_said() {
 
     let manifest = file("manifest");
     let text = std::fs::read_to_string(&manifest).expect("a file");
-    std::fs::write(&manifest, text.replacen("\"version\": 1", "\"version\": 9", 1))
+    std::fs::write(&manifest, text.replacen("\"version\": 2", "\"version\": 9", 1))
         .expect("a file");
-    refused(&["format version 9", "reads up to 1", "update"]);
+    refused(&["format version 9", "reads up to 2", "update"]);
     std::fs::write(&manifest, text).expect("a file");
 
     host.run(&["restore", path(&good), "m"]).failed(&["is taken"]);
