@@ -39,4 +39,4 @@ mod serve;
 pub use door::{Door, PagerError};
 pub use handover::{Handover, HandoverError};
 pub use memory::{Memory, ReadError};
-pub use serve::{Cause, Ended, Report};
+pub use serve::{Cause, Ended, Report, Waits};

@@ -13,7 +13,12 @@ use rustix::io::Errno;
 
 /// The memory of a machine, laid out without holes: byte 0 is the first byte of its lowest memory.
 #[derive(Debug)]
-pub struct Memory(Kind);
+pub struct Memory {
+    kind: Kind,
+    /// Pages of 4096 bytes that may be other than zero. Looked for once: a file that is cut later must be
+    /// an error, not a hole.
+    data: PageSet,
+}
 
 #[derive(Debug)]
 enum Kind {
@@ -65,7 +70,9 @@ impl Memory {
         if bytes == 0 || bytes % PAGE_BYTES as u64 != 0 {
             return Err(ReadError::NotPages { path: path.to_owned(), bytes });
         }
-        Ok(Self(Kind::File { file, path: path.to_owned(), bytes }))
+        let data = data_of_file(&file, bytes);
+        let data = data.map_err(ReadError::file("look for holes in", path))?;
+        Ok(Self { kind: Kind::File { file, path: path.to_owned(), bytes }, data })
     }
 
     /// The bundle at `dir`, whose bases are looked for at their hints, then at `bases`.
@@ -78,12 +85,16 @@ impl Memory {
             path: dir.join("manifest.json"),
             why: e.to_string(),
         })?;
-        Ok(Self(Kind::Bundle { chain: Arc::new(chain), layout, dir: dir.to_owned() }))
+        // A run may go on in the next extent; it does so here, too.
+        let run = |run: Run| Some(Run::new(layout.index_of(run.start)?, run.pages));
+        let data = chain.data_pages().runs().filter_map(run).collect();
+        let kind = Kind::Bundle { chain: Arc::new(chain), layout, dir: dir.to_owned() };
+        Ok(Self { kind, data })
     }
 
     /// Its length.
     pub fn bytes(&self) -> u64 {
-        match &self.0 {
+        match &self.kind {
             Kind::File { bytes, .. } => *bytes,
             Kind::Bundle { layout, .. } => layout.pages() * PAGE_BYTES as u64,
         }
@@ -91,29 +102,25 @@ impl Memory {
 
     /// What it is, for people.
     pub fn name(&self) -> String {
-        match &self.0 {
+        match &self.kind {
             Kind::File { path, .. } => format!("the file {}", path.display()),
             Kind::Bundle { dir, .. } => format!("the bundle {}", dir.display()),
         }
     }
 
     /// Pages of 4096 bytes that may be other than zero.
-    pub(crate) fn data(&self) -> Result<PageSet, ReadError> {
-        match &self.0 {
-            Kind::File { file, path, bytes } => {
-                data_of_file(file, *bytes).map_err(ReadError::file("look for holes in", path))
-            }
-            Kind::Bundle { chain, layout, .. } => {
-                // A run may go on in the next extent; it does so here, too.
-                let run = |run: Run| Some(Run::new(layout.index_of(run.start)?, run.pages));
-                Ok(chain.data_pages().runs().filter_map(run).collect())
-            }
-        }
+    pub(crate) fn data(&self) -> &PageSet {
+        &self.data
+    }
+
+    /// Pages of 4096 bytes that may be other than zero: at most so many are loaded.
+    pub fn data_pages(&self) -> u64 {
+        self.data.len()
     }
 
     /// A reader; each thread has its own.
     pub(crate) fn reader(&self) -> Reader<'_> {
-        match &self.0 {
+        match &self.kind {
             Kind::File { file, path, .. } => Reader::File { file, path },
             Kind::Bundle { chain, layout, .. } => {
                 Reader::Bundle { pages: Box::new(Pages::new(chain.clone())), layout }
@@ -197,7 +204,7 @@ mod tests {
         file.write_all_at(&[7; 10], (1 << 20) - 10).unwrap();
         let memory = Memory::of_file(&path).unwrap();
         assert_eq!(memory.bytes(), 1 << 20);
-        let data = memory.data().unwrap();
+        let data = memory.data();
         assert!([16, 17, 255].iter().all(|page| data.contains(*page)), "{data:?}");
         // Not every file system keeps holes; what it says must hold.
         let mut page = [0; PAGE_BYTES];

@@ -8,7 +8,6 @@ use std::thread::{Scope, sleep};
 use std::time::{Duration, Instant};
 
 use ferry_pages::{PAGE_BYTES, Run};
-use hdrhistogram::Histogram;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, read, write};
 
@@ -69,7 +68,7 @@ pub enum Ended {
 }
 
 /// How a machine was served.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Report {
     /// Why it was not served any longer.
     pub ended: Ended,
@@ -85,8 +84,21 @@ pub struct Report {
     pub given_back: u64,
     /// Pages of data that were not loaded.
     pub left: u64,
-    /// Each wait for a page of data, from reading the fault to placing the page, in ns.
-    pub waits_ns: Histogram<u64>,
+    /// How long pages of data were waited for.
+    pub waits: Waits,
+}
+
+/// Waits for pages of data, each from reading the fault to placing the page.
+#[derive(Clone, Copy, Debug)]
+pub struct Waits {
+    /// How many.
+    pub count: u64,
+    /// Half of them were no longer.
+    pub median: Duration,
+    /// 99 of a hundred were no longer.
+    pub p99: Duration,
+    /// The longest.
+    pub longest: Duration,
 }
 
 /// A machine that is served.
@@ -114,7 +126,7 @@ impl<'a> Machine<'a> {
         handover: Handover,
         memory: &'a Memory,
     ) -> Result<Self, Cause> {
-        let owed = larger(&memory.data().map_err(Cause::Read)?, handover.page_bytes());
+        let owed = larger(memory.data(), handover.page_bytes());
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Self {
             peer,
@@ -151,7 +163,12 @@ impl<'a> Machine<'a> {
             ahead: counts.pushed,
             given_back: counts.discarded,
             left: ledger.demand.missing().len(),
-            waits_ns: ledger.nanos.clone(),
+            waits: Waits {
+                count: ledger.nanos.len(),
+                median: Duration::from_nanos(ledger.nanos.value_at_quantile(0.5)),
+                p99: Duration::from_nanos(ledger.nanos.value_at_quantile(0.99)),
+                longest: Duration::from_nanos(ledger.nanos.max()),
+            },
         })
     }
 
