@@ -372,6 +372,10 @@ impl<'a> Machine<'a> {
             let bytes = region.run.pages * self.handover.page_bytes();
             let gone = self.userfault.let_go(region.host, bytes);
             gone.map_err(Cause::kernel("end watching the memory of"))?;
+            // Ending wakes who waits before it ends: where the kernel takes faults under the lock of a single
+            // mapping, a thread may begin to wait in between, and would wait for ever.
+            let woken = self.userfault.wake(region.host, bytes);
+            woken.map_err(Cause::kernel("wake"))?;
         }
         // Who began to give memory back before that waits until it is read. Firecracker holds the
         // descriptor, too: that we close ours frees nobody.
