@@ -109,6 +109,8 @@ pub(crate) struct Machine<'a> {
     memory: &'a Memory,
     ledger: Mutex<Ledger>,
     began: Instant,
+    /// Faults are being answered: loading ahead lets the ledger be.
+    answering: AtomicBool,
     /// Ends loading ahead.
     ending: AtomicBool,
     /// Rung when loading ahead has ended.
@@ -135,6 +137,7 @@ impl<'a> Machine<'a> {
             memory,
             ledger: Mutex::new(Ledger::new(owed)),
             began: Instant::now(),
+            answering: AtomicBool::new(false),
             ending: AtomicBool::new(false),
             bell: bell.map_err(|e| Cause::kernel("make an eventfd for")(e.into()))?,
             failed: Mutex::new(None),
@@ -229,10 +232,12 @@ impl<'a> Machine<'a> {
                     self.load_ahead(scope)?;
                 }
             }
+            self.answering.store(true, Ordering::Relaxed);
             if touched {
                 self.take_in(&mut wanted)?;
             }
             self.fetch(&mut reader, &mut wanted)?;
+            self.answering.store(false, Ordering::Relaxed);
         }
     }
 
@@ -336,6 +341,10 @@ impl<'a> Machine<'a> {
                 self.load(&mut reader, run, &mut bytes).map_err(Cause::Read)?;
                 let mut at = 0;
                 while at < run.pages {
+                    if self.answering.load(Ordering::Relaxed) {
+                        // A lock goes to who is awake, which would be this thread again and again.
+                        sleep(AGAIN);
+                    }
                     if self.ending.load(Ordering::Acquire) {
                         return Ok(());
                     }
