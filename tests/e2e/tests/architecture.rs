@@ -32,9 +32,14 @@ fn pure_crates_depend_on_nothing_impure() {
 
 #[test]
 fn no_library_knows_the_tools_or_a_vmm() {
-    for package in
-        ["ferry-migrate", "ferry-bundle", "ferry-transport", "ferry-memory", "ferry-dirtylog"]
-    {
+    for package in [
+        "ferry-migrate",
+        "ferry-bundle",
+        "ferry-transport",
+        "ferry-memory",
+        "ferry-dirtylog",
+        "ferry-firecracker",
+    ] {
         for tool in ["ferry", "ferry-refvmm", "ferry-process-guest", "ferry-guest"] {
             assert!(!below(package).iter().any(|name| name == tool), "{package} depends on {tool}");
         }

@@ -63,6 +63,17 @@ pub(crate) enum Command {
     /// Look at bundles.
     #[command(subcommand)]
     Bundle(Bundle),
+    /// Serve the memory of a Firecracker snapshot page by page, while its machine runs.
+    #[command(
+        after_help = "Example:\n  ferry pager --socket /run/fc1.uffd --memory /snapshots/fc1/memory\n  \
+                      ferry pager --socket /run/fc1.uffd --bundle /backup/fc1\n\n\
+                      Start it, then load the snapshot in Firecracker with\n  \
+                      \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/fc1.uffd\"}\n\n\
+                      One pager serves one machine, until its memory is all loaded or it ends. SIGTERM loads the rest first; a \
+                      second one ends the machine. A pager that is killed leaves a machine that hangs.\n\n\
+                      Exit status: 0 the machine needs no pager any more; 1 it was ended for want of a page, or none came."
+    )]
+    Pager(Pager),
     /// End the migration or the save of a machine; it goes on here. Nothing changes once it is handed over.
     #[command(after_help = "Example:\n  ferry cancel web1")]
     Cancel {
@@ -321,6 +332,34 @@ pub(crate) enum Bundle {
         #[arg(long, value_name = "DIR")]
         into: Option<PathBuf>,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pager {
+    /// The socket that Firecracker is told as `backend_path`. It is made, and removed once the machine has
+    /// come.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// The memory file that Firecracker wrote with the snapshot.
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "bundle",
+        conflicts_with = "bundle"
+    )]
+    pub(crate) memory: Option<PathBuf>,
+    /// A bundle with the same memory, lowest page first.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) bundle: Option<PathBuf>,
+    /// Where to look for bases that are not where the bundle expects them; may be repeated.
+    #[arg(long = "base", value_name = "DIR", requires = "bundle")]
+    pub(crate) bases: Vec<PathBuf>,
+    /// Load only what the machine touches: it takes less memory, and needs the pager for as long as it runs.
+    #[arg(long)]
+    pub(crate) on_demand: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@ mod demo;
 mod hosted;
 mod machine;
 mod migrate;
+mod pager;
 mod protocol;
 mod receive;
 mod restore;
@@ -77,6 +78,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Save(args) => save::main(&runtime()?, &args)?,
         Command::Restore(args) => restore::main(&runtime()?, &args)?,
         Command::Bundle(command) => bundle::main(&command)?,
+        Command::Pager(args) => pager::main(&args)?,
         Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,199 @@
+//! What is known of each page of the machine, and the order in which they are loaded. Pure: see `Demand` and
+//! `PushQueue`.
+
+use std::time::Duration;
+
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
+use ferry_postcopy::{Admit, Demand, Fault, PushQueue};
+use hdrhistogram::Histogram;
+
+use crate::Handover;
+use crate::kernel::Touch;
+
+/// A wait of a minute is the longest that is told apart, and three digits of it.
+const LONGEST_NS: u64 = 60_000_000_000;
+
+/// The ledger of one machine. Its lock is held as `Demand` demands.
+pub(crate) struct Ledger {
+    pub(crate) demand: Demand,
+    pub(crate) queue: PushQueue,
+    pub(crate) nanos: Histogram<u64>,
+}
+
+/// What must be done about touches, in this order.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Todo {
+    /// Pages to place as zeros.
+    pub(crate) zeros: Vec<u64>,
+    /// Pages to read and place.
+    pub(crate) wanted: Vec<u64>,
+}
+
+impl Ledger {
+    /// A ledger of a machine whose pages of data are `owed`.
+    pub(crate) fn new(owed: PageSet) -> Self {
+        let nanos = Histogram::new_with_max(LONGEST_NS, 3);
+        Self {
+            demand: Demand::new(owed.clone()),
+            queue: PushQueue::new(owed, Vec::new()),
+            nanos: nanos.unwrap_or_else(|_| unreachable!("bounds are constants")),
+        }
+    }
+
+    /// Takes in what happened at `now`.
+    ///
+    /// # Errors
+    /// A thread waits at this address, which was not handed over.
+    pub(crate) fn take_in(
+        &mut self,
+        touches: &[Touch],
+        handover: &Handover,
+        now: Duration,
+    ) -> Result<Todo, u64> {
+        let mut todo = Todo::default();
+        for touch in touches {
+            match *touch {
+                Touch::Fault(address) => {
+                    let page = handover.page_at(address).ok_or(address)?;
+                    // Firecracker's userfaultfd does not say whose fault it is.
+                    match self.demand.fault(page, now, 0) {
+                        Fault::Ask => {
+                            self.queue.fault(page);
+                            todo.wanted.push(page);
+                        }
+                        Fault::Asked => {}
+                        // One that is here is left as it is, and who waits is woken.
+                        Fault::Zero | Fault::Here => todo.zeros.push(page),
+                    }
+                }
+                Touch::Removed(start, end) => {
+                    // Part of a page cannot be given back.
+                    if let Some(run) = handover.pages_between(start, end) {
+                        todo.zeros.extend(self.demand.discarded(run));
+                    }
+                }
+            }
+        }
+        Ok(todo)
+    }
+
+    /// Offers copies of the pages of `run` to `put`, which places them from the first on and returns how
+    /// many are there. Returns how many pages from the first on need no other try.
+    ///
+    /// # Errors
+    /// That of `put`.
+    pub(crate) fn place<E>(
+        &mut self,
+        run: Run,
+        now: impl Fn() -> Duration,
+        mut put: impl FnMut(Run) -> Result<u64, E>,
+    ) -> Result<u64, E> {
+        let mut at = run.start;
+        while at < run.end() {
+            let first = at;
+            while at < run.end() && self.demand.admit(at) == Admit::Install {
+                at += 1;
+            }
+            let there = if first == at { 0 } else { put(Run::new(first, at - first))? };
+            for page in first..first + there {
+                if let Some(waited) = self.demand.installed(page, now()) {
+                    let nanos = u64::try_from(waited.wait.as_nanos()).unwrap_or(u64::MAX);
+                    self.nanos.saturating_record(nanos);
+                }
+            }
+            for page in first + there..at {
+                // Who waits for it is served by the next try.
+                let _ = self.demand.not_installed(page);
+            }
+            if first + there < at {
+                return Ok(first + there - run.start);
+            }
+            // The page that ended the stretch is late, or behind the run.
+            at += 1;
+        }
+        Ok(run.pages)
+    }
+}
+
+/// Pages of `page_bytes` that have a page of 4096 bytes in `data`.
+pub(crate) fn larger(data: &PageSet, page_bytes: u64) -> PageSet {
+    let ratio = page_bytes / PAGE_BYTES as u64;
+    let page = |run: Run| {
+        let first = run.start / ratio;
+        Run::new(first, run.end().div_ceil(ratio) - first)
+    };
+    data.runs().map(page).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: u64 = 1 << 30;
+    const NOW: Duration = Duration::ZERO;
+
+    fn handover(pages: u64) -> Handover {
+        let size = pages * 4096;
+        let text = format!(r#"[{{"base_host_virt_addr":{BASE},"size":{size},"offset":0}}]"#);
+        Handover::parse(text.as_bytes()).unwrap().unwrap()
+    }
+
+    fn fault(page: u64) -> Touch {
+        Touch::Fault(BASE + page * 4096)
+    }
+
+    fn ledger(owed: Run) -> Ledger {
+        Ledger::new([owed].into_iter().collect())
+    }
+
+    #[test]
+    fn a_page_given_back_while_it_is_wanted_reads_as_zeros() {
+        let (handover, mut ledger) = (handover(10), ledger(Run::new(0, 10)));
+        // The kernel tells of faults before removals, whichever came first.
+        let touches = [fault(3), fault(5), Touch::Removed(BASE + 3 * 4096, BASE + 5 * 4096)];
+        let todo = ledger.take_in(&touches, &handover, NOW).unwrap();
+        assert_eq!(todo, Todo { zeros: vec![3], wanted: vec![3, 5] });
+        let mut placed = Vec::new();
+        for page in todo.wanted {
+            let put = |run: Run| {
+                placed.push(run);
+                Ok::<_, ()>(run.pages)
+            };
+            assert_eq!(ledger.place(Run::new(page, 1), || NOW, put), Ok(1));
+        }
+        assert_eq!(placed, [Run::new(5, 1)]);
+        assert_eq!(ledger.take_in(&[fault(4)], &handover, NOW).unwrap().zeros, [4]);
+    }
+
+    #[test]
+    fn a_page_that_was_not_placed_is_wanted_still_and_nothing_is_placed_twice() {
+        let (handover, mut ledger) = (handover(10), ledger(Run::new(2, 6)));
+        assert_eq!(ledger.take_in(&[fault(4)], &handover, NOW).unwrap().wanted, [4]);
+        // Memory is being given back: two pages come, and no more.
+        let mut offered = Vec::new();
+        let mut some = |run: Run| {
+            offered.push(run);
+            Ok::<_, ()>(run.pages.min(2))
+        };
+        assert_eq!(ledger.place(Run::new(0, 10), || NOW, &mut some), Ok(4));
+        assert_eq!(ledger.place(Run::new(4, 2), || NOW, &mut some), Ok(2));
+        assert_eq!(ledger.place(Run::new(0, 10), || NOW, &mut some), Ok(10));
+        assert_eq!(offered, [Run::new(2, 6), Run::new(4, 2), Run::new(6, 2)]);
+        assert!(ledger.demand.is_complete());
+        assert_eq!((ledger.nanos.len(), ledger.demand.counts().pushed), (1, 5));
+    }
+
+    #[test]
+    fn a_fault_outside_of_what_was_handed_over_is_named() {
+        let touches = [fault(1), fault(10)];
+        let outside = ledger(Run::new(0, 10)).take_in(&touches, &handover(10), NOW);
+        assert_eq!(outside, Err(BASE + 10 * 4096));
+    }
+
+    #[test]
+    fn a_larger_page_has_data_if_a_part_of_it_has() {
+        let data = [Run::new(0, 1), Run::new(511, 2), Run::new(2048, 512)].into_iter().collect();
+        let larger = larger(&data, 2 << 20);
+        assert_eq!(larger.runs().collect::<Vec<_>>(), [Run::new(0, 2), Run::new(4, 1)]);
+    }
+}
