@@ -5,6 +5,7 @@
 //! writes a guest to a bundle of `ferry-bundle`, [`restore()`] starts one from it when it is read, and
 //! [`restore_lazily()`] before. This crate knows no VMM: it sees memory, trackers, and state as opaque sections.
 
+mod arriving;
 mod control;
 mod fetch;
 mod fetching;

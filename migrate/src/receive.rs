@@ -1,5 +1,4 @@
-//! The destination's engine: accepts channels, builds machines, carries out what the protocol's
-//! [`Destination`](ferry_protocol::Destination) asks for.
+//! The destination's engine: accepts channels and takes each to its session.
 //!
 //! Channels live on the caller's runtime; each session has a thread, which runs the state machine and
 //! touches the guest. A channel's first message says whether it begins a session, joins one as a lane,
@@ -8,24 +7,18 @@
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ferry_codec::CodecSet;
-use ferry_memory::{MissingPages, Waiters};
-use ferry_pager::{Notice, Pager};
-use ferry_pages::PageSet;
 use ferry_protocol::{
-    Arrival, Destination, DestinationAction, DestinationEvent, Hello, MAX_HELLO_BYTES, MachineSpec,
-    Refusal, StateReader, ToDestination, ToSource, VERSION_MAX, VERSION_MIN, Verdict, wire,
+    Arrival, Hello, MAX_HELLO_BYTES, MachineSpec, Refusal, ToSource, VERSION_MAX, VERSION_MIN,
+    Verdict, wire,
 };
 use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, Listener, send_message};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::fetch;
-use crate::fetching::{Bringer, Fetching};
-use crate::install::Installer;
-use crate::receive_lane::{self, LaneEnd};
-use crate::{Guest, Host, words};
+use crate::Host;
+use crate::arriving::{Arriving, Message};
+use crate::fetching::Fetching;
 
 /// A peer that opened a channel says what it wants within this time.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -89,72 +82,7 @@ pub enum ReceiveEvent<G> {
     Turned(String),
 }
 
-/// The source of a machine brings its pages.
-struct FromSource {
-    installer: Arc<Installer>,
-    door: Sender<Message>,
-}
-
-impl Bringer for FromSource {
-    fn missing(&self) -> PageSet {
-        self.installer.pager(Pager::missing).unwrap_or_default()
-    }
-
-    fn abandon(&self) {
-        self.installer.drain();
-        let _ = self.door.send(Message::Abandoned);
-    }
-
-    fn trouble(&self) -> Option<String> {
-        // A source may come back.
-        None
-    }
-}
-
-/// State that is being loaded, which may touch a page that is still to come: when the link is lost, it
-/// must not wait for ever.
-#[derive(Clone, Default)]
-struct Loading(Arc<Mutex<Option<Arc<Installer>>>>);
-
-impl Loading {
-    fn slot(&self) -> MutexGuard<'_, Option<Arc<Installer>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn begin(&self, installer: Option<Arc<Installer>>) {
-        *self.slot() = installer;
-    }
-
-    /// Whether the link held all the while.
-    fn end(&self) -> bool {
-        self.slot().take().is_some()
-    }
-
-    /// The link was lost: whoever loads goes on, with pages of zeros, and [`end`](Self::end) says so.
-    fn link_lost(&self) {
-        if let Some(installer) = self.slot().take() {
-            installer.drain();
-        }
-    }
-}
-
 type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
-
-enum Message {
-    /// From a channel of link number `epoch`; those of a link before the present one count no more.
-    Link {
-        epoch: u64,
-        event: DestinationEvent,
-    },
-    /// A lane, with the sink that says to the source that somebody is here.
-    Lane(FrameReader, Box<dyn ByteSink>),
-    /// The lane on which pages are asked for.
-    Urgent(FrameReader, Box<dyn ByteSink>),
-    /// A new control channel of a source that lost the one before.
-    Rejoin(FrameReader, Box<dyn ByteSink>),
-    Pager(Notice),
-    Abandoned,
-}
 
 struct Session {
     verdict: Verdict,
@@ -183,10 +111,11 @@ impl Sessions {
     }
 }
 
-struct Server<H: Host> {
-    host: Arc<H>,
-    options: ReceiveOptions,
-    tell: Tell<H::Guest>,
+/// Where sessions are known by their tokens.
+pub(crate) struct Server<H: Host> {
+    pub(crate) host: Arc<H>,
+    pub(crate) options: ReceiveOptions,
+    pub(crate) tell: Tell<H::Guest>,
     sessions: Mutex<Sessions>,
 }
 
@@ -302,39 +231,27 @@ async fn say_last(
     tokio::time::timeout(HELLO_TIMEOUT, farewell).await.unwrap_or(Ok(()))
 }
 
-async fn write(mut sink: Box<dyn ByteSink>, mut messages: UnboundedReceiver<Vec<u8>>) {
-    while let Some(bytes) = messages.recv().await {
-        if send_message(sink.as_mut(), &bytes).await.is_err() {
-            // The reader learns of it and says so.
-            return;
-        }
-    }
-    let _ = sink.finish().await;
-}
-
-async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64, loading: Loading) {
-    loop {
-        let event = match reader.read_message(wire::MAX_MESSAGE_BYTES).await {
-            Ok(Some(bytes)) => match wire::decode::<ToDestination>(&bytes) {
-                Ok(message) => DestinationEvent::Message(message),
-                Err(e) => DestinationEvent::BadPages(format!("the source sent nonsense: {e}")),
-            },
-            Ok(None) => DestinationEvent::LinkLost("the source closed the control channel".into()),
-            Err(e) => DestinationEvent::LinkLost(e.to_string()),
-        };
-        let over = !matches!(event, DestinationEvent::Message(_));
-        if over {
-            loading.link_lost();
-        }
-        if door.send(Message::Link { epoch, event }).is_err() || over {
-            return;
-        }
-    }
-}
-
 impl<H: Host + 'static> Server<H> {
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What whoever asks for this session is told from now on.
+    pub(crate) fn set_verdict(&self, token: u128, verdict: Verdict) {
+        if let Some(session) = self.sessions().by_token.get_mut(&token) {
+            session.verdict = verdict;
+        }
+    }
+
+    /// No channel joins this session any more; whether its machine stays here.
+    pub(crate) fn session_ends(&self, token: u128, stays: bool) {
+        let mut sessions = self.sessions();
+        if let Some(session) = sessions.by_token.get_mut(&token) {
+            session.door = None;
+        }
+        if !stays {
+            sessions.taken -= 1;
+        }
     }
 
     /// Takes a channel to its session, as `message`.
@@ -414,343 +331,5 @@ impl<H: Host + 'static> Server<H> {
         sessions.taken += 1;
         sessions.forget_oldest();
         Ok((token, receiver, door))
-    }
-}
-
-/// One machine on its way in.
-struct Arriving<H: Host> {
-    server: Arc<Server<H>>,
-    token: u128,
-    peer: String,
-    door: Sender<Message>,
-    /// Counts links: one for each control channel.
-    epoch: u64,
-    /// The present link was not found lost.
-    linked: bool,
-    /// To the control channel.
-    outgoing: Option<UnboundedSender<Vec<u8>>>,
-    /// To the urgent lane.
-    asks: Arc<Mutex<Option<UnboundedSender<u64>>>>,
-    urgent_allowed: bool,
-    paging_since: Duration,
-    loading: Loading,
-    runtime: tokio::runtime::Handle,
-    machine: Destination,
-    began: Instant,
-    spec: Option<MachineSpec>,
-    guest: Option<H::Guest>,
-    installer: Option<Arc<Installer>>,
-    codecs: CodecSet,
-    lanes_allowed: u16,
-    arrival: Option<Arrival>,
-    running: bool,
-}
-
-impl<H: Host + 'static> Arriving<H> {
-    fn new(
-        server: Arc<Server<H>>,
-        token: u128,
-        peer: String,
-        door: Sender<Message>,
-        runtime: tokio::runtime::Handle,
-    ) -> Self {
-        let machine = Destination::new(token, server.options.codecs.bits());
-        Self {
-            server,
-            token,
-            peer,
-            door,
-            epoch: 0,
-            linked: true,
-            outgoing: None,
-            asks: Arc::default(),
-            urgent_allowed: false,
-            paging_since: Duration::ZERO,
-            loading: Loading::default(),
-            runtime,
-            machine,
-            began: Instant::now(),
-            spec: None,
-            guest: None,
-            installer: None,
-            codecs: CodecSet::from_bits(0),
-            lanes_allowed: 0,
-            arrival: None,
-            running: false,
-        }
-    }
-
-    fn run(mut self, receiver: &Receiver<Message>) {
-        while self.arrival.is_none() {
-            match receiver.recv() {
-                Ok(Message::Link { epoch, event }) if epoch == self.epoch => {
-                    if let DestinationEvent::LinkLost(why) = &event {
-                        self.waits(why);
-                    }
-                    self.handle(event);
-                }
-                Ok(Message::Link { .. }) => {}
-                Ok(Message::Lane(reader, sink)) => self.lane(reader, sink),
-                Ok(Message::Urgent(reader, sink)) => self.urgent(reader, sink),
-                Ok(Message::Rejoin(reader, sink)) => {
-                    self.set_asks(None);
-                    self.control(reader, sink);
-                    let missing = self.pager(Pager::missing).unwrap_or_default();
-                    self.handle(DestinationEvent::Rejoined(missing));
-                }
-                Ok(Message::Pager(notice)) => self.notice(notice),
-                Ok(Message::Abandoned) => self.handle(DestinationEvent::Abandoned),
-                // This session holds a sender.
-                Err(_) => {
-                    self.handle(DestinationEvent::LinkLost("the host is shutting down".into()))
-                }
-            }
-            self.hand_over();
-        }
-        let mut sessions = self.server.sessions();
-        if let Some(session) = sessions.by_token.get_mut(&self.token) {
-            session.door = None;
-        }
-        if matches!(self.arrival, Some(Arrival::Void(_))) {
-            sessions.taken -= 1;
-        }
-        drop(sessions);
-        // A machine that did not arrive is gone before anyone is told.
-        drop(self.guest.take());
-        let name = self.spec.take().map_or_else(|| "?".into(), |s| s.name);
-        if let Some(arrival) = self.arrival.take() {
-            (self.server.tell)(ReceiveEvent::Ended { name, arrival });
-        }
-    }
-
-    fn handle(&mut self, event: DestinationEvent) {
-        let mut event = Some(event);
-        while let Some(e) = event.take() {
-            self.machine.handle(self.began.elapsed(), e);
-            // Before any action: whoever asks from now on is told what will be.
-            let mut sessions = self.server.sessions();
-            if let Some(session) = sessions.by_token.get_mut(&self.token) {
-                session.verdict = self.machine.verdict();
-            }
-            drop(sessions);
-            while let Some(action) = self.machine.poll() {
-                if let Some(answer) = self.act(action) {
-                    event = Some(answer);
-                }
-            }
-        }
-    }
-
-    fn act(&mut self, action: DestinationAction) -> Option<DestinationEvent> {
-        match action {
-            DestinationAction::Send(message) => {
-                match wire::encode(&message) {
-                    Ok(bytes) => {
-                        if let Some(outgoing) = &self.outgoing {
-                            let _ = outgoing.send(bytes);
-                        }
-                    }
-                    Err(e) => tracing::error!("{e}"),
-                }
-                None
-            }
-            DestinationAction::Build(spec) => Some(DestinationEvent::Built(self.build(spec))),
-            DestinationAction::AcceptLanes { codecs, lanes } => {
-                self.codecs = CodecSet::from_bits(codecs);
-                self.lanes_allowed = lanes;
-                self.urgent_allowed = true;
-                None
-            }
-            DestinationAction::Page(owed) => Some(DestinationEvent::Paging(self.page(owed))),
-            DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
-            DestinationAction::Resume(permit) => {
-                let Some(guest) = &mut self.guest else {
-                    return Some(DestinationEvent::Resumed(Err("there is no machine".into())));
-                };
-                let resumed = guest.resume(permit).map_err(|(_permit, e)| words(&e));
-                self.running = resumed.is_ok();
-                Some(DestinationEvent::Resumed(resumed))
-            }
-            DestinationAction::Digest => {
-                self.hand_over();
-                let discarded = self.pager(|pager| pager.waits().counts.discarded).unwrap_or(0);
-                let installer = self.installer.as_ref();
-                installer.inspect(|installer| installer.drain());
-                let sum = installer.map_or(0, |i| i.digest_sum());
-                Some(DestinationEvent::Digest((discarded == 0).then_some(sum)))
-            }
-            DestinationAction::Finish(arrival) => {
-                self.arrival = Some(arrival);
-                None
-            }
-        }
-    }
-
-    /// Talks on this control channel from now on.
-    fn control(&mut self, reader: FrameReader, sink: Box<dyn ByteSink>) {
-        self.epoch += 1;
-        self.linked = true;
-        let (outgoing, messages) = unbounded_channel();
-        self.runtime.spawn(write(sink, messages));
-        let loading = self.loading.clone();
-        self.runtime.spawn(read(reader, self.door.clone(), self.epoch, loading));
-        self.outgoing = Some(outgoing);
-    }
-
-    fn pager<T>(&self, ask: impl FnOnce(&Pager) -> T) -> Option<T> {
-        self.installer.as_ref().and_then(|installer| installer.pager(ask))
-    }
-
-    /// Tells that a running machine lost its source; once for each link.
-    fn waits(&mut self, why: &str) {
-        let Some(missing) = self.pager(Pager::missing).filter(|_| self.running) else { return };
-        if !std::mem::take(&mut self.linked) {
-            return;
-        }
-        let name = self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone());
-        let (missing, why) = (missing.len(), why.to_owned());
-        (self.server.tell)(ReceiveEvent::Waiting { name, missing, why });
-    }
-
-    fn set_asks(&self, asks: Option<UnboundedSender<u64>>) {
-        *self.asks.lock().unwrap_or_else(PoisonError::into_inner) = asks;
-    }
-
-    fn page(&mut self, owed: PageSet) -> Result<(), String> {
-        self.paging_since = self.began.elapsed();
-        let installer = self.installer.as_ref().ok_or("there is no machine")?;
-        let door = self.door.clone();
-        let asks = self.asks.clone();
-        let notify = move |notice| match notice {
-            // Straight to the urgent lane. Without one, they are asked for when there is one again.
-            Notice::Ask(gfns) => {
-                if let Some(lane) = &*asks.lock().unwrap_or_else(PoisonError::into_inner) {
-                    for gfn in gfns {
-                        let _ = lane.send(gfn);
-                    }
-                }
-            }
-            other => drop(door.send(Message::Pager(other))),
-        };
-        installer.page(owed, notify).map_err(|e| words(&e))
-    }
-
-    fn notice(&mut self, notice: Notice) {
-        match notice {
-            Notice::Ask(_) => {}
-            Notice::Complete => {
-                let took = self.began.elapsed().saturating_sub(self.paging_since);
-                let fetched = self.pager(|pager| fetch::measured(&pager.waits(), took));
-                self.handle(DestinationEvent::AllHere(fetched.unwrap_or_default()));
-            }
-            Notice::Broken(why) => self.handle(DestinationEvent::PagingBroken(why)),
-        }
-    }
-
-    /// The lane on which pages are asked for, and come before all others.
-    fn urgent(&mut self, reader: FrameReader, sink: Box<dyn ByteSink>) {
-        let Some(installer) = self.installer.clone() else { return };
-        if !std::mem::take(&mut self.urgent_allowed) {
-            return self.handle(DestinationEvent::BadPages("more than one urgent lane".into()));
-        }
-        let (asks, wanted) = unbounded_channel();
-        self.set_asks(Some(asks.clone()));
-        for gfn in self.pager(Pager::outstanding).unwrap_or_default() {
-            let _ = asks.send(gfn);
-        }
-        // The session holds the only other one, so that the lane ends with it.
-        drop(asks);
-        let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
-        let loading = self.loading.clone();
-        self.runtime.spawn(async move {
-            let event = fetch::run(reader, sink, wanted, &installer, codecs).await;
-            if let Some(event) = event {
-                loading.link_lost();
-                let _ = door.send(Message::Link { epoch, event });
-            }
-        });
-    }
-
-    fn build(&mut self, spec: MachineSpec) -> Result<Option<String>, Vec<Refusal>> {
-        let name = spec.name.clone();
-        (self.server.tell)(ReceiveEvent::Arriving { name, peer: self.peer.clone() });
-        let layout = spec.layout().map_err(|e| vec![Refusal::new("memory", e.to_string())])?;
-        let guest = self.server.host.prepare(&spec)?;
-        self.installer = Some(Arc::new(Installer::new(guest.memory(), layout)));
-        self.guest = Some(guest);
-        self.spec = Some(spec);
-        Ok(MissingPages::available(Waiters::All).err().map(|e| words(&e)))
-    }
-
-    fn load(&mut self, state: &[u8]) -> Result<(), String> {
-        if let Some(installer) = &self.installer
-            && installer.pager(|_| ()).is_none()
-        {
-            // From here on memory is the guest's.
-            installer.close();
-        }
-        let guest = self.guest.as_mut().ok_or("there is no machine")?;
-        let state = StateReader::parse(state).map_err(|e| e.to_string())?;
-        self.loading.begin(self.installer.clone());
-        let loaded = guest.load(&state).map_err(|e| words(&e));
-        if self.loading.end() {
-            loaded
-        } else {
-            Err("the link was lost while state was loaded".into())
-        }
-    }
-
-    fn lane(&mut self, reader: FrameReader, mut sink: Box<dyn ByteSink>) {
-        let Some(installer) = self.installer.clone() else { return };
-        if self.lanes_allowed == 0 {
-            return self.handle(DestinationEvent::BadPages("more lanes than were offered".into()));
-        }
-        self.lanes_allowed -= 1;
-        let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
-        // A thread of its own: on the runtime's threads, the lane's connection would stand still while
-        // pages are verified and written.
-        let runtime = self.runtime.clone();
-        let run = async move {
-            let installed = |round| {
-                let event = DestinationEvent::Installed { round };
-                let _ = door.send(Message::Link { epoch, event });
-            };
-            let acks = Some(&mut sink);
-            let ended = receive_lane::run(reader, acks, &installer, codecs, installed).await;
-            let event = match ended {
-                LaneEnd::Finished => {
-                    // The source is done with this lane, and may be gone.
-                    let _ = sink.finish().await;
-                    return;
-                }
-                LaneEnd::Lost(why) => DestinationEvent::LinkLost(why),
-                LaneEnd::Bad(why) => {
-                    sink.close(&why).await;
-                    DestinationEvent::BadPages(why)
-                }
-            };
-            let _ = door.send(Message::Link { epoch, event });
-        };
-        let thread = std::thread::Builder::new().name("ferry-install".into());
-        if let Err(e) = thread.spawn(move || runtime.block_on(run)) {
-            let why = format!("cannot start a thread for a lane: {e}");
-            self.handle(DestinationEvent::LinkLost(why));
-        }
-    }
-
-    /// Gives a machine that runs to the host.
-    fn hand_over(&mut self) {
-        if !self.running {
-            return;
-        }
-        if let (Some(guest), Some(spec)) = (self.guest.take(), &self.spec) {
-            let pages = self.installer.clone().filter(|i| i.pager(|_| ()).is_some());
-            let fetching = pages.map(|installer| {
-                let door = self.door.clone();
-                Fetching::new(Arc::new(FromSource { installer, door }))
-            });
-            let spec = spec.clone();
-            (self.server.tell)(ReceiveEvent::Arrived { guest, spec, fetching });
-        }
     }
 }
