@@ -51,7 +51,7 @@ impl<G: Guest + 'static> Traveller<G> {
             let cpu =
                 Figures::new(pairs().map(|(cost, plain)| cost.cpu.div_duration_f64(plain.cpu)));
             let verdict = match shares.median() >= GOAL {
-                _ if i > 0 => "",
+                _ if i > 1 => "",
                 true => ": met",
                 false => ": MISSED",
             };
@@ -87,8 +87,9 @@ pub(crate) fn measure(plan: &Plan) -> Result<(), Failure> {
         let costs = Vec::new();
         Yardstick { name, connections, keep, costs }
     };
-    // The goal is set by the first one: a copy is not one before it lies in memory, and on two cores that
-    // both ends share, making 512 MiB of fresh memory costs as much as bringing the bytes there.
+    // The first two are judged. A copy is not one before it lies in memory, and on two cores that both ends
+    // share, making 512 MiB of fresh memory costs as much as bringing the bytes there: the second, which
+    // drops them, is the harder one.
     let mut yardsticks = vec![
         yardstick("plain copy", plan.lanes(), true),
         yardstick("plain copy, dropped where it arrives", plan.lanes(), false),
