@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use ferry_pages::{PageSet, Run};
+use hdrhistogram::Histogram;
 
 /// What to do about a touch of an absent page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,8 +98,13 @@ pub struct Demand {
     waiting: HashMap<u64, Waiting>,
     next_order: u64,
     waits: BTreeMap<u32, Duration>,
+    /// Each wait that has ended, ns.
+    nanos: Histogram<u64>,
     counts: DemandCounts,
 }
+
+/// A wait of a minute is the longest that is told apart, and three digits of it.
+const LONGEST_NS: u64 = 60_000_000_000;
 
 impl Demand {
     /// A ledger of a machine for which the source still holds `owed`; every other page reads as zero.
@@ -112,6 +118,8 @@ impl Demand {
             waiting: HashMap::new(),
             next_order: 0,
             waits: BTreeMap::new(),
+            nanos: Histogram::new_with_max(LONGEST_NS, 3)
+                .unwrap_or_else(|_| unreachable!("bounds are constants")),
             counts: DemandCounts::default(),
         }
     }
@@ -173,7 +181,51 @@ impl Demand {
             *self.waits.entry(*waiter).or_default() += now.saturating_sub(*since);
         }
         let (waiter, since) = first;
-        Some(Waited { waiter, wait: now.saturating_sub(since), waiters: 1 + more.len() })
+        let wait = now.saturating_sub(since);
+        self.nanos.saturating_record(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX));
+        Some(Waited { waiter, wait, waiters: 1 + more.len() })
+    }
+
+    /// Offers what is owed of the pages of `run` to `put`, stretch by stretch. `put` places pages from the
+    /// first of a stretch on, and returns how many are there then; `taken` is told of each. `now` is the
+    /// clock. Returns how many pages of `run`, from the first on, need no other try.
+    ///
+    /// # Errors
+    /// That of `put`; what it was offered is owed as before.
+    pub fn place<E>(
+        &mut self,
+        run: Run,
+        now: impl Fn() -> Duration,
+        mut put: impl FnMut(Run) -> Result<u64, E>,
+        mut taken: impl FnMut(u64),
+    ) -> Result<u64, E> {
+        let mut at = run.start;
+        while at < run.end() {
+            let first = at;
+            while at < run.end() && self.admit(at) == Admit::Install {
+                at += 1;
+            }
+            if first < at {
+                let put = put(Run::new(first, at - first));
+                let there = first + put.as_ref().map_or(0, |pages| *pages);
+                let then = now();
+                for gfn in first..there {
+                    self.installed(gfn, then);
+                    taken(gfn);
+                }
+                for gfn in there..at {
+                    // Who waits for it is served by the next try.
+                    let _ = self.not_installed(gfn);
+                }
+                put?;
+                if there < at {
+                    return Ok(there - run.start);
+                }
+            }
+            // The page that ended the stretch is late, or behind the run.
+            at += 1;
+        }
+        Ok(run.pages)
     }
 
     /// An admitted page could not be installed, and its copy is lost: it is owed as before. Returns
@@ -225,6 +277,11 @@ impl Demand {
     /// What was counted so far.
     pub fn counts(&self) -> DemandCounts {
         self.counts
+    }
+
+    /// How long the first thread to want each page waited for it, ns; of waits that have ended.
+    pub fn wait_nanos(&self) -> &Histogram<u64> {
+        &self.nanos
     }
 
     /// How long each thread has waited in all its waits that have ended, by thread.

@@ -4,20 +4,15 @@
 use std::time::Duration;
 
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
-use ferry_postcopy::{Admit, Demand, Fault, PushQueue};
-use hdrhistogram::Histogram;
+use ferry_postcopy::{Demand, Fault, PushQueue};
 
 use crate::Handover;
 use crate::kernel::Touch;
-
-/// A wait of a minute is the longest that is told apart, and three digits of it.
-const LONGEST_NS: u64 = 60_000_000_000;
 
 /// The ledger of one machine. Its lock is held as `Demand` demands.
 pub(crate) struct Ledger {
     pub(crate) demand: Demand,
     pub(crate) queue: PushQueue,
-    pub(crate) nanos: Histogram<u64>,
 }
 
 /// What must be done about touches, in this order.
@@ -32,12 +27,7 @@ pub(crate) struct Todo {
 impl Ledger {
     /// A ledger of a machine whose pages of data are `owed`.
     pub(crate) fn new(owed: PageSet) -> Self {
-        let nanos = Histogram::new_with_max(LONGEST_NS, 3);
-        Self {
-            demand: Demand::new(owed.clone()),
-            queue: PushQueue::new(owed, Vec::new()),
-            nanos: nanos.unwrap_or_else(|_| unreachable!("bounds are constants")),
-        }
+        Self { demand: Demand::new(owed.clone()), queue: PushQueue::new(owed, Vec::new()) }
     }
 
     /// Takes in what happened at `now`.
@@ -75,43 +65,6 @@ impl Ledger {
             }
         }
         Ok(todo)
-    }
-
-    /// Offers copies of the pages of `run` to `put`, which places them from the first on and returns how
-    /// many are there. Returns how many pages from the first on need no other try.
-    ///
-    /// # Errors
-    /// That of `put`.
-    pub(crate) fn place<E>(
-        &mut self,
-        run: Run,
-        now: impl Fn() -> Duration,
-        mut put: impl FnMut(Run) -> Result<u64, E>,
-    ) -> Result<u64, E> {
-        let mut at = run.start;
-        while at < run.end() {
-            let first = at;
-            while at < run.end() && self.demand.admit(at) == Admit::Install {
-                at += 1;
-            }
-            let there = if first == at { 0 } else { put(Run::new(first, at - first))? };
-            for page in first..first + there {
-                if let Some(waited) = self.demand.installed(page, now()) {
-                    let nanos = u64::try_from(waited.wait.as_nanos()).unwrap_or(u64::MAX);
-                    self.nanos.saturating_record(nanos);
-                }
-            }
-            for page in first + there..at {
-                // Who waits for it is served by the next try.
-                let _ = self.demand.not_installed(page);
-            }
-            if first + there < at {
-                return Ok(first + there - run.start);
-            }
-            // The page that ended the stretch is late, or behind the run.
-            at += 1;
-        }
-        Ok(run.pages)
     }
 }
 
@@ -159,7 +112,7 @@ mod tests {
                 placed.push(run);
                 Ok::<_, ()>(run.pages)
             };
-            assert_eq!(ledger.place(Run::new(page, 1), || NOW, put), Ok(1));
+            assert_eq!(ledger.demand.place(Run::new(page, 1), || NOW, put, |_| {}), Ok(1));
         }
         assert_eq!(placed, [Run::new(5, 1)]);
         assert_eq!(ledger.take_in(&[fault(4)], &handover, NOW).unwrap().zeros, [4]);
@@ -175,12 +128,12 @@ mod tests {
             offered.push(run);
             Ok::<_, ()>(run.pages.min(2))
         };
-        assert_eq!(ledger.place(Run::new(0, 10), || NOW, &mut some), Ok(4));
-        assert_eq!(ledger.place(Run::new(4, 2), || NOW, &mut some), Ok(2));
-        assert_eq!(ledger.place(Run::new(0, 10), || NOW, &mut some), Ok(10));
+        assert_eq!(ledger.demand.place(Run::new(0, 10), || NOW, &mut some, |_| {}), Ok(4));
+        assert_eq!(ledger.demand.place(Run::new(4, 2), || NOW, &mut some, |_| {}), Ok(2));
+        assert_eq!(ledger.demand.place(Run::new(0, 10), || NOW, &mut some, |_| {}), Ok(10));
         assert_eq!(offered, [Run::new(2, 6), Run::new(4, 2), Run::new(6, 2)]);
         assert!(ledger.demand.is_complete());
-        assert_eq!((ledger.nanos.len(), ledger.demand.counts().pushed), (1, 5));
+        assert_eq!((ledger.demand.wait_nanos().len(), ledger.demand.counts().pushed), (1, 5));
     }
 
     #[test]

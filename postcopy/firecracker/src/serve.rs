@@ -157,7 +157,7 @@ impl<'a> Machine<'a> {
             ended => ended?,
         };
         let ledger = self.ledger();
-        let counts = ledger.demand.counts();
+        let (counts, nanos) = (ledger.demand.counts(), ledger.demand.wait_nanos());
         Ok(Report {
             ended,
             page_bytes: self.handover.page_bytes(),
@@ -167,10 +167,10 @@ impl<'a> Machine<'a> {
             given_back: counts.discarded,
             left: ledger.demand.missing().len(),
             waits: Waits {
-                count: ledger.nanos.len(),
-                median: Duration::from_nanos(ledger.nanos.value_at_quantile(0.5)),
-                p99: Duration::from_nanos(ledger.nanos.value_at_quantile(0.99)),
-                longest: Duration::from_nanos(ledger.nanos.max()),
+                count: nanos.len(),
+                median: Duration::from_nanos(nanos.value_at_quantile(0.5)),
+                p99: Duration::from_nanos(nanos.value_at_quantile(0.99)),
+                longest: Duration::from_nanos(nanos.max()),
             },
         })
     }
@@ -312,7 +312,8 @@ impl<'a> Machine<'a> {
         };
         let mut ledger = self.ledger();
         ledger
-            .place(run, || self.began.elapsed(), put)
+            .demand
+            .place(run, || self.began.elapsed(), put, |_| {})
             .map_err(Cause::kernel("place a page in the memory of"))
     }
 

@@ -6,17 +6,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ferry_memory::{GuestView, MemoryError, MissingPages, Placed, Touch, Waiters};
+use ferry_memory::{GuestView, MemoryError, MissingPages, Touch, Waiters};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
-use ferry_postcopy::{Admit, Demand, Fault};
-use hdrhistogram::Histogram;
+use ferry_postcopy::{Demand, Fault};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::{Errno, write};
 use rustix::process::setpriority_process;
 use rustix::thread::gettid;
 
 use crate::Waits;
-use crate::waits::histogram;
 
 /// Pages placed under one lock: a fault waits no longer than for these.
 const PIECE_PAGES: usize = 16;
@@ -56,7 +54,6 @@ struct Shared {
 
 struct Ledger {
     demand: Demand,
-    nanos: Histogram<u64>,
     complete: bool,
 }
 
@@ -89,11 +86,7 @@ impl Pager {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let shared = Arc::new(Shared {
             missing,
-            ledger: Mutex::new(Ledger {
-                complete: owed.is_empty(),
-                demand: Demand::new(owed),
-                nanos: histogram(),
-            }),
+            ledger: Mutex::new(Ledger { complete: owed.is_empty(), demand: Demand::new(owed) }),
             began: Instant::now(),
             ending: AtomicBool::new(false),
             bell: bell.map_err(|e| no_thread(e.into()))?,
@@ -124,7 +117,8 @@ impl Pager {
             self.shared.place(run, &mut taken, |part| {
                 let first = usize::try_from(part.start - run.start).unwrap_or(0) * PAGE_BYTES;
                 let bytes = usize::try_from(part.pages).unwrap_or(0) * PAGE_BYTES;
-                self.shared.missing.place(part.start, &piece[first..first + bytes])
+                let placed = self.shared.missing.place(part.start, &piece[first..first + bytes]);
+                placed.map(|placed| placed.pages)
             })?;
             at = run.end();
         }
@@ -136,7 +130,9 @@ impl Pager {
     /// # Errors
     /// As [`install`](Self::install).
     pub fn install_zeros(&self, run: Run, mut taken: impl FnMut(u64)) -> Result<(), MemoryError> {
-        self.shared.place(run, &mut taken, |part| self.shared.missing.place_zeros(part))
+        self.shared.place(run, &mut taken, |part| {
+            self.shared.missing.place_zeros(part).map(|placed| placed.pages)
+        })
     }
 
     /// The pages that are owed and not here.
@@ -154,7 +150,7 @@ impl Pager {
         let ledger = self.shared.ledger();
         Waits {
             counts: ledger.demand.counts(),
-            nanos: ledger.nanos.clone(),
+            nanos: ledger.demand.wait_nanos().clone(),
             by_thread: ledger.demand.waits().collect(),
         }
     }
@@ -241,56 +237,30 @@ impl Shared {
         read.map_err(|e| format!("reading faults: {e}"))
     }
 
-    /// Places the pages of `run` that are owed, stretch by stretch.
+    /// Places the pages of `run` that are owed.
     fn place(
         &self,
         run: Run,
         taken: &mut impl FnMut(u64),
-        mut put: impl FnMut(Run) -> Result<Placed, MemoryError>,
+        mut put: impl FnMut(Run) -> Result<u64, MemoryError>,
     ) -> Result<(), MemoryError> {
-        let mut at = run.start;
-        let mut complete = false;
-        while at < run.end() {
+        let mut rest = run;
+        loop {
             let mut ledger = self.ledger();
-            let mut again = false;
-            while at < run.end() && !again {
-                let first = at;
-                while at < run.end() && ledger.demand.admit(at) == Admit::Install {
-                    at += 1;
-                }
-                if at == first {
-                    // Late.
-                    at += 1;
-                    continue;
-                }
-                let placed = put(Run::new(first, at - first));
-                let there = placed.as_ref().map_or(0, |placed| placed.pages);
-                let now = self.began.elapsed();
-                for gfn in first..first + there {
-                    if let Some(waited) = ledger.demand.installed(gfn, now) {
-                        let nanos = u64::try_from(waited.wait.as_nanos()).unwrap_or(u64::MAX);
-                        ledger.nanos.saturating_record(nanos);
-                    }
-                    taken(gfn);
-                }
-                for gfn in first + there..at {
-                    // Who waits is served by the copy that is here, in a moment.
-                    let _ = ledger.demand.not_installed(gfn);
-                }
-                again = placed?.again;
-                // All that was placed, and the late page that ended the stretch.
-                at = if again { first + there } else { at + 1 };
-            }
-            complete |= ledger.ends();
+            let done = ledger.demand.place(rest, || self.began.elapsed(), &mut put, &mut *taken);
+            let complete = ledger.ends();
             drop(ledger);
-            if again {
-                std::thread::sleep(AGAIN);
+            if complete {
+                (self.notify)(Notice::Complete);
             }
+            let done = done?;
+            rest = Run::new(rest.start + done, rest.pages - done);
+            if rest.pages == 0 {
+                return Ok(());
+            }
+            // Memory is being given back.
+            std::thread::sleep(AGAIN);
         }
-        if complete {
-            (self.notify)(Notice::Complete);
-        }
-        Ok(())
     }
 }
 

@@ -15,10 +15,3 @@ pub struct Waits {
     /// All waits of each thread together, by the thread's number in the system.
     pub by_thread: Vec<(u32, Duration)>,
 }
-
-/// A wait of a minute is the longest that is told apart, and three digits of it.
-const LONGEST_NS: u64 = 60_000_000_000;
-
-pub(crate) fn histogram() -> Histogram<u64> {
-    Histogram::new_with_max(LONGEST_NS, 3).unwrap_or_else(|_| unreachable!("bounds are constants"))
-}
