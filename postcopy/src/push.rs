@@ -186,19 +186,6 @@ impl PushQueue {
         self.left.remove_run(run);
     }
 
-    /// Puts pages back that were given out and did not leave.
-    pub fn put_back(&mut self, pages: &PageSet) {
-        if let Some(lowest) = pages.first() {
-            self.sweep = self.sweep.min(lowest);
-            self.left.union_with(pages);
-        }
-    }
-
-    /// Begins anew with `owed`, as the destination reports it after a lost link.
-    pub fn replace(&mut self, owed: PageSet) {
-        *self = Self::new(owed, std::mem::take(&mut self.record));
-    }
-
     /// Pages in the queue.
     pub fn len(&self) -> u64 {
         self.left.len()

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use ferry_pages::{PageSet, Run};
+use ferry_pages::Run;
 use ferry_postcopy::{Admit, Demand, Fault, PushQueue};
 use proptest::prelude::*;
 
@@ -167,18 +167,15 @@ proptest! {
 enum Turn {
     Fault(u64),
     Next(u64),
-    /// The last batch did not leave.
-    PutBack,
-    /// The link is lost: the destination names what it lacks, all that has not left and these.
-    Replace(Vec<Run>),
+    /// These came along with others.
+    Remove(Run),
 }
 
 fn turn() -> impl Strategy<Value = Turn> {
     prop_oneof![
         4 => (FIRST..FIRST + PAGES).prop_map(Turn::Fault),
         4 => (0..30_u64).prop_map(Turn::Next),
-        1 => Just(Turn::PutBack),
-        1 => runs().prop_map(Turn::Replace),
+        1 => run().prop_map(Turn::Remove),
     ]
 }
 
@@ -194,12 +191,11 @@ proptest! {
     ) {
         let mut left = numbers(&owed);
         let mut queue = PushQueue::new(owed.into_iter().collect(), record);
-        let mut last: Vec<Run> = Vec::new();
         for turn in turns {
             match turn {
                 Turn::Fault(gfn) => prop_assert_eq!(queue.fault(gfn), left.remove(&gfn)),
                 Turn::Next(most) => {
-                    last = queue.next(most);
+                    let last = queue.next(most);
                     let pages: u64 = last.iter().map(|run| run.pages).sum();
                     prop_assert!(pages == most.min(left.len() as u64), "{last:?}");
                     prop_assert!(last.iter().all(|run| run.pages > 0), "{last:?}");
@@ -209,15 +205,9 @@ proptest! {
                         prop_assert!(left.remove(&gfn), "{gfn} was not in the queue");
                     }
                 }
-                Turn::PutBack => {
-                    left.extend(numbers(&last));
-                    queue.put_back(&last.drain(..).collect());
-                }
-                Turn::Replace(more) => {
-                    left.extend(numbers(&more));
-                    let owed: PageSet = left.iter().map(|gfn| Run::new(*gfn, 1)).collect();
-                    queue.replace(owed);
-                    last.clear();
+                Turn::Remove(run) => {
+                    queue.remove(run);
+                    left.retain(|gfn| !numbers(&[run]).contains(gfn));
                 }
             }
             prop_assert_eq!(queue.len(), left.len() as u64);
