@@ -22,7 +22,7 @@ mod uffd_wp;
 
 use std::io;
 
-use ferry_pages::{PageSet, Run};
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
 
 pub use kvm_bitmap::KvmBitmap;
 pub use kvm_ring::{KvmRing, KvmRings};
@@ -44,6 +44,13 @@ pub struct Region {
 }
 
 impl Region {
+    /// Address and bytes in this process, as the kernel is given them.
+    pub fn host_span(&self) -> (*mut std::ffi::c_void, usize) {
+        let bytes =
+            usize::try_from(self.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
+        (std::ptr::with_exposed_provenance_mut(self.host), bytes)
+    }
+
     /// The part of `run` that lies in this region.
     pub fn overlap(&self, run: Run) -> Option<Run> {
         let start = run.start.max(self.run.start);

@@ -13,7 +13,6 @@
 
 use std::io;
 
-use ferry_pages::PAGE_BYTES;
 use ferry_pages::{PageSet, Run};
 use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 
@@ -72,7 +71,7 @@ impl UffdWriteProtect {
 
     fn arm(&mut self, region: Region) -> Result<(), TrackError> {
         let fail = |what: &str, e| TrackError::new(NAME, format!("{what} {}", place(&region)), e);
-        let (start, bytes) = span(&region);
+        let (start, bytes) = region.host_span();
         self.uffd
             .register_with_mode(start, bytes, RegisterMode::WRITE_PROTECT)
             .map_err(|e| fail("registering (no other userfaultfd may have it)", io_error(e)))?;
@@ -118,7 +117,7 @@ impl DirtySource for UffdWriteProtect {
     fn stop(&mut self) -> Result<(), TrackError> {
         self.started = false;
         for region in &self.regions {
-            let (start, bytes) = span(region);
+            let (start, bytes) = region.host_span();
             self.uffd.unregister(start, bytes).map_err(|e| {
                 TrackError::new(NAME, format!("unregistering {}", place(region)), io_error(e))
             })?;
@@ -134,11 +133,6 @@ impl Drop for UffdWriteProtect {
             let _ = self.stop();
         }
     }
-}
-
-fn span(region: &Region) -> (*mut std::ffi::c_void, usize) {
-    let bytes = usize::try_from(region.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
-    (std::ptr::with_exposed_provenance_mut(region.host), bytes)
 }
 
 fn io_error(error: userfaultfd::Error) -> io::Error {

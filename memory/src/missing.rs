@@ -99,7 +99,7 @@ impl MissingPages {
     }
 
     fn register(&mut self, region: Region) -> Result<(), MemoryError> {
-        let (start, bytes) = span(&region);
+        let (start, bytes) = region.host_span();
         let refused = |source| MemoryError::Refused {
             what: "watch (no other userfaultfd may) missing pages of",
             run: region.run,
@@ -303,7 +303,7 @@ enum Step {
 impl Drop for MissingPages {
     fn drop(&mut self) {
         for region in &self.registered {
-            let (start, bytes) = span(region);
+            let (start, bytes) = region.host_span();
             // Closing the descriptor would do as well, but later if it was inherited.
             let _ = self.uffd.unregister(start, bytes);
         }
@@ -312,11 +312,6 @@ impl Drop for MissingPages {
 
 fn refused(what: &'static str, part: &Part, source: io::Error) -> MemoryError {
     MemoryError::Refused { what, run: part.run, source }
-}
-
-fn span(region: &Region) -> (*mut c_void, usize) {
-    let bytes = usize::try_from(region.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
-    (std::ptr::with_exposed_provenance_mut(region.host), bytes)
 }
 
 fn io_error(e: Error) -> io::Error {
