@@ -7,23 +7,25 @@ use std::path::Path;
 use ferry_bundle::{BundleError, Chain, Draft, Manifest, merge};
 use ferry_pages::Run;
 use model::{
-    Dice, EXTENTS, MACHINE, Memory, assert_holds, copy, file, kinds, open, page, save, some_memory,
-    spec, state,
+    EXTENTS, MACHINE, Memory, assert_holds, copy, file, kinds, open, page, save, some_memory, spec,
+    state,
 };
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 
 /// Changes memory as a busy guest does, and puts every change into `draft` as it is made.
-fn churn(memory: &mut Memory, dice: &mut Dice, draft: &mut Draft) {
-    for _ in 0..dice.below(900) {
-        let (start, pages) = EXTENTS[usize::try_from(dice.below(2)).unwrap()];
-        let gfn = start + dice.below(pages);
-        match dice.below(4) {
+fn churn(memory: &mut Memory, dice: &mut SmallRng, draft: &mut Draft) {
+    for _ in 0..dice.random_range(0..900) {
+        let (start, pages) = EXTENTS[usize::try_from(dice.random_range(0..2)).unwrap()];
+        let gfn = start + dice.random_range(0..pages);
+        match dice.random_range(0..4) {
             0 => {
                 memory.remove(&gfn);
                 draft.put_zero(gfn).unwrap();
             }
             // Few words, so that a page is often what it was in a base.
             n => {
-                let new = page(1 + dice.below(3), n == 1);
+                let new = page(1 + dice.random_range(0..3), n == 1);
                 draft.put(gfn, &new).unwrap();
                 memory.insert(gfn, new);
             }
@@ -35,7 +37,7 @@ fn churn(memory: &mut Memory, dice: &mut Dice, draft: &mut Draft) {
 fn the_last_copy_of_each_page_counts_in_any_order_and_in_any_chain() {
     for seed in 0..12 {
         let dir = tempfile::tempdir().unwrap();
-        let (mut dice, mut memory, mut base) = (Dice(seed), Memory::new(), None);
+        let (mut dice, mut memory, mut base) = (SmallRng::seed_from_u64(seed), Memory::new(), None);
         for bundle in 0..4 {
             let here = dir.path().join(format!("{bundle}"));
             let mut draft = Draft::begin(&here, spec(), base.clone()).unwrap();

@@ -10,6 +10,8 @@ use ferry_bundle::{BundleError, Chain, Committed, Draft, Pages};
 use ferry_codec::page_digest;
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_protocol::{DeviceSpec, MachineSpec, StateWriter};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 
 pub const MACHINE: u128 = 0x00ff_0000_1234;
 /// Frames of the machine: two extents with a hole between them.
@@ -38,8 +40,8 @@ pub type Memory = BTreeMap<u64, Vec<u8>>;
 
 /// A page with this word all over, or mixed so that it cannot be compressed.
 pub fn page(word: u64, hard: bool) -> Vec<u8> {
-    let mut dice = Dice(word);
-    let words = (0..PAGE_BYTES / 8).map(|_| if hard { dice.roll() } else { word });
+    let mut dice = SmallRng::seed_from_u64(word);
+    let words = (0..PAGE_BYTES / 8).map(|_| if hard { dice.random() } else { word });
     words.flat_map(u64::to_le_bytes).collect()
 }
 
@@ -149,21 +151,4 @@ pub fn file(dir: &Path, kind: &str) -> std::path::PathBuf {
     let mut entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap());
     let found = entries.find(|e| e.file_name().to_str().unwrap().starts_with(kind));
     found.unwrap_or_else(|| panic!("no {kind} in {}", dir.display())).path()
-}
-
-/// Numbers that look random and are the same in every run (SplitMix64).
-pub struct Dice(pub u64);
-
-impl Dice {
-    pub fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.roll() % n
-    }
 }
