@@ -348,8 +348,6 @@ impl<H: Host + 'static> Arriving<H> {
         for gfn in self.pager(Pager::outstanding).unwrap_or_default() {
             let _ = asks.send(gfn);
         }
-        // The session holds the only other one, so that the lane ends with it.
-        drop(asks);
         let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
         let loading = self.loading.clone();
         self.runtime.spawn(async move {

@@ -5,11 +5,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ferry_protocol::{Hello, ToDestination, ToSource, wire};
-use ferry_transport::{ByteSource, Channel, Connector, FrameReader, LinkError, send_message};
+use ferry_transport::{ByteSource, Connector, FrameReader, send_message};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
-use crate::send_lane::FAREWELL;
+use crate::send_lane::{FAREWELL, open};
 
 /// What the control thread tells the engine.
 #[derive(Debug)]
@@ -160,12 +160,6 @@ async fn read(source: Box<dyn ByteSource>, tell: Tell) {
             return;
         }
     }
-}
-
-async fn open(connector: &dyn Connector, hello: &Hello) -> Result<Channel, LinkError> {
-    let mut channel = connector.connect().await?;
-    send_message(channel.sink.as_mut(), &hello.encode()).await?;
-    Ok(channel)
 }
 
 async fn inquire(connector: &dyn Connector, session: u128) -> ControlEvent {

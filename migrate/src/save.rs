@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use ferry_bundle::{BundleError, BundleId, Chain, Committed, Draft, Sum};
 use ferry_memory::{GuestView, MemoryError};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
-use ferry_protocol::{RunPermit, StateWriter};
+use ferry_protocol::RunPermit;
 use serde::{Deserialize, Serialize};
 
 use crate::round::{Round, Trackers};
@@ -230,12 +230,6 @@ fn number_of(guest: &mut dyn Guest) -> Result<(BundleId, Duration), SaveError> {
     }
 }
 
-fn state_of(guest: &mut dyn Guest) -> Result<Vec<u8>, SaveError> {
-    let mut writer = StateWriter::new();
-    guest.save(&mut writer)?;
-    writer.finish().map_err(|e| SaveError::Failed(e.to_string()))
-}
-
 #[derive(Clone, Copy, Default)]
 struct Counts {
     rounds: u32,
@@ -262,7 +256,7 @@ impl Saving<'_> {
         let permit = guest.pause()?;
         let mut write = || -> Result<Vec<u8>, SaveError> {
             // Saving state may write to memory.
-            let state = state_of(guest)?;
+            let state = send::state_of(guest)?;
             let resident = self.view.resident()?;
             self.put_missing(&resident)?;
             self.round(resident, None)?;
@@ -337,7 +331,7 @@ impl Saving<'_> {
             // KVM's bitmap would tell of them again, and they would be copied twice.
             tracking.rearm(&dirty).map_err(SaveError::Failed)?;
             self.copy_last(&dirty, &mut last)?;
-            let state = state_of(guest)?;
+            let state = send::state_of(guest)?;
             let late = tracking.harvest().map_err(SaveError::Failed)?;
             self.copy_last(&late, &mut last)?;
             Ok(state)

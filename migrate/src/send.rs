@@ -16,7 +16,7 @@ use ferry_memory::GuestView;
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
 use ferry_protocol::{
     Goals, Hello, Mode, Outcome, PermitStub, Progress, Reattach, RunPermit, Source, SourceAction,
-    SourceEvent, ToDestination,
+    SourceEvent, StateWriter, ToDestination,
 };
 use ferry_transport::{Connector, Pacer};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -47,9 +47,9 @@ pub struct SendOptions {
 }
 
 impl Default for SendOptions {
-    /// Default goals by [`Mode::Auto`], two minutes to come back, no limit, every codec, and a lane for each two cores, at least two and at most four:
-    /// a lane keeps a core busy here and another one at the destination, and while one encodes, its own
-    /// connection stands still.
+    /// Default goals by [`Mode::Auto`], two minutes to come back, no limit, every codec, and a lane for each
+    /// two cores, at least two and at most four: a lane keeps a core busy here and another one at the
+    /// destination, and while one encodes, its own connection stands still.
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let lanes = u16::try_from(cores / 2).unwrap_or(4).clamp(2, 4);
@@ -294,9 +294,7 @@ impl<'a> Engine<'a> {
             control.abandon();
         }
     }
-}
 
-impl Engine<'_> {
     fn run(mut self, receiver: &Receiver<Message>) -> Sent {
         while self.outcome.is_none() {
             let now = self.began.elapsed();
@@ -384,7 +382,7 @@ impl Engine<'_> {
                 None
             }
             SourceAction::StopTracking => {
-                self.stop_tracking();
+                tracking::stop(&self.trackers);
                 None
             }
             SourceAction::Inquire { session } => {
@@ -394,9 +392,7 @@ impl Engine<'_> {
                 None
             }
             SourceAction::Sample(pages) => {
-                let mut trackers = self.trackers.lock().unwrap_or_else(PoisonError::into_inner);
-                let armed = trackers.iter_mut().try_for_each(|tracker| tracker.rearm(&pages));
-                armed.err().map(|e| SourceEvent::Failed(words(&e)))
+                tracking::rearm(&self.trackers, &pages).err().map(SourceEvent::Failed)
             }
             SourceAction::Serve { round, owed, record } => {
                 let limit = self.options.bandwidth_bytes_per_s;
@@ -520,12 +516,10 @@ impl Engine<'_> {
 
     fn harvest(&mut self) -> SourceEvent {
         let mut pages = PageSet::new();
-        for tracker in self.trackers.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
-            if let Err(e) = tracker.collect(&mut pages) {
-                // What was collected before the error is owed all the same; the migration ends.
-                self.guest.return_dirty(&pages);
-                return SourceEvent::Failed(words(&e));
-            }
+        if let Err(why) = tracking::harvest(&self.trackers, &mut pages) {
+            // The migration ends.
+            self.guest.return_dirty(&pages);
+            return SourceEvent::Failed(why);
         }
         if !self.paused {
             let now = self.began.elapsed();
@@ -551,22 +545,12 @@ impl Engine<'_> {
     }
 
     fn save(&mut self) -> SourceEvent {
-        let mut writer = ferry_protocol::StateWriter::new();
-        let saved = self.guest.save(&mut writer).map_err(|e| words(&e));
-        match saved.and_then(|()| writer.finish().map_err(|e| e.to_string())) {
+        match state_of(self.guest).map_err(|e| words(&e)) {
             Ok(state) => {
                 self.state_bytes = state.len() as u64;
                 SourceEvent::StateSaved(state)
             }
             Err(why) => SourceEvent::Failed(format!("state could not be saved: {why}")),
-        }
-    }
-
-    fn stop_tracking(&mut self) {
-        for tracker in self.trackers.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
-            if let Err(e) = tracker.stop() {
-                tracing::warn!("{}", words(&e));
-            }
         }
     }
 
@@ -654,6 +638,13 @@ impl Engine<'_> {
         };
         Sent { report, left }
     }
+}
+
+/// The state of `guest`, which stands still.
+pub(crate) fn state_of(guest: &mut dyn Guest) -> Result<Vec<u8>, GuestError> {
+    let mut writer = StateWriter::new();
+    guest.save(&mut writer)?;
+    writer.finish().map_err(|e| GuestError::new(e.to_string()))
 }
 
 /// Order-free digest of all memory: the wrapping sum of the digests of pages that are not zero.

@@ -64,6 +64,47 @@ pub(crate) enum LaneEvent {
     Failed(String),
 }
 
+/// Opens a channel that begins with `hello`, in a runtime of its own, and lets `talk` have it; both not for
+/// longer than the migration. `name` is what the lane is called.
+pub(crate) fn with_channel(
+    shared: &Shared,
+    name: &str,
+    hello: Hello,
+    tell: &dyn Fn(LaneEvent),
+    talk: impl AsyncFnOnce(Channel),
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return tell(LaneEvent::Failed(format!("{name}: no runtime: {e}"))),
+    };
+    let mut stop = shared.stop.subscribe();
+    runtime.block_on(async {
+        let opened = tokio::select! {
+            opened = open(shared.connector.as_ref(), &hello) => opened,
+            _ = stop.wait_for(|stop| *stop) => return,
+        };
+        match opened {
+            Ok(channel) => {
+                tell(LaneEvent::Open);
+                talk(channel).await;
+            }
+            Err(e) => tell(LaneEvent::LinkLost(e)),
+        }
+    });
+}
+
+/// Makes a channel that begins with `hello`.
+pub(crate) async fn open(connector: &dyn Connector, hello: &Hello) -> Result<Channel, LinkError> {
+    let mut channel = connector.connect().await?;
+    send_message(channel.sink.as_mut(), &hello.encode()).await?;
+    Ok(channel)
+}
+
+pub(crate) fn closed(remote: &str) -> LinkError {
+    let reason = "the destination closed a lane".to_owned();
+    LinkError::Closed { remote: remote.to_owned(), reason }
+}
+
 /// Runs lane number `lane` until `works` closes.
 pub(crate) fn run(
     shared: &Shared,
@@ -71,31 +112,16 @@ pub(crate) fn run(
     mut works: UnboundedReceiver<Work>,
     tell: &dyn Fn(LaneEvent),
 ) {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(e) => return tell(LaneEvent::Failed(format!("lane {lane}: no runtime: {e}"))),
-    };
-    let mut stop = shared.stop.subscribe();
-    runtime.block_on(async {
-        let opened = tokio::select! {
-            opened = open(shared, lane) => opened,
-            _ = stop.wait_for(|stop| *stop) => return,
-        };
-        let mut channel = match opened {
-            Ok(channel) => channel,
-            Err(e) => return tell(LaneEvent::LinkLost(e)),
-        };
-        tell(LaneEvent::Open);
+    let hello = Hello::Lane { session: shared.session, lane };
+    with_channel(shared, &format!("lane {lane}"), hello, tell, async |mut channel| {
+        let mut stop = shared.stop.subscribe();
         let mut sender = Sender::new(shared);
         loop {
             let work = tokio::select! {
                 work = works.recv() => work,
                 // The destination sends nothing on a lane: whatever comes says that it is lost.
                 lost = channel.source.recv() => {
-                    let why = match lost {
-                        Err(e) => e,
-                        Ok(_) => LinkError::Closed { remote: channel.remote.clone(), reason: "the destination closed a lane".into() },
-                    };
+                    let why = lost.err().unwrap_or_else(|| closed(&channel.remote));
                     return tell(LaneEvent::LinkLost(why));
                 }
                 _ = stop.wait_for(|stop| *stop) => break,
@@ -133,13 +159,6 @@ pub(crate) fn run(
             let _ = tokio::time::timeout(FAREWELL, channel.sink.finish()).await;
         }
     });
-}
-
-async fn open(shared: &Shared, lane: u16) -> Result<Channel, LinkError> {
-    let mut channel = shared.connector.connect().await?;
-    let hello = Hello::Lane { session: shared.session, lane };
-    send_message(channel.sink.as_mut(), &hello.encode()).await?;
-    Ok(channel)
 }
 
 pub(crate) struct Sender<'a> {

@@ -9,11 +9,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use ferry_codec::{BatchBuilder, Codec, zero_frames};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_postcopy::{PushPace, PushQueue};
 use ferry_protocol::Hello;
-use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, send_message};
+use ferry_transport::{ByteSink, Channel, FrameReader, LinkError};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
@@ -21,7 +22,7 @@ use rustix::time::{
 use tokio::io::unix::AsyncFd;
 
 use crate::report::PageCounts;
-use crate::send_lane::{LaneEvent, Sender, Shared};
+use crate::send_lane::{LaneEvent, Sender, Shared, closed, with_channel};
 
 /// What one batch of pushed pages may take of the link's time: a page that somebody waits for is sent after
 /// the batch that is under way.
@@ -29,11 +30,9 @@ const BATCH_TIME: Duration = Duration::from_micros(200);
 /// Pages pushed at once, at least and at most.
 const PUSH_PAGES: RangeInclusive<u64> = 8..=64;
 /// Bytes of a request: the page's frame number, little endian.
-pub(crate) const REQUEST_BYTES: usize = 8;
+const REQUEST_BYTES: usize = 8;
 /// What the destination answers to each frame that it installed while it fetches pages.
 pub(crate) const ACK: u8 = 0x06;
-/// How often a lane that has pushed everything looks whether there is more.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The pages that are owed, as all lanes share them.
 pub(crate) struct Serving {
@@ -75,10 +74,7 @@ pub(crate) async fn push(
     serving: &Serving,
     channel: &mut Channel,
 ) -> Result<(), LaneEvent> {
-    let shared = sender.shared;
-    let now = || shared.began.elapsed();
-    // Frames that are not acknowledged: when each was handed to the link, and its bytes.
-    let mut on_the_way: VecDeque<(Duration, u64)> = VecDeque::new();
+    let mut pushing = Pushing { shared: sender.shared, serving, on_the_way: VecDeque::new() };
     let mut bytes_per_page = PAGE_BYTES as u64;
     let timer = Timer::new().map_err(|e| LaneEvent::Failed(format!("no timer: {e}")))?;
     loop {
@@ -86,58 +82,86 @@ pub(crate) async fn push(
             let mut pace = lock(&serving.pace);
             let rate = pace.rate();
             let pages = batch_pages(rate, bytes_per_page);
-            (rate, pages, pace.may_send(now(), pages * bytes_per_page))
+            (rate, pages, pace.may_send(pushing.now(), pages * bytes_per_page))
         };
-        if wait.is_zero() {
-            sender.set_link_rate(rate);
-            let runs = lock(&serving.queue).next(pages);
-            if runs.is_empty() && on_the_way.is_empty() {
+        if !wait.is_zero() {
+            tokio::select! {
+                heard = channel.source.recv() => pushing.heard(heard, &channel.remote)?,
+                () = timer.wait(wait) => {}
+            }
+            continue;
+        }
+        sender.set_link_rate(rate);
+        let runs = lock(&serving.queue).next(pages);
+        if runs.is_empty() {
+            if pushing.on_the_way.is_empty() {
                 return Ok(());
             }
-            if !runs.is_empty() {
-                let (frames, counts) = sender.build(serving.round, &runs)?;
-                let mut sent_bytes = 0;
-                for frame in frames {
-                    let bytes = frame.len() as u64;
-                    sent_bytes += bytes;
-                    let at = now();
-                    lock(&serving.pace).sent(at, bytes);
-                    on_the_way.push_back((at, bytes));
-                    shared.bytes.fetch_add(bytes, Ordering::Relaxed);
-                    let Channel { sink, source, remote, .. } = &mut *channel;
-                    let mut sending = sink.send(frame);
-                    // A peer that waits until its acknowledgements are read takes no more frames.
-                    loop {
-                        tokio::select! {
-                            biased;
-                            sent = &mut sending => break sent.map_err(LaneEvent::LinkLost)?,
-                            acks = source.recv() => match acks {
-                                Ok(Some(acks)) => {
-                                    acknowledge(serving, &mut on_the_way, acks.len(), now());
-                                }
-                                Ok(None) => return Err(LaneEvent::LinkLost(closed(remote))),
-                                Err(e) => return Err(LaneEvent::LinkLost(e)),
-                            },
-                        }
-                    }
-                }
-                let pages: u64 = runs.iter().map(|run| run.pages).sum();
-                bytes_per_page = (bytes_per_page * 7 + sent_bytes / pages) / 8;
-                lock(&serving.sent).merge(counts);
-                while let Some(acks) = channel.source.ready() {
-                    acknowledge(serving, &mut on_the_way, acks.len(), now());
-                }
-                continue;
+            // There will be no more: the destination names what it lacks on new lanes.
+            pushing.heard(channel.source.recv().await, &channel.remote)?;
+            continue;
+        }
+        let (frames, counts) = sender.build(serving.round, &runs)?;
+        let bytes: u64 = frames.iter().map(|frame| frame.len() as u64).sum();
+        for frame in frames {
+            pushing.send(frame, channel).await?;
+        }
+        let pages: u64 = runs.iter().map(|run| run.pages).sum();
+        bytes_per_page = (bytes_per_page * 7 + bytes / pages) / 8;
+        lock(&serving.sent).merge(counts);
+        while let Some(acks) = channel.source.ready() {
+            pushing.acknowledged(acks.len());
+        }
+    }
+}
+
+/// One lane that pushes.
+struct Pushing<'a> {
+    shared: &'a Shared,
+    serving: &'a Serving,
+    /// Frames that are not acknowledged: when each was handed to the link, and its bytes.
+    on_the_way: VecDeque<(Duration, u64)>,
+}
+
+impl Pushing<'_> {
+    fn now(&self) -> Duration {
+        self.shared.began.elapsed()
+    }
+
+    /// Hands `frame` to the link, and hears acknowledgements meanwhile: a peer that waits until they are read
+    /// takes no more frames.
+    async fn send(&mut self, frame: Bytes, channel: &mut Channel) -> Result<(), LaneEvent> {
+        let (now, bytes) = (self.now(), frame.len() as u64);
+        lock(&self.serving.pace).sent(now, bytes);
+        self.on_the_way.push_back((now, bytes));
+        self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let Channel { sink, source, remote, .. } = channel;
+        let mut sending = sink.send(frame);
+        loop {
+            tokio::select! {
+                biased;
+                sent = &mut sending => return sent.map_err(LaneEvent::LinkLost),
+                heard = source.recv() => self.heard(heard, remote)?,
             }
         }
-        let wait = if wait.is_zero() { LOOK_AGAIN } else { wait };
-        tokio::select! {
-            acks = channel.source.recv() => match acks {
-                Ok(Some(acks)) => acknowledge(serving, &mut on_the_way, acks.len(), now()),
-                Ok(None) => return Err(LaneEvent::LinkLost(closed(&channel.remote))),
-                Err(e) => return Err(LaneEvent::LinkLost(e)),
-            },
-            () = timer.wait(wait) => {}
+    }
+
+    fn heard(
+        &mut self,
+        heard: Result<Option<Bytes>, LinkError>,
+        remote: &str,
+    ) -> Result<(), LaneEvent> {
+        let acks = heard.map_err(LaneEvent::LinkLost)?;
+        let acks = acks.ok_or_else(|| LaneEvent::LinkLost(closed(remote)))?;
+        self.acknowledged(acks.len());
+        Ok(())
+    }
+
+    fn acknowledged(&mut self, frames: usize) {
+        let (now, frames) = (self.now(), frames.min(self.on_the_way.len()));
+        let mut pace = lock(&self.serving.pace);
+        for (at, bytes) in self.on_the_way.drain(..frames) {
+            pace.acked(now, bytes, now.saturating_sub(at));
         }
     }
 }
@@ -181,42 +205,13 @@ impl Timer {
     }
 }
 
-fn closed(remote: &str) -> LinkError {
-    let reason = "the destination closed a lane".to_owned();
-    LinkError::Closed { remote: remote.to_owned(), reason }
-}
-
-fn acknowledge(
-    serving: &Serving,
-    on_the_way: &mut VecDeque<(Duration, u64)>,
-    frames: usize,
-    now: Duration,
-) {
-    let mut pace = lock(&serving.pace);
-    for (at, bytes) in on_the_way.drain(..frames.min(on_the_way.len())) {
-        pace.acked(now, bytes, now.saturating_sub(at));
-    }
-}
-
 /// Runs the urgent lane: a thread of its own, which serves one request after the other.
 pub(crate) fn run_urgent(shared: &Shared, tell: &dyn Fn(LaneEvent)) {
     ferry_pager::hurry();
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(e) => return tell(LaneEvent::Failed(format!("urgent lane: no runtime: {e}"))),
-    };
-    let mut stop = shared.stop.subscribe();
-    runtime.block_on(async {
-        let opened = tokio::select! {
-            opened = open(shared) => opened,
-            _ = stop.wait_for(|stop| *stop) => return,
-        };
-        let channel = match opened {
-            Ok(channel) => channel,
-            Err(e) => return tell(LaneEvent::LinkLost(e)),
-        };
-        tell(LaneEvent::Open);
+    let hello = Hello::Urgent { session: shared.session };
+    with_channel(shared, "urgent lane", hello, tell, async |channel| {
         let Channel { mut sink, source, .. } = channel;
+        let mut stop = shared.stop.subscribe();
         let ended = tokio::select! {
             ended = answer(shared, FrameReader::new(source), sink.as_mut()) => ended,
             _ = stop.wait_for(|stop| *stop) => Ok(()),
@@ -226,13 +221,6 @@ pub(crate) fn run_urgent(shared: &Shared, tell: &dyn Fn(LaneEvent)) {
         }
         sink.close("the migration ended").await;
     });
-}
-
-async fn open(shared: &Shared) -> Result<Channel, LinkError> {
-    let mut channel = shared.connector.connect().await?;
-    let hello = Hello::Urgent { session: shared.session };
-    send_message(channel.sink.as_mut(), &hello.encode()).await?;
-    Ok(channel)
 }
 
 async fn answer(

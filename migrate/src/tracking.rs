@@ -28,7 +28,7 @@ pub(crate) fn start(
     view: &GuestView,
 ) -> Result<PageSet, String> {
     let sources = guest.dirty_sources().map_err(|e| words(&e))?;
-    let mut trackers = trackers.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut trackers = lock(trackers);
     *trackers = sources;
     let mut scratch = PageSet::new();
     for tracker in trackers.iter_mut() {
@@ -45,6 +45,30 @@ pub(crate) fn start(
     Ok(resident)
 }
 
+fn lock(trackers: &Trackers) -> MutexGuard<'_, Vec<Box<dyn DirtySource>>> {
+    trackers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Adds the pages that were written since they were last re-armed to `pages`. What was collected before an
+/// error is owed all the same.
+pub(crate) fn harvest(trackers: &Trackers, pages: &mut PageSet) -> Result<(), String> {
+    lock(trackers).iter_mut().try_for_each(|tracker| tracker.collect(pages)).map_err(|e| words(&e))
+}
+
+/// Re-arms `pages`: from here on, only what is written again is harvested again.
+pub(crate) fn rearm(trackers: &Trackers, pages: &PageSet) -> Result<(), String> {
+    lock(trackers).iter_mut().try_for_each(|tracker| tracker.rearm(pages)).map_err(|e| words(&e))
+}
+
+/// Stops the trackers and drops them.
+pub(crate) fn stop(trackers: &Trackers) {
+    for mut tracker in std::mem::take(&mut *lock(trackers)) {
+        if let Err(e) = tracker.stop() {
+            tracing::warn!("{}", words(&e));
+        }
+    }
+}
+
 impl Tracking {
     /// [`start`]s the trackers.
     pub(crate) fn start(
@@ -56,10 +80,6 @@ impl Tracking {
         Ok((tracking, resident))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Box<dyn DirtySource>>> {
-        self.trackers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// For a round, which re-arms.
     pub(crate) fn trackers(&self) -> Trackers {
         self.trackers.clone()
@@ -68,34 +88,25 @@ impl Tracking {
     /// The pages that were written since they were last re-armed.
     pub(crate) fn harvest(&mut self) -> Result<PageSet, String> {
         let mut pages = PageSet::new();
-        let collected = self.lock().iter_mut().try_for_each(|tracker| tracker.collect(&mut pages));
+        let collected = harvest(&self.trackers, &mut pages);
         self.harvested.union_with(&pages);
-        collected.map(|()| pages).map_err(|e| words(&e))
+        collected.map(|()| pages)
     }
 
-    /// Re-arms `pages`: from here on, only what is written again is harvested again.
+    /// [`rearm`]s `pages`.
     pub(crate) fn rearm(&self, pages: &PageSet) -> Result<(), String> {
-        self.lock().iter_mut().try_for_each(|tracker| tracker.rearm(pages)).map_err(|e| words(&e))
+        rearm(&self.trackers, pages)
     }
 
     /// Ends tracking; gives the guest back all that was collected.
     pub(crate) fn stop(mut self, guest: &mut dyn Guest) {
-        self.stop_trackers();
+        stop(&self.trackers);
         guest.return_dirty(&std::mem::take(&mut self.harvested));
-    }
-
-    fn stop_trackers(&self) {
-        let mut trackers = std::mem::take(&mut *self.lock());
-        for tracker in &mut trackers {
-            if let Err(e) = tracker.stop() {
-                tracing::warn!("{}", words(&e));
-            }
-        }
     }
 }
 
 impl Drop for Tracking {
     fn drop(&mut self) {
-        self.stop_trackers();
+        stop(&self.trackers);
     }
 }
