@@ -307,8 +307,12 @@ impl Hosted {
                 Err(why) if inner.in_doubt.is_some() => {
                     return Ok(Report::not_begun(why, Whereabouts::PausedAtSource));
                 }
-                Err(why) if inner.detached.is_some() && !how.resume => {
-                    return Ok(Report::not_begun(why, Whereabouts::LacksPages));
+                Err(why) if let (Some(left), false) = (&inner.detached, how.resume) => {
+                    let machine = match left.is_in_doubt() {
+                        true => Whereabouts::PausedAtSource,
+                        false => Whereabouts::LacksPages,
+                    };
+                    return Ok(Report::not_begun(why, machine));
                 }
                 _ if how.resume && inner.detached.is_none() => {
                     return Err(format!(
