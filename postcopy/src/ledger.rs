@@ -52,6 +52,11 @@ impl ChunkLedger {
         }
     }
 
+    /// Places of the pages that were installed in a round after `round`.
+    pub fn newer_than(&self, round: u32) -> impl Iterator<Item = usize> + '_ {
+        self.rounds.iter().enumerate().filter(move |(_, r)| **r > round).map(|(page, _)| page)
+    }
+
     /// Wrapping sum of the digests of all pages.
     pub fn digest_sum(&self) -> u64 {
         self.digests.iter().fold(0, |sum, d| sum.wrapping_add(*d))
@@ -87,6 +92,8 @@ mod tests {
         assert_eq!(ledger.digest_sum(), 20);
         assert_eq!(ledger.admit(7, 3, 30), Admission::OverData);
         assert_eq!(ledger.digest_sum(), 30);
+        assert_eq!(ledger.newer_than(2).collect::<Vec<_>>(), [7]);
+        assert_eq!(ledger.newer_than(3).count(), 0);
     }
 
     #[test]

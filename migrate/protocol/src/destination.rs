@@ -3,16 +3,18 @@
 //! ```text
 //!  Offer        host built it        Commit, all batches here       loaded, resumed
 //! Waiting ─▶ Building ─▶ Receiving ───────────▶ Loading ─▶ Resuming ─────▶ Running ─▶ Done(Runs)
-//!      └────────┴────────────┴── lost link, abort, bad page ─▶ Done(Void): it can never run here
+//!      │        │        ▲   │ link lost
+//!      │        │  Rejoin│   ▼
+//!      └────────┴────── Alone ── abort, bad page, too long ─▶ Done(Void): it can never run here
 //! ```
 //!
-//! The machine runs here if and only if the `Commit` came *and* every batch of every round did. A link
-//! that is lost before both are here makes the session void for ever, and an inquiry is then told so.
-//! Once both are here the link no longer matters.
+//! The machine runs here if and only if the `Commit` came *and* every batch of every round did. When the link
+//! is lost before both are here, that commit is void for ever: its permit is dropped, and a source that comes
+//! back is told so (`GoOn`) and goes on with rounds. Once both are here the link no longer matters.
 //!
 //! A commit that owes pages is the same, but for these: `Page` makes them come on demand before state is
 //! loaded, and the session lasts until all are here. A link that is lost before the machine is resumed makes
-//! the session void as above. One that is lost later is awaited again (`Rejoined`), however long it takes:
+//! the session void. One that is lost later is awaited again (`Rejoined`), however long it takes:
 //! nobody else has the machine.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -24,6 +26,9 @@ use ferry_pages::{Layout, PageSet};
 
 /// More rounds than this are not a migration.
 const MAX_ROUNDS: u32 = 1 << 20;
+
+/// No machine that has not run is kept for longer without its source.
+const MAX_KEEP: Duration = Duration::from_secs(3600);
 
 /// What happened, told to the destination.
 #[derive(Debug)]
@@ -42,8 +47,18 @@ pub enum DestinationEvent {
     PagingBroken(String),
     /// The machine is thrown away before its pages are here.
     Abandoned,
-    /// The source is here again on a new control channel; the pages that are still owed.
-    Rejoined(PageSet),
+    /// The source is here again on a new control channel; what older ones still bring is no event, but for
+    /// `AllHere`.
+    Rejoined {
+        /// Pages of rounds that the source does not know to be done.
+        held: PageSet,
+        /// The pages that are still owed.
+        owed: PageSet,
+    },
+    /// Another session wants this machine's place: its source has given this one up.
+    Superseded,
+    /// The deadline passed.
+    Tick,
     /// A batch of a round was verified and installed.
     Installed {
         /// Which round.
@@ -73,6 +88,8 @@ pub enum DestinationAction {
         /// How many.
         lanes: u16,
     },
+    /// The link is lost, and what came is kept: close its channels.
+    Hold,
     /// From now on these pages come on demand; older copies of them must not be seen.
     Page(PageSet),
     /// Load vCPU and device state.
@@ -100,11 +117,13 @@ pub enum Arrival {
 #[derive(Debug)]
 enum Phase {
     Waiting,
-    Building {
-        codecs: u8,
-        lanes: u16,
-    },
+    Building,
     Receiving,
+    /// As `Receiving`, without a link.
+    Alone {
+        until: Duration,
+        why: String,
+    },
     Committed {
         state: Vec<u8>,
         rounds: Vec<(u32, u64)>,
@@ -137,6 +156,8 @@ pub struct Destination {
     session: u128,
     codecs: u8,
     lanes: u16,
+    /// How long to keep what came when the link is lost.
+    keep: Duration,
     layout: Option<Layout>,
     /// Pages were owed at the commit, and not all are here.
     owes: bool,
@@ -164,6 +185,7 @@ impl Destination {
             session,
             codecs,
             lanes: 0,
+            keep: Duration::ZERO,
             layout: None,
             owes: false,
             fetched: None,
@@ -183,12 +205,20 @@ impl Destination {
         self.actions.pop_front()
     }
 
-    /// What an inquiry is told.
+    /// What a source that comes back is told once the session is over.
     pub fn verdict(&self) -> Verdict {
         match self.phase {
             Phase::Running | Phase::Fetching => Verdict::Ran,
             Phase::Done(verdict) => verdict,
-            _ => Verdict::Pending,
+            _ => Verdict::Unknown,
+        }
+    }
+
+    /// When to send `Tick`, as time since the start.
+    pub fn deadline(&self) -> Option<Duration> {
+        match self.phase {
+            Phase::Alone { until, .. } => Some(until),
+            _ => None,
         }
     }
 
@@ -196,7 +226,7 @@ impl Destination {
     pub fn handle(&mut self, now: Duration, event: DestinationEvent) {
         match event {
             DestinationEvent::Message(message) => self.message(now, message),
-            DestinationEvent::LinkLost(why) => self.link_lost(why),
+            DestinationEvent::LinkLost(why) => self.link_lost(now, why),
             DestinationEvent::BadPages(why) => self.give_up(why),
             DestinationEvent::Built(result) => self.built(result),
             DestinationEvent::Installed { round } => self.installed(now, round),
@@ -214,7 +244,20 @@ impl Destination {
                     self.finish(Verdict::Unknown, Arrival::Runs { digest_verified: None });
                 }
             }
-            DestinationEvent::Rejoined(owed) => self.rejoined(&owed),
+            DestinationEvent::Rejoined { held, owed } => self.rejoined(&held, &owed),
+            DestinationEvent::Superseded => {
+                if matches!(self.phase, Phase::Alone { .. }) {
+                    self.void("the machine's source began anew".into());
+                }
+            }
+            DestinationEvent::Tick => {
+                if let Phase::Alone { until, why } = &self.phase
+                    && now >= *until
+                {
+                    let s = self.keep.as_secs_f64();
+                    self.void(format!("{why}; its source did not come back for {s:.0} s"));
+                }
+            }
             DestinationEvent::Loaded(result) => self.loaded(now, result),
             DestinationEvent::Resumed(result) => self.resumed(now, result),
             DestinationEvent::Digest(sum) => {
@@ -229,7 +272,7 @@ impl Destination {
     fn message(&mut self, now: Duration, message: ToDestination) {
         match (&mut self.phase, message) {
             (Phase::Done(_), _) => {}
-            (Phase::Waiting, ToDestination::Offer { spec, codecs, lanes }) => {
+            (Phase::Waiting, ToDestination::Offer { spec, codecs, lanes, keep }) => {
                 let common = codecs & self.codecs;
                 if common == 0 || lanes == 0 || lanes > MAX_LANES {
                     let why = format!(
@@ -241,11 +284,12 @@ impl Destination {
                 }
                 self.codecs = common;
                 self.lanes = lanes;
+                self.keep = keep.min(MAX_KEEP);
                 self.layout = spec.layout().ok();
-                self.phase = Phase::Building { codecs: common, lanes };
+                self.phase = Phase::Building;
                 self.actions.push_back(DestinationAction::Build(spec));
             }
-            (Phase::Building { .. }, ToDestination::Prepare) => self.prepare_asked = true,
+            (Phase::Building, ToDestination::Prepare) => self.prepare_asked = true,
             (Phase::Receiving, ToDestination::Prepare) => self.send(ToSource::Ready),
             (Phase::Receiving, ToDestination::RoundEnd { round, batches }) => {
                 if round <= self.done_through || self.ending.is_some() {
@@ -278,7 +322,7 @@ impl Destination {
                 self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None });
             }
             (
-                Phase::Waiting | Phase::Building { .. } | Phase::Receiving,
+                Phase::Waiting | Phase::Building | Phase::Receiving | Phase::Alone { .. },
                 ToDestination::Abort { reason },
             ) => self.void(format!("the source ended the migration: {reason}")),
             // The permit is here: nothing the source says takes it back.
@@ -300,14 +344,16 @@ impl Destination {
     }
 
     fn built(&mut self, result: Result<Option<String>, Vec<Refusal>>) {
-        let Phase::Building { codecs, lanes } = self.phase else { return };
+        if !matches!(self.phase, Phase::Building) {
+            return;
+        }
         let no_post_copy = match result {
             Ok(no_post_copy) => no_post_copy,
             Err(reasons) => return self.refuse(reasons),
         };
         self.phase = Phase::Receiving;
-        self.actions.push_back(DestinationAction::AcceptLanes { codecs, lanes });
-        let (version, session) = (VERSION_MAX, self.session);
+        self.accept_lanes();
+        let (version, session, codecs) = (VERSION_MAX, self.session, self.codecs);
         self.send(ToSource::Accepted { version, session, codecs, no_post_copy });
         if self.prepare_asked {
             self.send(ToSource::Ready);
@@ -398,21 +444,48 @@ impl Destination {
         }
     }
 
-    /// Before it runs, the source is told by `Running`, or by its inquiry.
-    fn rejoined(&mut self, owed: &PageSet) {
+    fn rejoined(&mut self, held: &PageSet, owed: &PageSet) {
         self.linked = true;
-        if matches!(self.phase, Phase::Running) {
-            // All came, and perhaps the word of it was lost.
-            self.actions.push_back(DestinationAction::Digest);
-        }
-        if matches!(self.phase, Phase::Fetching) {
-            if let Some(reason) = self.paging_broken.clone() {
-                return self.send(ToSource::Failed { reason });
+        match self.phase {
+            Phase::Waiting | Phase::Building => {
+                self.give_up("the source came back to a machine that is not accepted yet".into());
             }
-            let (codecs, lanes) = (self.codecs, self.lanes);
-            self.actions.push_back(DestinationAction::AcceptLanes { codecs, lanes });
-            self.send(ToSource::Lacks { owed: PackedPages::pack(owed) });
+            Phase::Receiving | Phase::Alone { .. } | Phase::Committed { .. } => {
+                self.forget_commit();
+                self.phase = Phase::Receiving;
+                self.accept_lanes();
+                self.send(ToSource::GoOn { held: PackedPages::pack(held) });
+            }
+            Phase::Arming { .. } | Phase::Loading { .. } if self.owes => self.refuse_commit(
+                "the link was lost while state was loaded, which may need pages".into(),
+            ),
+            // It is told by `Running`. What it owes it can only serve when it asks once more.
+            Phase::Arming { .. } | Phase::Loading { .. } | Phase::Resuming { .. } => {
+                self.linked = !self.owes;
+            }
+            Phase::Fetching => {
+                if let Some(reason) = self.paging_broken.clone() {
+                    return self.send(ToSource::Failed { reason });
+                }
+                self.accept_lanes();
+                self.send(ToSource::Lacks { owed: PackedPages::pack(owed) });
+            }
+            // All came, and perhaps the word of it was lost.
+            Phase::Running => self.actions.push_back(DestinationAction::Digest),
+            Phase::Done(_) => {}
         }
+    }
+
+    fn accept_lanes(&mut self) {
+        let (codecs, lanes) = (self.codecs, self.lanes);
+        self.actions.push_back(DestinationAction::AcceptLanes { codecs, lanes });
+    }
+
+    /// No commit so far runs the machine, and no count of batches on an older link is of use.
+    fn forget_commit(&mut self) {
+        self.permit = None;
+        self.ending = None;
+        self.installed.clear();
     }
 
     fn loaded(&mut self, now: Duration, result: Result<(), String>) {
@@ -436,11 +509,13 @@ impl Destination {
             u64::try_from(to.saturating_sub(from).as_micros()).unwrap_or(u64::MAX)
         };
         self.phase = Phase::Fetching;
-        self.send(ToSource::Running {
-            pages_us: us(since, complete),
-            load_us: us(complete, loaded),
-            resume_us: us(loaded, now),
-        });
+        if self.linked || !self.owes {
+            self.send(ToSource::Running {
+                pages_us: us(since, complete),
+                load_us: us(complete, loaded),
+                resume_us: us(loaded, now),
+            });
+        }
         if !self.owes {
             self.all_here();
         } else if let Some(why) = self.paging_broken.take() {
@@ -448,7 +523,7 @@ impl Destination {
         }
     }
 
-    fn link_lost(&mut self, why: String) {
+    fn link_lost(&mut self, now: Duration, why: String) {
         self.linked = false;
         match self.phase {
             Phase::Done(_) => {}
@@ -460,8 +535,14 @@ impl Destination {
             Phase::Arming { .. }
             | Phase::Loading { .. }
             | Phase::Resuming { .. }
-            | Phase::Fetching => {}
-            _ => self.void(why),
+            | Phase::Fetching
+            | Phase::Alone { .. } => {}
+            Phase::Receiving | Phase::Committed { .. } => {
+                self.forget_commit();
+                self.phase = Phase::Alone { until: now.saturating_add(self.keep), why };
+                self.actions.push_back(DestinationAction::Hold);
+            }
+            Phase::Waiting | Phase::Building => self.void(why),
         }
     }
 

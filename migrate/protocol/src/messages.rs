@@ -17,18 +17,19 @@
 //!     ◀──────────────────────────── Digest{sum}
 //!     Verified{matches} ─────────────────────▶
 //! ```
-//! Either side may send `Abort`/`Failed` before the commit. After a lost link the source asks
-//! `Inquire{session}` on a new connection and is told whether the machine ran.
+//! Either side may send `Abort`/`Failed` before the commit. After a lost link the source comes back:
+//!
+//! ```text
+//!     Hello::Rejoin{session, done} ──────────▶  drops a commit that is not complete
+//!     ◀───────── GoOn{held}  or  Running  or  Verdict
+//!     Hello::Lane on each lane ──────────────▶  and on with the next round
+//! ```
 //!
 //! In post-copy the commit names the pages that are still *owed*; the machine runs without them. They are
 //! pushed on the lanes, and sent on the urgent lane as the destination asks for them; `Digest` says that
-//! all came. When the link is lost meanwhile, the source comes back:
-//!
-//! ```text
-//!     Hello::Rejoin{session} ────────────────▶
-//!     ◀─────────────────────── Lacks{owed}  or  Verdict  or nothing known
-//!     Hello::Lane, Hello::Urgent ────────────▶  and on as before
-//! ```
+//! all came. To a source that comes back meanwhile, `Lacks{owed}` says what is still owed.
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -67,15 +68,13 @@ pub enum Hello {
         /// The session's token.
         session: u128,
     },
-    /// The source of a post-copy session whose link was lost is here again, with all that it holds.
+    /// The source of a session whose link was lost is here again, with all that it holds. What older
+    /// channels of the session still bring counts no more, but for pages.
     Rejoin {
         /// The session's token.
         session: u128,
-    },
-    /// The source of a committed session asks what became of it.
-    Inquire {
-        /// The session's token.
-        session: u128,
+        /// Rounds up to this one are known to be installed.
+        done: u32,
     },
 }
 
@@ -121,6 +120,8 @@ pub enum ToDestination {
         codecs: u8,
         /// Lanes that will join.
         lanes: u16,
+        /// How long to keep what came when the link is lost.
+        keep: Duration,
     },
     /// Be ready to run at once.
     Prepare,
@@ -207,12 +208,17 @@ pub enum ToSource {
         /// How pages were fetched, if any were.
         fetched: Option<Fetched>,
     },
+    /// Answer to [`Hello::Rejoin`]: the machine has not run here, and will not by any commit so far.
+    GoOn {
+        /// Pages that are here from rounds after those that the source knows to be done.
+        held: PackedPages,
+    },
     /// Answer to [`Hello::Rejoin`]: the machine runs here, and these pages are still owed.
     Lacks {
         /// The pages.
         owed: PackedPages,
     },
-    /// Answer to [`Hello::Inquire`].
+    /// Answer to [`Hello::Rejoin`] of a session that is over.
     Verdict(Verdict),
 }
 
@@ -223,8 +229,6 @@ pub enum Verdict {
     Ran,
     /// It did not run here and never will.
     NeverRan,
-    /// The commit is here and the machine is about to run or to be refused: ask again.
-    Pending,
-    /// This process knows no such session: it proves nothing.
+    /// This process knows no such session, or not how it ends: it proves nothing.
     Unknown,
 }

@@ -252,9 +252,9 @@ impl Policy {
 
     fn learn(&mut self, facts: &RoundFacts) {
         let took = facts.took.as_secs_f64().max(1e-6);
-        if facts.bytes >= TELLING_BYTES || self.rate == 0.0 {
-            self.rate = facts.bytes.max(1) as f64 / took;
-        }
+        let rate = facts.bytes.max(1) as f64 / took;
+        // A small round is mostly waiting: the link carries that much at least.
+        self.rate = if facts.bytes >= TELLING_BYTES { rate } else { self.rate.max(rate) };
         if facts.pages > 0 {
             self.bytes_per_page =
                 (facts.bytes as f64 / facts.pages as f64).max(LEAST_BYTES_PER_PAGE);
@@ -343,6 +343,16 @@ mod tests {
         assert!(matches!(p.after_round(late), Decision::GiveUp(_)), "as pre-copy");
         let mut p = Policy::new(Goals::default(), Mode::Hybrid);
         assert!(p.no_post_copy("no userfaultfd").unwrap_err().contains("no userfaultfd"));
+    }
+
+    #[test]
+    fn a_first_round_of_no_page_says_nothing_of_the_link() {
+        // After a lost link, all of it was there already.
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+        let empty = RoundFacts { took: Duration::from_millis(1), ..facts(1, 0, 60, 1) };
+        assert!(matches!(p.after_round(empty), Decision::Round(_)));
+        let next = RoundFacts { took: Duration::from_millis(1), ..facts(2, 60, 60, 1) };
+        assert!(matches!(p.after_round(next), Decision::SwitchOver(_)), "{p:?}");
     }
 
     #[test]

@@ -69,7 +69,7 @@ fn out_of_place() -> Vec<ToSource> {
         ToSource::CommitRefused { reason: "changed its mind".into() },
         // More than is owed.
         ToSource::Lacks { owed: PackedPages::pack(&pages(0, 11)) },
-        ToSource::Verdict(Verdict::Pending),
+        ToSource::GoOn { held: PackedPages::default() },
         ToSource::Verdict(Verdict::NeverRan),
         ToSource::Verdict(Verdict::Unknown),
     ]
@@ -91,8 +91,7 @@ fn still_owes(mut source: Source, actions: &[SourceAction], said: &str) {
     }
     feed(&mut source, 10, SourceEvent::LinkLost("cut".into()));
     let again = feed(&mut source, 10_000, SourceEvent::Tick);
-    assert_eq!(again, [SourceAction::Rejoin { session: 7 }], "{said}");
-    feed(&mut source, 10_001, SourceEvent::Rejoined);
+    assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 1 }], "{said}");
     let owed = PackedPages::pack(&pages(0, 10));
     feed(&mut source, 10_002, SourceEvent::Message(ToSource::Lacks { owed }));
     let served = feed(&mut source, 10_003, SourceEvent::LanesOpen);
@@ -118,7 +117,6 @@ fn nor_does_one_while_the_source_comes_back() {
             let mut source = serving();
             feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
             feed(&mut source, 2, SourceEvent::Tick);
-            feed(&mut source, 3, SourceEvent::Rejoined);
             if reopening {
                 let owed = PackedPages::pack(&pages(0, 10));
                 feed(&mut source, 4, SourceEvent::Message(ToSource::Lacks { owed }));
@@ -130,24 +128,10 @@ fn nor_does_one_while_the_source_comes_back() {
 }
 
 #[test]
-fn the_answer_to_an_inquiry_that_comes_late_does_not_end_the_comparison_of_memory() {
-    let mut source = serving();
-    let digest = ToSource::Digest { sum: Some(5), fetched: None };
-    feed(&mut source, 2, SourceEvent::Message(digest));
-    feed(&mut source, 3, SourceEvent::Message(ToSource::Verdict(Verdict::Ran)));
-    let end = feed(&mut source, 4, SourceEvent::MemoryDigest(5)).pop();
-    let Some(SourceAction::Finish(Outcome::Completed { digest_verified: Some(true), .. })) = end
-    else {
-        panic!("{end:?}")
-    };
-}
-
-#[test]
 fn the_last_page_may_be_installed_while_the_source_opens_its_lanes_again() {
     let mut source = serving();
     feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
     feed(&mut source, 2, SourceEvent::Tick);
-    feed(&mut source, 3, SourceEvent::Rejoined);
     let owed = PackedPages::pack(&pages(4, 1));
     feed(&mut source, 4, SourceEvent::Message(ToSource::Lacks { owed }));
     let digest = ToSource::Digest { sum: Some(5), fetched: None };
@@ -180,7 +164,7 @@ fn what_breaks_before_an_owing_machine_runs_gives_it_back() {
                 rounds: Vec::new(),
                 owed: PackedPages::pack(&pages(0, 10)),
             };
-            let offer = ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1 };
+            let offer = ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1, keep: Duration::ZERO };
             let mut events = vec![
                 DestinationEvent::Message(offer),
                 DestinationEvent::Built(Ok(None)),
@@ -222,7 +206,6 @@ fn attempts_that_fail_at_their_last_step_end_in_time_too() {
             return;
         }
         let owed = PackedPages::pack(&pages(0, 10));
-        feed(&mut source, at, SourceEvent::Rejoined);
         feed(&mut source, at, SourceEvent::Message(ToSource::Lacks { owed }));
         // Several channels tell of it, one after the other.
         for _ in 0..10 {
@@ -235,13 +218,12 @@ fn attempts_that_fail_at_their_last_step_end_in_time_too() {
 
 #[test]
 fn an_operator_ends_the_attempts_to_come_back_at_any_point_and_can_go_on() {
-    for steps in 0..4 {
+    for steps in 0..3 {
         let mut source = serving();
         feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
         let owed = PackedPages::pack(&pages(0, 10));
         let events = [
             SourceEvent::Tick,
-            SourceEvent::Rejoined,
             SourceEvent::Message(ToSource::Lacks { owed }),
         ];
         for event in events.into_iter().take(steps) {
@@ -253,6 +235,6 @@ fn an_operator_ends_the_attempts_to_come_back_at_any_point_and_can_go_on() {
         };
         let mut source = Source::reattach(reattach, Goals::default(), Duration::from_secs(1));
         let again = feed(&mut source, 0, SourceEvent::Tick);
-        assert_eq!(again, [SourceAction::Rejoin { session: 7 }]);
+        assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 1 }]);
     }
 }

@@ -32,6 +32,7 @@ fn every_seed_ends_with_one_machine_whose_memory_is_whole() {
         End::Moved,
         End::MovedAfterInquiry,
         End::MovedByPostCopy,
+        End::MovedAfterCut,
         End::MovedAfterRejoin,
         End::ReattachedAndMoved,
         End::StayedAndRuns,
@@ -91,6 +92,16 @@ fn a_source_that_comes_back_and_forgets_what_was_lost_on_the_way_is_found() {
 #[test]
 fn a_source_that_resumes_after_it_was_detached_is_found() {
     assert_found(Plant::ResumeAfterDetach, &["runs twice", "and runs here"]);
+}
+
+#[test]
+fn a_destination_that_counts_pages_of_older_rounds_as_here_is_found() {
+    assert_found(Plant::ClaimOldPages, MEMORY);
+}
+
+#[test]
+fn a_commit_of_an_old_link_that_is_taken_after_the_source_came_back_is_found() {
+    assert_found(Plant::TakeLateCommit, &[MEMORY, &["runs twice"]].concat());
 }
 
 /// The checks above must be able to fail: with this fault planted, some seed does, and in each that does

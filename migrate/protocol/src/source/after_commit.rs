@@ -1,9 +1,10 @@
-//! The source once the permit has left: doubt, serving what is owed, coming back, comparing memory.
+//! The source once the permit has left: serving what is owed, comparing memory, ending without a word.
 
 use std::time::Duration;
 
-use super::{ASK_AGAIN, Phase, REJOIN_FIRST, Reattach, Source, SourceAction, name};
-use crate::messages::{ToDestination, ToSource, Verdict};
+use super::{Phase, Reattach, Source, SourceAction, name};
+use crate::Fetched;
+use crate::messages::{ToDestination, ToSource};
 use crate::outcome::{Outcome, Progress};
 
 impl Source {
@@ -23,71 +24,10 @@ impl Source {
             (Phase::Committed | Phase::Doubting { .. }, ToSource::CommitRefused { reason }) => {
                 self.never_ran(reason);
             }
-            (Phase::Doubting { why, .. }, ToSource::Verdict(verdict)) => {
-                let why = why.clone();
-                match verdict {
-                    Verdict::Ran => {
-                        self.switchover.running = now;
-                        self.tell(Progress::Running);
-                        if self.post_copy {
-                            return self.lost_while_serving(now, why);
-                        }
-                        self.stub = None;
-                        self.finish(Outcome::Completed {
-                            digest_verified: None,
-                            reason: format!("{why}; asked again, the destination runs the machine"),
-                        });
-                    }
-                    Verdict::NeverRan => {
-                        self.never_ran(format!("{why}; the destination never ran the machine"));
-                    }
-                    Verdict::Pending | Verdict::Unknown => self.ask_later(now),
-                }
-            }
-            (Phase::Rejoining { since, wait, .. }, ToSource::Lacks { owed }) => {
-                let (since, wait) = (*since, *wait);
-                let owed = match owed.unpack_within(&self.owed) {
-                    Ok(owed) => owed,
-                    Err(why) => return self.link_lost(now, why),
-                };
-                self.tell(Progress::Fetching { pages: owed.len() });
-                self.owed = owed;
-                self.phase = Phase::Reopening { since, wait };
-                let (session, codecs) = (self.session, self.codecs);
-                self.actions.push_back(SourceAction::OpenLanes { session, codecs });
-                self.expect_answer(now);
-            }
-            // It has no more use for this source: everything came, and then the link was lost.
-            (Phase::Rejoining { why, .. }, ToSource::Verdict(Verdict::Ran)) => {
-                let reason = format!("{why}; the destination has all pages");
-                self.finish(Outcome::Completed { digest_verified: None, reason });
-            }
-            (Phase::Rejoining { .. }, ToSource::Verdict(verdict)) => {
-                let why = format!(
-                    "the process at that address does not run this machine ({verdict:?}): if it was \
-                     restarted, the machine is lost there"
-                );
-                self.link_lost(now, why);
-            }
-            // In `Reopening`: what was lacking was just being installed.
             (
                 Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
                 ToSource::Digest { sum, fetched },
-            ) => {
-                self.fetched = fetched;
-                self.stub = None;
-                if sum.is_some() {
-                    self.phase = Phase::Verifying { ours: None, theirs: sum };
-                    self.expect_answer(now);
-                    self.actions.push_back(SourceAction::DigestMemory);
-                } else {
-                    let reason = format!(
-                        "{}; the guest gave memory up before it came: digests cannot be compared",
-                        self.why_now
-                    );
-                    self.finish(Outcome::Completed { digest_verified: None, reason });
-                }
-            }
+            ) => self.all_there(now, sum, fetched),
             (
                 Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. },
                 ToSource::Failed { reason },
@@ -95,10 +35,8 @@ impl Source {
                 let reason = format!("the destination cannot go on fetching pages: {reason}");
                 self.detach(reason);
             }
-            // An inquiry was answered after the destination had spoken for itself.
-            (Phase::Serving | Phase::Verifying { .. }, ToSource::Verdict(_)) => {}
             // The machine is there and its pages are here: begin anew, whatever the destination says.
-            (Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. }, other) => {
+            (Phase::Serving, other) => {
                 let why = format!("the destination broke the protocol: {}", name(&other));
                 self.link_lost(now, why);
             }
@@ -130,9 +68,13 @@ impl Source {
         self.actions.push_back(SourceAction::Serve { round, owed, record });
     }
 
-    pub(super) fn ran(&mut self, now: Duration) {
+    pub(super) fn told_of_running(&mut self, now: Duration) {
         self.switchover.running = now;
         self.tell(Progress::Running);
+    }
+
+    fn ran(&mut self, now: Duration) {
+        self.told_of_running(now);
         if self.post_copy {
             self.tell(Progress::Fetching { pages: self.owed.len() });
             self.phase = Phase::Serving;
@@ -144,6 +86,23 @@ impl Source {
         self.phase = Phase::Verifying { ours: None, theirs: None };
         self.expect_answer(now);
         self.actions.push_back(SourceAction::DigestMemory);
+    }
+
+    /// All pages are there.
+    pub(super) fn all_there(&mut self, now: Duration, sum: Option<u64>, fetched: Option<Fetched>) {
+        self.fetched = fetched;
+        self.stub = None;
+        if sum.is_some() {
+            self.phase = Phase::Verifying { ours: None, theirs: sum };
+            self.expect_answer(now);
+            self.actions.push_back(SourceAction::DigestMemory);
+        } else {
+            let reason = format!(
+                "{}; the guest gave memory up before it came: digests cannot be compared",
+                self.why_now
+            );
+            self.finish(Outcome::Completed { digest_verified: None, reason });
+        }
     }
 
     pub(super) fn never_ran(&mut self, reason: String) {
@@ -174,12 +133,6 @@ impl Source {
         self.finish(Outcome::Completed { digest_verified: Some(matches), reason });
     }
 
-    pub(super) fn lost_while_serving(&mut self, now: Duration, why: String) {
-        self.tell(Progress::LinkLost(why.clone()));
-        self.phase = Phase::Rejoining { since: now, wait: REJOIN_FIRST, why };
-        self.deadline = Some(now);
-    }
-
     /// Ends without the destination: what is owed stays here.
     pub(super) fn detach(&mut self, why: String) {
         let Some(permit) = self.stub.take() else { return };
@@ -192,19 +145,6 @@ impl Source {
         let owed = std::mem::take(&mut self.owed);
         let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: false };
         self.finish(Outcome::Detached { reason, reattach });
-    }
-
-    pub(super) fn doubt(&mut self, now: Duration, why: String) {
-        if matches!(self.phase, Phase::Doubting { .. }) {
-            return self.ask_later(now);
-        }
-        self.tell(Progress::InDoubt(why.clone()));
-        self.phase = Phase::Doubting { since: now, why };
-        self.deadline = Some(now);
-    }
-
-    pub(super) fn ask_later(&mut self, now: Duration) {
-        self.deadline = Some(now + ASK_AGAIN);
     }
 
     pub(super) fn give_up_asking(&mut self) {

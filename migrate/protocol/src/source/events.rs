@@ -36,8 +36,6 @@ pub enum SourceEvent {
     StateSaved(Vec<u8>),
     /// Answer to `DigestMemory`.
     MemoryDigest(u64),
-    /// Answer to `Rejoin`: the control channel is open again.
-    Rejoined,
     /// An action could not be carried out.
     Failed(String),
     /// The operator wants it to end.
@@ -92,16 +90,14 @@ pub enum SourceAction {
     },
     /// Push what `Serve` named on the lanes, too.
     Push,
-    /// Drop every connection, and say hello to `session` again; the answer is `Rejoined`, then a
-    /// `Message`, or `LinkLost`.
+    /// Drop every connection, and say hello to `session` again; the answer is a `Message` or
+    /// `LinkLost`. Pages of rounds under way are re-armed no more once this returns, and
+    /// nothing that an older connection still brings is an event.
     Rejoin {
         /// The session.
         session: u128,
-    },
-    /// Ask on a new connection what became of `session`; the answer is a `Message` or `LinkLost`.
-    Inquire {
-        /// The session.
-        session: u128,
+        /// Rounds up to this one are done.
+        done: u32,
     },
     /// Compute the digest of all memory (the guest stands still).
     DigestMemory,

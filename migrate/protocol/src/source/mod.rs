@@ -4,9 +4,11 @@
 //!             Accepted        RoundDone, policy says so      Commit sent
 //! Negotiating ───▶ Starting ───▶ Round ⇄ Harvest ───▶ Final ───▶ Committed ───▶ Verifying ───▶ Done
 //!      └───────────────┴────────────┴─────────┴────────┘            │  ▲
-//!         cancel, refusal, error, lost link: the source runs on     ▼  │ link lost: ask again
+//!           cancel, refusal, error: the source runs on              ▼  │ link lost: come back, and ask
 //!                                                                InDoubt ──▶ Done (paused, safe)
 //! ```
+//! A link that is lost before the commit is opened again (`Rejoining`, `Reopening`): the guest runs on
+//! meanwhile, both sides keep what they have, and what is not known to be there is sent again.
 //!
 //! With post-copy, what is dirty at the commit is *owed*: it is served while the machine runs there.
 //!
@@ -14,7 +16,7 @@
 //! Committed ──Running──▶ Serving ──Digest──▶ Verifying ─▶ Done
 //!                          │  ▲ Lacks: serve what is still owed
 //!                link lost ▼  │
-//!                        Rejoining ──too long, or the operator's word──▶ Done (Detached: can be taken up)
+//!            Rejoining, Reopening ──too long, or the operator's word──▶ Done (Detached: can be taken up)
 //! ```
 //!
 //! In doubt for too long, it is detached as well: if the machine does run there, its pages are only here.
@@ -34,6 +36,7 @@
 
 mod after_commit;
 mod events;
+mod rejoin;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -53,23 +56,16 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// The guest stands still no longer than this (or twice its downtime goal, if that is more) before the
 /// commit: a peer that takes no more pages must not freeze it.
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to ask what became of a committed machine before the operator is told.
-const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
-/// Between two questions.
-const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// How long to look which pages the guest writes, before a hand-over that copies none before.
 const SAMPLE: Duration = Duration::from_millis(100);
 /// Harvests that are remembered, the last ones: pages written lately are served first.
 const MAX_RECORD: usize = 8;
-/// First and longest pause between two attempts to come back.
-const REJOIN_FIRST: Duration = Duration::from_millis(100);
-const REJOIN_LONGEST: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 enum Phase {
     Connecting,
     Negotiating,
-    Starting { lanes: bool, resident: Option<PageSet> },
+    Starting { lanes: bool },
     Sending { began: Duration, pages: u64 },
     Acknowledging { began: Duration, sent: Duration, pages: u64, bytes: u64 },
     Harvesting { facts: RoundFacts },
@@ -138,11 +134,13 @@ pub struct Source {
     /// The last harvests, the latest first.
     record: VecDeque<PageSet>,
     fetched: Option<Fetched>,
-    /// How long to try to come back to a destination that fetches pages.
+    /// How long to try to come back over a lost link.
     rejoin_for: Duration,
     permit: Option<RunPermit>,
     stub: Option<PermitStub>,
     tracking: bool,
+    /// Actions of which the engine's answer is still to come.
+    answers_due: u32,
     why_now: String,
     switchover: Switchover,
     deadline: Option<Duration>,
@@ -151,7 +149,7 @@ pub struct Source {
 
 impl Source {
     /// A migration of the machine `spec` over `lanes` lanes with `codecs` (a bit each), by `mode` to reach
-    /// `goals`. Once it owes pages, it tries for `rejoin_for` to come back over a lost link.
+    /// `goals`. When the link is lost, it tries for `rejoin_for` to come back.
     pub fn new(
         spec: MachineSpec,
         codecs: u8,
@@ -163,7 +161,7 @@ impl Source {
         Self {
             phase: Phase::Connecting,
             policy: Policy::new(goals, mode),
-            offer: Some(ToDestination::Offer { spec, codecs, lanes }),
+            offer: Some(ToDestination::Offer { spec, codecs, lanes, keep: rejoin_for }),
             session: 0,
             codecs,
             ready: false,
@@ -180,6 +178,7 @@ impl Source {
             permit: None,
             stub: None,
             tracking: false,
+            answers_due: 0,
             why_now: String::new(),
             switchover: Switchover::default(),
             deadline: None,
@@ -211,7 +210,7 @@ impl Source {
         source.phase = if in_doubt {
             Phase::Doubting { since, why }
         } else {
-            Phase::Rejoining { since, wait: REJOIN_FIRST, why }
+            Phase::rejoining(since, why)
         };
         source.deadline = Some(Duration::ZERO);
         source
@@ -265,24 +264,29 @@ impl Source {
             SourceEvent::LinkLost(why) => self.link_lost(now, why),
             SourceEvent::Failed(why) => self.failed(now, why),
             SourceEvent::Message(message) => self.message(now, message),
-            SourceEvent::Paused(permit) => self.paused(now, permit),
+            SourceEvent::Paused(permit) => {
+                self.answers_due = self.answers_due.saturating_sub(1);
+                self.paused(now, permit);
+            }
             other => self.progress(now, other),
         }
     }
 
     fn progress(&mut self, now: Duration, event: SourceEvent) {
+        if let SourceEvent::TrackingStarted(_)
+        | SourceEvent::Harvested(_)
+        | SourceEvent::StateSaved(_) = &event
+        {
+            self.answers_due = self.answers_due.saturating_sub(1);
+        }
         match (&mut self.phase, event) {
             (Phase::Connecting, SourceEvent::Connected) => {
                 self.phase = Phase::Negotiating;
                 self.actions.extend(self.offer.take().map(SourceAction::Send));
                 self.expect_answer(now);
             }
-            (Phase::Starting { lanes, .. }, SourceEvent::LanesOpen) => {
+            (Phase::Starting { lanes }, SourceEvent::LanesOpen) => {
                 *lanes = true;
-                self.begin_if_started(now);
-            }
-            (Phase::Starting { resident, .. }, SourceEvent::TrackingStarted(pages)) => {
-                *resident = Some(pages);
                 self.begin_if_started(now);
             }
             (Phase::Sending { began, pages }, SourceEvent::RoundSent { round, batches, bytes })
@@ -312,13 +316,13 @@ impl Source {
                 self.pending.union_with(&pages);
                 self.send_final();
                 self.phase = Phase::Saving;
-                self.actions.push_back(SourceAction::SaveState);
+                self.ask(SourceAction::SaveState);
             }
             (Phase::Saving, SourceEvent::StateSaved(state)) => {
                 self.switchover.saved = now;
                 self.state = state;
                 self.phase = Phase::HarvestAfterSave;
-                self.actions.push_back(SourceAction::Harvest);
+                self.ask(SourceAction::Harvest);
             }
             (Phase::HarvestAfterSave, SourceEvent::Harvested(pages)) => {
                 self.pending.union_with(&pages);
@@ -335,13 +339,7 @@ impl Source {
                 }
                 self.commit_if_sent(now);
             }
-            (Phase::Reopening { .. }, SourceEvent::LanesOpen) => {
-                self.phase = Phase::Serving;
-                self.deadline = None;
-                self.serve();
-                self.actions.push_back(SourceAction::Push);
-            }
-            (Phase::Rejoining { .. }, SourceEvent::Rejoined) => self.expect_answer(now),
+            (Phase::Reopening { .. }, SourceEvent::LanesOpen) => self.reopened(now),
             (Phase::Verifying { ours, .. }, SourceEvent::MemoryDigest(sum)) => {
                 *ours = Some(sum);
                 self.verify();
@@ -350,7 +348,14 @@ impl Source {
             (Phase::Done, SourceEvent::Harvested(pages)) if !pages.is_empty() => {
                 self.actions.push_back(SourceAction::ReturnDirty(pages));
             }
+            (Phase::Done, _) => {}
+            // The link was lost meanwhile: still a debt, and a page that holds data.
+            (_, SourceEvent::Harvested(pages) | SourceEvent::TrackingStarted(pages)) => {
+                self.pending.union_with(&pages);
+                self.begin_if_started(now);
+            }
             // Answers that come after the migration took another turn.
+            (_, SourceEvent::StateSaved(_)) => self.begin_if_started(now),
             _ => {}
         }
     }
@@ -359,14 +364,12 @@ impl Source {
         match (&mut self.phase, message) {
             (Phase::Done, _) => {}
             (
-                Phase::Committed
-                | Phase::Doubting { .. }
-                | Phase::Serving
-                | Phase::Rejoining { .. }
-                | Phase::Reopening { .. }
-                | Phase::Verifying { .. },
+                Phase::Doubting { .. } | Phase::Rejoining { .. } | Phase::Reopening { .. },
                 message,
-            ) => self.message_after_commit(now, message),
+            ) => self.message_on_return(now, message),
+            (Phase::Committed | Phase::Serving | Phase::Verifying { .. }, message) => {
+                self.message_after_commit(now, message);
+            }
             (Phase::Negotiating, ToSource::Accepted { version, session, codecs, no_post_copy }) => {
                 let codecs = codecs & self.codecs;
                 if !(VERSION_MIN..=VERSION_MAX).contains(&version) || codecs == 0 {
@@ -382,10 +385,10 @@ impl Source {
                 self.session = session;
                 self.codecs = codecs;
                 self.tell(Progress::Accepted);
-                self.phase = Phase::Starting { lanes: false, resident: None };
+                self.phase = Phase::Starting { lanes: false };
                 self.tracking = true;
                 self.actions.push_back(SourceAction::OpenLanes { session, codecs });
-                self.actions.push_back(SourceAction::StartTracking);
+                self.ask(SourceAction::StartTracking);
                 self.send(ToDestination::Prepare);
                 self.expect_answer(now);
             }
@@ -413,7 +416,7 @@ impl Source {
                 };
                 self.in_flight.clear();
                 self.phase = Phase::Harvesting { facts };
-                self.actions.push_back(SourceAction::Harvest);
+                self.ask(SourceAction::Harvest);
             }
             (_, ToSource::Failed { reason }) => {
                 self.fail_before_commit(format!("the destination gave up: {reason}"));
@@ -430,9 +433,9 @@ impl Source {
     }
 
     fn begin_if_started(&mut self, now: Duration) {
-        let Phase::Starting { lanes: true, resident } = &mut self.phase else { return };
-        let Some(pages) = resident.take() else { return };
-        self.pending = pages;
+        if !matches!(self.phase, Phase::Starting { lanes: true }) || self.answers_due > 0 {
+            return;
+        }
         if self.policy.mode() == Mode::PostCopy {
             self.why_now =
                 "all pages after the hand-over, as was asked for (--mode post-copy)".into();
@@ -501,7 +504,7 @@ impl Source {
         self.switchover.pause = now;
         self.phase = Phase::Pausing;
         self.deadline = Some(now.saturating_add(self.longest_standstill()));
-        self.actions.push_back(SourceAction::Pause);
+        self.ask(SourceAction::Pause);
     }
 
     fn longest_standstill(&self) -> Duration {
@@ -510,15 +513,15 @@ impl Source {
 
     fn paused(&mut self, now: Duration, permit: RunPermit) {
         if !matches!(self.phase, Phase::Pausing) {
-            // Cancelled while the vCPUs were being stopped: let them go on.
+            // Cancelled, or the link lost, while the vCPUs were being stopped: let them go on.
             self.actions.push_back(SourceAction::Resume(permit));
-            return;
+            return self.begin_if_started(now);
         }
         self.permit = Some(permit);
         self.switchover.paused = now;
         self.tell(Progress::Paused);
         self.phase = Phase::LastHarvest;
-        self.actions.push_back(SourceAction::Harvest);
+        self.ask(SourceAction::Harvest);
     }
 
     fn send_final(&mut self) {
@@ -565,28 +568,9 @@ impl Source {
         self.deadline = None;
         match &mut self.phase {
             Phase::Done | Phase::Connecting | Phase::Serving => {}
-            Phase::Sampling => self.actions.push_back(SourceAction::Harvest),
-            Phase::Rejoining { since, why, .. }
-                if now >= since.saturating_add(self.rejoin_for) =>
-            {
-                let why = format!(
-                    "{why}; the destination could not be reached for {:.0} s",
-                    self.rejoin_for.as_secs_f64()
-                );
-                self.detach(why);
-            }
-            Phase::Rejoining { wait, .. } => {
-                *wait = (*wait * 2).min(REJOIN_LONGEST);
-                self.actions.push_back(SourceAction::Rejoin { session: self.session });
-                self.expect_answer(now);
-            }
-            Phase::Reopening { .. } => {
-                self.link_lost(now, "no answer when its lanes were opened again".into());
-            }
-            Phase::Doubting { since, .. } if now >= *since + DOUBT_TIMEOUT => self.give_up_asking(),
-            Phase::Doubting { .. } => {
-                self.actions.push_back(SourceAction::Inquire { session: self.session });
-                self.deadline = Some(now + ASK_AGAIN * 4);
+            Phase::Sampling => self.ask(SourceAction::Harvest),
+            Phase::Rejoining { .. } | Phase::Reopening { .. } | Phase::Doubting { .. } => {
+                self.tick_on_return(now);
             }
             Phase::Committed => {
                 self.doubt(
@@ -626,11 +610,9 @@ impl Source {
     }
 
     fn cancel(&mut self) {
-        if let Phase::Rejoining { why, .. } = &self.phase {
-            let why = format!("{why}; the operator ended the attempts to come back");
-            return self.detach(why);
-        }
-        if let Phase::Reopening { .. } = &self.phase {
+        if matches!(self.phase, Phase::Rejoining { .. } | Phase::Reopening { .. })
+            && self.is_committed()
+        {
             return self.detach("the operator ended the attempts to come back".into());
         }
         if self.is_committed() || matches!(self.phase, Phase::Done) {
@@ -650,7 +632,9 @@ impl Source {
             // Nothing that fails here can change what the destination does with its permit.
             Phase::Committed | Phase::Doubting { .. } => {}
             // Pages can be served again on new lanes.
-            Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. } => {
+            Phase::Serving | Phase::Rejoining { .. } | Phase::Reopening { .. }
+                if self.is_committed() =>
+            {
                 self.link_lost(now, why);
             }
             _ => self.fail_before_commit(why),
@@ -661,16 +645,9 @@ impl Source {
         match self.phase {
             Phase::Done => {}
             Phase::Committed => self.doubt(now, why),
-            Phase::Doubting { .. } => self.ask_later(now),
-            Phase::Serving => self.lost_while_serving(now, why),
-            // Old channels tell of their end one by one: that puts no attempt off.
-            Phase::Rejoining { wait, .. } => {
-                let later = now + wait;
-                self.deadline = Some(self.deadline.map_or(later, |soon| soon.min(later)));
-            }
-            Phase::Reopening { since, wait } => {
-                self.phase = Phase::Rejoining { since, wait, why };
-                self.deadline = Some(now + wait);
+            Phase::Serving => self.come_back(now, why),
+            Phase::Doubting { .. } | Phase::Rejoining { .. } | Phase::Reopening { .. } => {
+                self.lost_on_return(now, why);
             }
             Phase::Verifying { .. } => self.finish(Outcome::Completed {
                 digest_verified: None,
@@ -682,7 +659,12 @@ impl Source {
                 self.phase = Phase::Done;
                 self.actions.push_back(SourceAction::Finish(Outcome::Failed(why)));
             }
-            _ => self.fail_before_commit(why),
+            // The destination knows of no session yet.
+            Phase::Negotiating => self.fail_before_commit(why),
+            _ => {
+                self.roll_back();
+                self.come_back(now, why);
+            }
         }
     }
 
@@ -693,9 +675,7 @@ impl Source {
 
     /// Undoes everything: the guest runs, and what it owes is given back.
     fn abort(&mut self, why: &str) {
-        if let Some(permit) = self.permit.take() {
-            self.actions.push_back(SourceAction::Resume(permit));
-        }
+        self.resume_here();
         let mut owed = std::mem::take(&mut self.pending);
         owed.union_with(&std::mem::take(&mut self.in_flight));
         if !owed.is_empty() {
@@ -703,6 +683,12 @@ impl Source {
         }
         if !matches!(self.phase, Phase::Connecting | Phase::Done) {
             self.send(ToDestination::Abort { reason: why.to_owned() });
+        }
+    }
+
+    fn resume_here(&mut self) {
+        if let Some(permit) = self.permit.take() {
+            self.actions.push_back(SourceAction::Resume(permit));
         }
     }
 
@@ -721,6 +707,12 @@ impl Source {
 
     fn expect_answer(&mut self, now: Duration) {
         self.deadline = Some(now + ANSWER_TIMEOUT);
+    }
+
+    /// Asks the engine for something that it answers.
+    fn ask(&mut self, action: SourceAction) {
+        self.answers_due += 1;
+        self.actions.push_back(action);
     }
 
     fn send(&mut self, message: ToDestination) {
@@ -742,6 +734,7 @@ fn name(message: &ToSource) -> &'static str {
         ToSource::Running { .. } => "Running",
         ToSource::CommitRefused { .. } => "CommitRefused",
         ToSource::Digest { .. } => "Digest",
+        ToSource::GoOn { .. } => "GoOn",
         ToSource::Lacks { .. } => "Lacks",
         ToSource::Verdict(_) => "Verdict",
     }

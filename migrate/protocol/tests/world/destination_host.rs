@@ -43,6 +43,8 @@ pub(crate) struct DestinationHost {
     writes: u64,
     /// The newest link that the source came by, and whether its urgent channel is open.
     link: u32,
+    /// That link was given up, and what came is kept.
+    holds: bool,
     urgent: bool,
     asked_for: HashSet<(u32, u64)>,
     /// What the source was last told to be missing.
@@ -72,6 +74,7 @@ impl DestinationHost {
             waiting: [None; VCPUS + 1],
             writes: 0,
             link: 0,
+            holds: false,
             urgent: false,
             asked_for: HashSet::new(),
             lacked: None,
@@ -88,6 +91,16 @@ impl DestinationHost {
     pub(crate) fn die(&mut self) {
         self.dead = true;
         self.runs = false;
+    }
+
+    /// Whether what comes on that link is an event; its pages are installed either way.
+    pub(crate) fn listens_to(&self, link: u32) -> bool {
+        link == self.link && !self.holds
+    }
+
+    pub(crate) fn deadline(&self) -> Option<u64> {
+        let deadline = self.machine.deadline().filter(|_| !self.dead)?;
+        Some(deadline.as_micros() as u64)
     }
 
     pub(crate) fn asked_for_verdict(&self, plan: &Plan) -> Option<Verdict> {
@@ -159,6 +172,16 @@ impl World {
                 DestinationEvent::Built(Ok(why))
             }
             DestinationAction::AcceptLanes { .. } => return Ok(None),
+            DestinationAction::Hold => {
+                // Its channels are closed: the source learns of it, if it has not gone on already.
+                self.destination.holds = true;
+                let (at, link) = (self.now + self.net.latency_us, self.destination.link);
+                if link == self.net.link {
+                    self.net.lose_link(&mut self.rng);
+                    self.net.at(at, Packet::SourceLost(link));
+                }
+                return Ok(None);
+            }
             DestinationAction::Page(owed) => {
                 if self.plan.no_post_copy {
                     return Err("owes pages to a host that cannot take them".into());
@@ -439,8 +462,9 @@ impl World {
     }
 
     /// The source says hello to the session on a new link.
-    pub(crate) fn hello_again(&mut self) -> Result<(), String> {
+    pub(crate) fn hello_again(&mut self, done: u32) -> Result<(), String> {
         self.destination.link = self.net.link;
+        self.destination.holds = false;
         self.destination.urgent = false;
         let over = self.destination.dead || self.destination.arrival.is_some();
         if over && let Some(verdict) = self.destination.asked_for_verdict(&self.plan) {
@@ -449,7 +473,24 @@ impl World {
             return Ok(());
         }
         let owed = self.destination.missing();
-        self.destination.lacked = Some(owed.clone());
-        self.feed_destination(DestinationEvent::Rejoined(owed))
+        self.destination.lacked = self.destination.demand.is_some().then(|| owed.clone());
+        let held = |after| {
+            let pages = self.destination.ledger.newer_than(after);
+            pages.map(|page| Run::new(page as u64, 1)).collect::<PageSet>()
+        };
+        let held = if self.plant == Plant::ClaimOldPages {
+            let mut old = held(0);
+            old.intersect_with(&self.source.last_round);
+            old
+        } else {
+            held(done)
+        };
+        self.feed_destination(DestinationEvent::Rejoined { held, owed })?;
+        match self.net.late_commit.take() {
+            Some(commit) if self.plant == Plant::TakeLateCommit => {
+                self.feed_destination(DestinationEvent::Message(commit))
+            }
+            _ => Ok(()),
+        }
     }
 }

@@ -63,7 +63,7 @@ impl World {
             Some(Arrival::Void(_)) if d.ever_ran => Err("void, and it ran".into()),
             Some(Arrival::Void(_)) => Ok(()),
             None if d.runs && !d.missing().is_empty() => Ok(()),
-            None => Err("the destination's session never ends".into()),
+            None => Err(format!("the destination's session never ends: {:?}", d.machine)),
         }
     }
 
@@ -88,6 +88,8 @@ impl World {
             End::MovedAfterRejoin
         } else if self.source.asked {
             End::MovedAfterInquiry
+        } else if self.source.cut_early {
+            End::MovedAfterCut
         } else if d.demand.is_some() {
             End::MovedByPostCopy
         } else {

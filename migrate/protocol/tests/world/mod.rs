@@ -9,7 +9,7 @@ mod source_host;
 
 use std::time::Duration;
 
-use ferry_protocol::{Goals, Mode, SourceEvent};
+use ferry_protocol::{DestinationEvent, Goals, Mode, SourceEvent};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -37,6 +37,10 @@ pub(crate) enum Plant {
     /// After a lost link, the source serves what it had not sent.
     ServeOnlyUnsent,
     ResumeAfterDetach,
+    /// To a source that comes back, the destination says that it has every page that ever came.
+    ClaimOldPages,
+    /// The destination takes a commit that an old link brings after the source came back.
+    TakeLateCommit,
 }
 
 /// How a run ended.
@@ -45,6 +49,8 @@ pub(crate) enum End {
     Moved,
     MovedAfterInquiry,
     MovedByPostCopy,
+    /// The link was lost before the commit, and the source came back.
+    MovedAfterCut,
     /// The link was lost while pages were owed, and the source came back.
     MovedAfterRejoin,
     ReattachedAndMoved,
@@ -61,7 +67,7 @@ pub(crate) enum End {
 /// What goes wrong in a run, beside what waits in the network from the start.
 #[derive(Default)]
 struct Plan {
-    /// Cuts to come after the commit, each soon after the one before was mended.
+    /// Cuts to come after the one before was mended, or after the commit.
     more_cuts: u32,
     /// The network does not come back after a cut, or only after very long.
     stays_down: bool,
@@ -158,7 +164,8 @@ impl World {
     pub(crate) fn run(mut self) -> Result<End, String> {
         self.feed_source(SourceEvent::Connected)?;
         for _ in 0..200_000 {
-            if (self.source.outcome.is_some() || self.source.dead) && self.net.is_empty() {
+            let over = self.source.outcome.is_some() || self.source.dead;
+            if over && self.net.is_empty() && self.destination.deadline().is_none() {
                 break;
             }
             self.step()?;
@@ -168,7 +175,8 @@ impl World {
 
     fn step(&mut self) -> Result<(), String> {
         let packet_at = self.net.next_at();
-        let next = [packet_at, self.source.deadline()].into_iter().flatten().min();
+        let (here, there) = (self.source.deadline(), self.destination.deadline());
+        let next = [packet_at, here, there].into_iter().flatten().min();
         let Some(next) = next else { return Err(self.stuck()) };
         let before = self.now;
         self.now = next.max(self.now);
@@ -177,8 +185,10 @@ impl World {
         if packet_at.is_some_and(|t| t <= self.now) {
             let packet = self.net.pop().unwrap();
             self.deliver(packet)?;
-        } else {
+        } else if here == Some(next) {
             self.feed_source(SourceEvent::Tick)?;
+        } else {
+            self.feed_destination(DestinationEvent::Tick)?;
         }
         if self.source.runs && self.destination.ever_ran {
             return Err("the machine runs twice".into());
@@ -187,31 +197,20 @@ impl World {
     }
 
     fn deliver(&mut self, packet: Packet) -> Result<(), String> {
-        use ferry_protocol::{DestinationEvent as D, ToSource};
         match packet {
-            Packet::ToDestination(m) => self.feed_destination(D::Message(m)),
+            Packet::ToDestination(m) => self.feed_destination(DestinationEvent::Message(m)),
             Packet::ToSource(m) => self.feed_source(SourceEvent::Message(m)),
-            Packet::Batch { round, pages } => self.pages_came(round, &pages, true),
+            Packet::Batch { link, round, pages } => {
+                self.pages_came(round, &pages, self.destination.listens_to(link))
+            }
             Packet::Echo { round, pages } => self.pages_came(round, &pages, false),
             Packet::UrgentOpen => self.urgent_open(),
             Packet::Request(page) => {
                 self.requested(page);
                 Ok(())
             }
-            Packet::Hello => self.hello_again(),
+            Packet::Hello { done } => self.hello_again(done),
             Packet::Closed => self.destination_lost(self.net.link),
-            Packet::Inquiry => {
-                let at = self.now + self.net.latency_us;
-                let verdict = self.destination.asked_for_verdict(&self.plan);
-                self.net.at(at, Packet::Answer(verdict));
-                Ok(())
-            }
-            Packet::Answer(Some(verdict)) => {
-                self.feed_source(SourceEvent::Message(ToSource::Verdict(verdict)))
-            }
-            Packet::Answer(None) => {
-                self.feed_source(SourceEvent::LinkLost("nobody answers".into()))
-            }
             Packet::SourceLost(link) if link != self.net.link => Ok(()),
             Packet::SourceLost(_) => self.feed_source(SourceEvent::LinkLost("link cut".into())),
             Packet::DestinationLost(link) => self.destination_lost(link),

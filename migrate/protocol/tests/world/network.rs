@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use ferry_protocol::{DestinationEvent, SourceEvent, ToDestination, ToSource, Verdict};
+use ferry_protocol::{DestinationEvent, SourceEvent, ToDestination, ToSource};
 use rand::RngExt;
 use rand::rngs::SmallRng;
 
@@ -22,6 +22,7 @@ pub(crate) enum Packet {
     ToDestination(ToDestination),
     ToSource(ToSource),
     Batch {
+        link: u32,
         round: u32,
         pages: Pages,
     },
@@ -35,12 +36,11 @@ pub(crate) enum Packet {
     /// The destination asks for a page.
     Request(u64),
     /// The source is here again.
-    Hello,
+    Hello {
+        done: u32,
+    },
     /// The source closed its side.
     Closed,
-    /// An inquiry on a connection of its own, and its answer.
-    Inquiry,
-    Answer(Option<Verdict>),
 
     /// The link of that number is known to be lost.
     SourceLost(u32),
@@ -86,6 +86,8 @@ pub(crate) struct Network {
     /// Pages that had reached the destination's host when their link was lost, and are worked on when the
     /// next one opens.
     held: Vec<Packet>,
+    /// A commit that was lost with its link.
+    pub(crate) late_commit: Option<ToDestination>,
     channel_free_at: [u64; URGENT + 1],
     pub(crate) latency_us: u64,
     /// The link that the source opened last, and whether it carries.
@@ -101,6 +103,7 @@ impl Network {
             in_flight: BTreeMap::new(),
             serial: 0,
             held: Vec::new(),
+            late_commit: None,
             channel_free_at: [0; URGENT + 1],
             latency_us,
             link: 0,
@@ -154,6 +157,8 @@ impl Network {
             let pages = matches!(packet, Packet::Batch { .. } | Packet::Echo { .. });
             if link.is_none() {
                 self.in_flight.insert((at, serial), (None, packet));
+            } else if let Packet::ToDestination(commit @ ToDestination::Commit { .. }) = packet {
+                self.late_commit = Some(commit);
             } else if pages && rng.random_bool(survive) {
                 match rng.random_range(0..3) {
                     0 => self.held.push(packet),

@@ -45,7 +45,10 @@ pub(crate) struct SourceHost {
     /// Asked for before `Serve` said what is owed now.
     early_requests: Vec<u64>,
     lost_at: Option<u64>,
+    pub(crate) last_round: PageSet,
     pub(crate) asked: bool,
+    /// The link was lost before the guest was ever paused.
+    pub(crate) cut_early: bool,
     pub(crate) reattached: bool,
     pub(crate) outcome: Option<Outcome>,
     pub(crate) returned: PageSet,
@@ -84,7 +87,9 @@ impl SourceHost {
             unsent: None,
             early_requests: Vec::new(),
             lost_at: None,
+            last_round: PageSet::new(),
             asked: false,
+            cut_early: false,
             reattached: false,
             outcome: None,
             returned: PageSet::new(),
@@ -151,6 +156,9 @@ impl World {
                 if session != SESSION || codecs != 0b0111 {
                     return Err("negotiated something else".into());
                 }
+                if self.source.lost_at.is_some() {
+                    self.tempt_fate();
+                }
                 self.net.send(self.now, &mut self.rng, URGENT, Packet::UrgentOpen);
                 let at = self.now + self.rng.random_range(1..800 + self.net.latency_us * 4);
                 self.net.at_on_link(at, Packet::Event(SourceEvent::LanesOpen));
@@ -179,6 +187,7 @@ impl World {
             SourceAction::Resume(permit) => {
                 self.source.permit = Some(permit);
                 self.source.runs = true;
+                self.source.harvests_while_paused = 0;
             }
             SourceAction::ReturnDirty(pages) => self.source.returned.union_with(&pages),
             SourceAction::StopTracking => self.source.tracking = false,
@@ -187,13 +196,7 @@ impl World {
                 let turn = self.source.serving.as_ref().ok_or("pushes what is not served")?.turn;
                 self.net.at(self.now, Packet::PushTurn(turn));
             }
-            SourceAction::Rejoin { .. } => self.rejoin(),
-            SourceAction::Inquire { .. } => {
-                self.source.asked = true;
-                let at = self.now + self.net.latency_us;
-                let packet = if self.reachable() { Packet::Inquiry } else { Packet::Answer(None) };
-                self.net.at(at, packet);
-            }
+            SourceAction::Rejoin { done, .. } => self.rejoin(done),
             SourceAction::DigestMemory => {
                 let sum = (0..).zip(&self.source.memory);
                 let sum = sum.fold(0u64, |s, (p, c)| s.wrapping_add(digest(p, *c)));
@@ -221,6 +224,7 @@ impl World {
     }
 
     fn send_pages(&mut self, round: u32, pages: &PageSet) {
+        self.source.last_round.clone_from(pages);
         let all: Vec<u64> = run_pages(pages).collect();
         for batch in all.chunks(5) {
             let pages = self.source.contents(batch.iter().copied());
@@ -237,7 +241,8 @@ impl World {
             self.net.at_on_link(at, Packet::Echo { round, pages: pages.clone() });
         }
         let lane = 1 + self.rng.random_range(0..LANES);
-        self.net.send(self.now, &mut self.rng, lane, Packet::Batch { round, pages });
+        let batch = Packet::Batch { link: self.net.link, round, pages };
+        self.net.send(self.now, &mut self.rng, lane, batch);
     }
 
     fn serve(&mut self, round: u32, mut owed: PageSet, record: &[PageSet]) -> Result<(), String> {
@@ -281,7 +286,8 @@ impl World {
         if serving.queue.fault(page) {
             let round = serving.round;
             let pages = self.source.contents(std::iter::once(page));
-            self.net.send(self.now, &mut self.rng, URGENT, Packet::Batch { round, pages });
+            let batch = Packet::Batch { link: self.net.link, round, pages };
+            self.net.send(self.now, &mut self.rng, URGENT, batch);
         }
     }
 
@@ -292,7 +298,7 @@ impl World {
         self.source.early_requests.clear();
     }
 
-    fn rejoin(&mut self) {
+    fn rejoin(&mut self, done: u32) {
         self.stop_serving();
         self.drop_link();
         let at = self.now + self.net.latency_us;
@@ -301,8 +307,7 @@ impl World {
             return self.net.at(at, Packet::Event(lost));
         }
         self.net.open_link(self.now, &mut self.rng);
-        self.net.at_on_link(at, Packet::Event(SourceEvent::Rejoined));
-        self.net.send(self.now, &mut self.rng, CONTROL, Packet::Hello);
+        self.net.send(self.now, &mut self.rng, CONTROL, Packet::Hello { done });
         if self.rng.random_bool(0.3) {
             // Lost again before it was of use.
             self.tempt_fate();
@@ -325,8 +330,12 @@ impl World {
                     }
                 }
             }
+            Progress::InDoubt(_) => self.source.asked = true,
             Progress::LinkLost(_) => {
                 self.source.lost_at = Some(self.now);
+                if self.source.at_pause.is_none() {
+                    self.source.cut_early = true;
+                }
                 if std::mem::take(&mut self.plan.cancels_rejoining) {
                     let at = self.now + self.rng.random_range(0..3_000_000);
                     self.fate_at(at, Fate::Cancel);
