@@ -1,6 +1,6 @@
 //! One machine on its way in: its channels, its state machine, its memory.
 
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::fetching::{Bringer, Fetching};
 use crate::install::Installer;
-use crate::receive::{ReceiveEvent, Server};
+use crate::receive::{Peer, ReceiveEvent, Server};
 use crate::receive_lane::{self, LaneEnd};
 use crate::{Guest, Host, fetch, words};
 
@@ -78,11 +78,26 @@ pub(crate) enum Message {
         event: DestinationEvent,
     },
     /// A lane, with the sink that says to the source that somebody is here.
-    Lane(FrameReader, Box<dyn ByteSink>),
+    Lane {
+        link: u64,
+        reader: FrameReader,
+        sink: Box<dyn ByteSink>,
+    },
     /// The lane on which pages are asked for.
-    Urgent(FrameReader, Box<dyn ByteSink>),
-    /// A new control channel of a source that lost the one before.
-    Rejoin(FrameReader, Box<dyn ByteSink>),
+    Urgent {
+        link: u64,
+        reader: FrameReader,
+        sink: Box<dyn ByteSink>,
+    },
+    /// A new control channel of a source that lost the one before, and knows these rounds to be done.
+    Rejoin {
+        link: u64,
+        reader: FrameReader,
+        sink: Box<dyn ByteSink>,
+        done: u32,
+    },
+    /// A session that waits for its source is in another's way, which waits until the sender is dropped.
+    Superseded(Sender<()>),
     Pager(Notice),
     Abandoned,
 }
@@ -121,10 +136,12 @@ async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64, loadin
 pub(crate) struct Arriving<H: Host> {
     server: Arc<Server<H>>,
     token: u128,
-    peer: String,
+    peer: Peer,
     door: Sender<Message>,
     /// Counts links: one for each control channel.
     epoch: u64,
+    /// What lanes of the present link name; none is awaited without one.
+    link: Option<u64>,
     /// The present link was not found lost.
     linked: bool,
     /// To the control channel.
@@ -144,13 +161,15 @@ pub(crate) struct Arriving<H: Host> {
     lanes_allowed: u16,
     arrival: Option<Arrival>,
     running: bool,
+    /// Dropped with the machine.
+    superseded_by: Vec<Sender<()>>,
 }
 
 impl<H: Host + 'static> Arriving<H> {
     pub(crate) fn new(
         server: Arc<Server<H>>,
         token: u128,
-        peer: String,
+        peer: Peer,
         door: Sender<Message>,
         runtime: tokio::runtime::Handle,
     ) -> Self {
@@ -161,6 +180,7 @@ impl<H: Host + 'static> Arriving<H> {
             peer,
             door,
             epoch: 0,
+            link: Some(0),
             linked: true,
             outgoing: None,
             asks: Arc::default(),
@@ -177,32 +197,58 @@ impl<H: Host + 'static> Arriving<H> {
             lanes_allowed: 0,
             arrival: None,
             running: false,
+            superseded_by: Vec::new(),
         }
     }
 
     pub(crate) fn run(mut self, receiver: &Receiver<Message>) {
         while self.arrival.is_none() {
-            match receiver.recv() {
+            let message = match self.machine.deadline() {
+                Some(at) => receiver.recv_timeout(at.saturating_sub(self.began.elapsed())),
+                None => receiver.recv().map_err(RecvTimeoutError::from),
+            };
+            match message {
                 Ok(Message::Link { epoch, event }) if epoch == self.epoch => {
-                    if let DestinationEvent::LinkLost(why) = &event {
-                        self.waits(why);
-                    }
+                    let lost = match &event {
+                        DestinationEvent::LinkLost(why) => Some(why.clone()),
+                        _ => None,
+                    };
                     self.handle(event);
+                    lost.inspect(|why| self.waits(why));
                 }
                 Ok(Message::Link { .. }) => {}
-                Ok(Message::Lane(reader, sink)) => self.lane(reader, sink),
-                Ok(Message::Urgent(reader, sink)) => self.urgent(reader, sink),
-                Ok(Message::Rejoin(reader, sink)) => {
+                // Of a link that was given up; dropped, it is closed.
+                Ok(Message::Lane { link, .. } | Message::Urgent { link, .. })
+                    if Some(link) != self.link => {}
+                Ok(Message::Lane { reader, sink, .. }) => self.lane(reader, sink),
+                Ok(Message::Urgent { reader, sink, .. }) => self.urgent(reader, sink),
+                Ok(Message::Rejoin { link, reader, sink, done }) => {
+                    self.link = Some(link);
                     self.set_asks(None);
+                    self.server.set_away(self.token, None);
                     self.control(reader, sink);
-                    let missing = self.pager(Pager::missing).unwrap_or_default();
-                    self.handle(DestinationEvent::Rejoined(missing));
+                    let owed = self.pager(Pager::missing);
+                    let held = match (&self.installer, &owed) {
+                        (Some(installer), None) => installer.held(done),
+                        _ => PageSet::new(),
+                    };
+                    let owed = owed.unwrap_or_default();
+                    self.handle(DestinationEvent::Rejoined { held, owed });
                 }
+                Ok(Message::Superseded(by)) => {
+                    self.superseded_by.push(by);
+                    self.handle(DestinationEvent::Superseded);
+                    if self.arrival.is_none() {
+                        // Its source came back first.
+                        self.superseded_by.clear();
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => self.handle(DestinationEvent::Tick),
                 Ok(Message::Pager(notice)) => self.notice(notice),
                 Ok(Message::Abandoned) => self.handle(DestinationEvent::Abandoned),
                 // This session holds a sender.
-                Err(_) => {
-                    self.handle(DestinationEvent::LinkLost("the host is shutting down".into()))
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.handle(DestinationEvent::BadPages("the host is shutting down".into()))
                 }
             }
             self.hand_over();
@@ -251,6 +297,17 @@ impl<H: Host + 'static> Arriving<H> {
                 self.urgent_allowed = true;
                 None
             }
+            DestinationAction::Hold => {
+                self.epoch += 1;
+                self.outgoing = None;
+                self.set_asks(None);
+                self.link = None;
+                if let Some(spec) = &self.spec {
+                    let (name, who) = (spec.name.clone(), self.peer.identity.clone());
+                    self.server.set_away(self.token, Some((name, who)));
+                }
+                None
+            }
             DestinationAction::Page(owed) => Some(DestinationEvent::Paging(self.page(owed))),
             DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
             DestinationAction::Resume(permit) => {
@@ -291,14 +348,15 @@ impl<H: Host + 'static> Arriving<H> {
         self.installer.as_ref().and_then(|installer| installer.pager(ask))
     }
 
-    /// Tells that a running machine lost its source; once for each link.
+    /// Tells that a machine lost its source, which may come back; once for each link.
     fn waits(&mut self, why: &str) {
-        let Some(missing) = self.pager(Pager::missing).filter(|_| self.running) else { return };
-        if !std::mem::take(&mut self.linked) {
+        let missing = self.pager(Pager::missing).map(|missing| missing.len());
+        let waits = self.machine.deadline().is_some() || missing.is_some() && self.running;
+        if !waits || !std::mem::take(&mut self.linked) {
             return;
         }
         let name = self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone());
-        let (missing, why) = (missing.len(), why.to_owned());
+        let why = why.to_owned();
         (self.server.tell)(ReceiveEvent::Waiting { name, missing, why });
     }
 
@@ -361,8 +419,9 @@ impl<H: Host + 'static> Arriving<H> {
 
     fn build(&mut self, spec: MachineSpec) -> Result<Option<String>, Vec<Refusal>> {
         let name = spec.name.clone();
-        (self.server.tell)(ReceiveEvent::Arriving { name, peer: self.peer.clone() });
+        (self.server.tell)(ReceiveEvent::Arriving { name, peer: self.peer.to_string() });
         let layout = spec.layout().map_err(|e| vec![Refusal::new("memory", e.to_string())])?;
+        self.server.supersede(&spec.name, &self.peer.identity);
         let guest = self.server.host.prepare(&spec)?;
         self.installer = Some(Arc::new(Installer::new(guest.memory(), layout)));
         self.guest = Some(guest);

@@ -1,11 +1,10 @@
-//! The source's control channel: a thread that connects, sends and receives messages, and asks.
+//! The source's control channel: a thread that connects, sends and receives messages.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use ferry_protocol::{Hello, ToDestination, ToSource, wire};
-use ferry_transport::{ByteSource, Connector, FrameReader, send_message};
+use ferry_transport::{ByteSource, Channel, Connector, FrameReader, send_message};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
@@ -24,11 +23,7 @@ type Tell = Arc<dyn Fn(ControlEvent) + Send + Sync>;
 enum Order {
     Send(Vec<u8>),
     Finish,
-    Inquire(u128),
 }
-
-/// An inquiry that takes longer has failed: ask again.
-const INQUIRY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The engine's hold on the control thread.
 pub(crate) struct Control {
@@ -53,11 +48,6 @@ impl Control {
         let _ = self.orders.send(Order::Finish);
     }
 
-    /// Asks on a connection of its own what became of `session`.
-    pub(crate) fn inquire(&self, session: u128) {
-        let _ = self.orders.send(Order::Inquire(session));
-    }
-
     /// Leaves the thread to itself: it ends soon.
     pub(crate) fn abandon(self) {
         self.ending.send_replace(true);
@@ -72,10 +62,10 @@ impl Control {
     }
 }
 
-/// Starts the thread: it connects and says `hello`, if it is to, and then carries out orders.
+/// Starts the thread: it connects and says `hello`, and then carries out orders.
 pub(crate) fn start(
     connector: Arc<dyn Connector>,
-    hello: Option<Hello>,
+    hello: Hello,
     tell: impl Fn(ControlEvent) + Send + Sync + 'static,
 ) -> Control {
     let tell: Tell = Arc::new(tell);
@@ -92,7 +82,7 @@ pub(crate) fn start(
         };
         runtime.block_on(async {
             tokio::select! {
-                () = talk(connector.as_ref(), hello.as_ref(), receiver, tell) => {}
+                () = talk(connector.as_ref(), &hello, receiver, tell) => {}
                 // A peer that is alive but reads nothing must not hold up the end.
                 () = async {
                     let _ = ended.wait_for(|ended| *ended).await;
@@ -108,39 +98,28 @@ pub(crate) fn start(
 
 async fn talk(
     connector: &dyn Connector,
-    hello: Option<&Hello>,
+    hello: &Hello,
     mut orders: UnboundedReceiver<Order>,
     tell: Tell,
 ) {
-    let mut sink = None;
-    if let Some(hello) = hello {
-        match open(connector, hello).await {
-            Ok(channel) => {
-                tell(ControlEvent::Connected);
-                tokio::spawn(read(channel.source, tell.clone()));
-                sink = Some(channel.sink);
-            }
-            Err(e) => tell(ControlEvent::Lost(e.to_string())),
-        }
-    }
+    let Channel { source, mut sink, .. } = match open(connector, hello).await {
+        Ok(channel) => channel,
+        Err(e) => return tell(ControlEvent::Lost(e.to_string())),
+    };
+    tell(ControlEvent::Connected);
+    tokio::spawn(read(source, tell.clone()));
     while let Some(order) = orders.recv().await {
         match order {
             Order::Send(bytes) => {
-                if let Some(open) = &mut sink
-                    && let Err(e) = send_message(open.as_mut(), &bytes).await
-                {
-                    tell(ControlEvent::Lost(e.to_string()));
-                    sink = None;
+                if let Err(e) = send_message(sink.as_mut(), &bytes).await {
+                    return tell(ControlEvent::Lost(e.to_string()));
                 }
             }
-            Order::Inquire(session) => tell(inquire(connector, session).await),
             Order::Finish => break,
         }
     }
-    if let Some(mut sink) = sink {
-        // Returns when the peer has it all, or is gone.
-        let _ = sink.finish().await;
-    }
+    // Returns when the peer has it all, or is gone.
+    let _ = sink.finish().await;
 }
 
 async fn read(source: Box<dyn ByteSource>, tell: Tell) {
@@ -159,23 +138,5 @@ async fn read(source: Box<dyn ByteSource>, tell: Tell) {
         if lost {
             return;
         }
-    }
-}
-
-async fn inquire(connector: &dyn Connector, session: u128) -> ControlEvent {
-    let ask = async {
-        let channel = open(connector, &Hello::Inquire { session }).await?;
-        FrameReader::new(channel.source).read_message(wire::MAX_MESSAGE_BYTES).await
-    };
-    let Ok(answer) = tokio::time::timeout(INQUIRY_TIMEOUT, ask).await else {
-        return ControlEvent::Lost("the destination does not answer".into());
-    };
-    match answer {
-        Ok(Some(bytes)) => match wire::decode(&bytes) {
-            Ok(message) => ControlEvent::Message(message),
-            Err(e) => ControlEvent::Lost(e.to_string()),
-        },
-        Ok(None) => ControlEvent::Lost("no answer".into()),
-        Err(e) => ControlEvent::Lost(e.to_string()),
     }
 }

@@ -219,6 +219,23 @@ impl Installer {
         Ok(())
     }
 
+    /// Pages that are here from rounds after `round`.
+    pub(crate) fn held(&self, round: u32) -> PageSet {
+        let mut pages = PageSet::new();
+        for (extent, first, before) in &self.extents {
+            let chunks = self.chunks[*before..].iter().zip(*first..);
+            for (chunk, number) in
+                chunks.take_while(|(_, n)| n * (CHUNK_PAGES as u64) < extent.end())
+            {
+                let chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
+                for page in chunk.iter().flat_map(|ledger| ledger.newer_than(round)) {
+                    pages.insert(number * CHUNK_PAGES as u64 + page as u64);
+                }
+            }
+        }
+        pages
+    }
+
     /// Wrapping sum of the digests of all pages as installed.
     pub(crate) fn digest_sum(&self) -> u64 {
         self.chunks.iter().fold(0, |sum, chunk| {

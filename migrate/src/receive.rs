@@ -22,6 +22,8 @@ use crate::fetching::Fetching;
 
 /// A peer that opened a channel says what it wants within this time.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a new session waits until the one in its way is gone.
+const SUPERSEDE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Sessions whose end is remembered for inquiries.
 const REMEMBERED: usize = 1024;
 /// Machines that may be on their way in at once.
@@ -61,13 +63,12 @@ pub enum ReceiveEvent<G> {
         /// Pages of it still come, if any do; `Ended` says when all are here.
         fetching: Option<Fetching>,
     },
-    /// A machine that runs here lacks pages, and the link to its source was lost: who touches one of them
-    /// waits until the source comes back.
+    /// The link to a machine's source was lost, and the source may come back.
     Waiting {
         /// Its name at the source.
         name: String,
-        /// How many pages.
-        missing: u64,
+        /// Pages that the machine lacks, if it runs here: who touches one of them waits.
+        missing: Option<u64>,
         /// How the link was lost.
         why: String,
     },
@@ -82,12 +83,26 @@ pub enum ReceiveEvent<G> {
     Turned(String),
 }
 
+/// Who opened a channel, from where.
+pub(crate) struct Peer {
+    pub(crate) identity: String,
+    place: String,
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.identity, self.place)
+    }
+}
+
 type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
 
 struct Session {
     verdict: Verdict,
     /// Where lanes join; none when it is over.
     door: Option<Sender<Message>>,
+    /// The machine and its source's identity, while it has not run here and its source is away.
+    away: Option<(String, String)>,
 }
 
 #[derive(Default)]
@@ -144,8 +159,8 @@ pub async fn receive<H: Host + 'static>(
 }
 
 async fn welcome<H: Host + 'static>(server: Arc<Server<H>>, channel: Channel) {
-    let peer = format!("{} ({})", channel.peer, channel.remote);
-    let Channel { source, sink, .. } = channel;
+    let Channel { source, sink, peer, remote, .. } = channel;
+    let peer = Peer { identity: peer.to_string(), place: remote };
     let mut reader = FrameReader::new(source);
     let hello = tokio::time::timeout(HELLO_TIMEOUT, reader.read_message(MAX_HELLO_BYTES)).await;
     let why = match hello {
@@ -163,7 +178,7 @@ async fn welcome<H: Host + 'static>(server: Arc<Server<H>>, channel: Channel) {
 async fn greet<H: Host + 'static>(
     server: &Arc<Server<H>>,
     hello: Hello,
-    peer: String,
+    peer: Peer,
     reader: FrameReader,
     mut sink: Box<dyn ByteSink>,
 ) {
@@ -192,22 +207,22 @@ async fn greet<H: Host + 'static>(
                 }
             }
         }
-        Hello::Lane { session, .. } => {
-            server.join(session, peer, reader, sink, Message::Lane).await;
+        Hello::Lane { session, link, .. } => {
+            let lane = |reader, sink| Message::Lane { link, reader, sink };
+            server.join(session, peer, reader, sink, lane).await;
         }
-        Hello::Urgent { session } => {
-            server.join(session, peer, reader, sink, Message::Urgent).await;
+        Hello::Urgent { session, link } => {
+            let lane = |reader, sink| Message::Urgent { link, reader, sink };
+            server.join(session, peer, reader, sink, lane).await;
         }
-        Hello::Rejoin { session } => {
+        Hello::Rejoin { session, done, link } => {
             let open = server.sessions().by_token.get(&session).is_some_and(|s| s.door.is_some());
             if open {
-                server.join(session, peer, reader, sink, Message::Rejoin).await;
+                let rejoin = move |reader, sink| Message::Rejoin { link, reader, sink, done };
+                server.join(session, peer, reader, sink, rejoin).await;
             } else {
                 server.answer_verdict(session, &peer, reader, sink).await;
             }
-        }
-        Hello::Inquire { session } => {
-            server.answer_verdict(session, &peer, reader, sink).await;
         }
     }
 }
@@ -236,6 +251,31 @@ impl<H: Host + 'static> Server<H> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whose source is away from now on, or is back.
+    pub(crate) fn set_away(&self, token: u128, away: Option<(String, String)>) {
+        if let Some(session) = self.sessions().by_token.get_mut(&token) {
+            session.away = away;
+        }
+    }
+
+    /// Ends each session that waits for its source in the way of `name`, which `identity` brings anew; with
+    /// `--once`, every one that waits. Returns when their machines are gone.
+    pub(crate) fn supersede(&self, name: &str, identity: &str) {
+        let (gone, all_gone) = channel::<()>();
+        for session in self.sessions().by_token.values() {
+            let in_the_way =
+                |(n, i): &(String, String)| self.options.once || n == name && i == identity;
+            if let (Some(door), true) =
+                (&session.door, session.away.as_ref().is_some_and(in_the_way))
+            {
+                let _ = door.send(Message::Superseded(gone.clone()));
+            }
+        }
+        drop(gone);
+        // Each holds its end until its machine is dropped.
+        let _ = all_gone.recv_timeout(SUPERSEDE_TIMEOUT);
+    }
+
     /// What whoever asks for this session is told from now on.
     pub(crate) fn set_verdict(&self, token: u128, verdict: Verdict) {
         if let Some(session) = self.sessions().by_token.get_mut(&token) {
@@ -248,6 +288,7 @@ impl<H: Host + 'static> Server<H> {
         let mut sessions = self.sessions();
         if let Some(session) = sessions.by_token.get_mut(&token) {
             session.door = None;
+            session.away = None;
         }
         if !stays {
             sessions.taken -= 1;
@@ -258,10 +299,10 @@ impl<H: Host + 'static> Server<H> {
     async fn join(
         &self,
         session: u128,
-        peer: String,
+        peer: Peer,
         reader: FrameReader,
         sink: Box<dyn ByteSink>,
-        message: fn(FrameReader, Box<dyn ByteSink>) -> Message,
+        message: impl FnOnce(FrameReader, Box<dyn ByteSink>) -> Message,
     ) {
         let door = self.sessions().by_token.get(&session).and_then(|s| s.door.clone());
         let message = message(reader, sink);
@@ -269,8 +310,11 @@ impl<H: Host + 'static> Server<H> {
             Some(door) => door.send(message).map_err(|e| e.0),
             None => Err(message),
         };
-        if let Err(Message::Lane(_, sink) | Message::Urgent(_, sink) | Message::Rejoin(_, sink)) =
-            joined
+        if let Err(
+            Message::Lane { sink, .. }
+            | Message::Urgent { sink, .. }
+            | Message::Rejoin { sink, .. },
+        ) = joined
         {
             self.turn_away(&peer, sink, "a lane for a session that is not open here").await;
         }
@@ -279,18 +323,18 @@ impl<H: Host + 'static> Server<H> {
     async fn answer_verdict(
         &self,
         session: u128,
-        peer: &str,
+        peer: &Peer,
         reader: FrameReader,
         mut sink: Box<dyn ByteSink>,
     ) {
         let verdict =
             self.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
         if let Err(e) = say_last(&mut sink, reader, &ToSource::Verdict(verdict)).await {
-            tracing::debug!("an inquiry of {peer} was not answered: {e}");
+            tracing::debug!("{peer} did not hear how its session ended: {e}");
         }
     }
 
-    async fn turn_away(&self, peer: &str, mut sink: Box<dyn ByteSink>, why: &str) {
+    async fn turn_away(&self, peer: &Peer, mut sink: Box<dyn ByteSink>, why: &str) {
         sink.close(why).await;
         (self.tell)(ReceiveEvent::Turned(format!("turned {peer} away: {why}")));
     }
@@ -300,7 +344,7 @@ impl<H: Host + 'static> Server<H> {
         token: u128,
         receiver: Receiver<Message>,
         door: Sender<Message>,
-        peer: String,
+        peer: Peer,
         reader: FrameReader,
         sink: Box<dyn ByteSink>,
     ) {
@@ -316,7 +360,8 @@ impl<H: Host + 'static> Server<H> {
 
     fn admit(&self) -> Result<(u128, Receiver<Message>, Sender<Message>), String> {
         let mut sessions = self.sessions();
-        if self.options.once && sessions.taken > 0 {
+        let away = sessions.by_token.values().filter(|s| s.away.is_some()).count();
+        if self.options.once && sessions.taken > away {
             return Err("this host takes in one machine, and has it (--once)".into());
         }
         if sessions.arriving() >= MAX_ARRIVING {
@@ -324,9 +369,10 @@ impl<H: Host + 'static> Server<H> {
         }
         let (door, receiver) = channel();
         let token = rand::random();
-        sessions
-            .by_token
-            .insert(token, Session { verdict: Verdict::Pending, door: Some(door.clone()) });
+        sessions.by_token.insert(
+            token,
+            Session { verdict: Verdict::Unknown, door: Some(door.clone()), away: None },
+        );
         sessions.order.push(token);
         sessions.taken += 1;
         sessions.forget_oldest();

@@ -164,6 +164,8 @@ pub struct Report {
     pub verify_ms: f64,
     /// Bytes of page frames handed to the link.
     pub bytes_sent: u64,
+    /// Times that the link was lost and the source came back, or tried to.
+    pub links_lost: u32,
     /// Bytes of vCPU and device state.
     pub state_bytes: u64,
     /// Rounds of pages, the last ones with the guest paused included.
@@ -198,6 +200,7 @@ impl Report {
             downtime_parts_ms: DowntimeParts::default(),
             verify_ms: 0.0,
             bytes_sent: 0,
+            links_lost: 0,
             state_bytes: 0,
             rounds: 0,
             pages: PageCounts::default(),

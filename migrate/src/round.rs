@@ -39,6 +39,12 @@ impl Round {
         Self { number, cursor: Mutex::new(Cursor { pages, next, armed_to: next }), trackers }
     }
 
+    /// Nothing more is handed out, and nothing is re-armed for this round once this returns: it was given up,
+    /// and its pages are in later ones.
+    pub(crate) fn end(&self) {
+        self.cursor.lock().unwrap_or_else(PoisonError::into_inner).pages.clear();
+    }
+
     /// The next pages to copy, at most [`MAX_BATCH_PAGES`], ascending; empty when the round is over.
     pub(crate) fn next_batch(&self) -> Result<Vec<Run>, TrackError> {
         let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
@@ -128,5 +134,19 @@ mod tests {
         }
         assert_eq!(given, pages);
         assert_eq!(*armed.lock().unwrap(), pages);
+    }
+
+    #[test]
+    fn a_round_that_was_given_up_rearms_nothing_and_hands_nothing_out() {
+        let armed = Arc::new(Mutex::new(PageSet::new()));
+        let trackers: Trackers = Arc::new(Mutex::new(vec![Box::new(Recorder(armed.clone()))]));
+        let pages: PageSet = std::iter::once(Run::new(0, 100_000)).collect();
+        let round = Round::new(1, pages, Some(trackers));
+        round.next_batch().unwrap();
+        let before = armed.lock().unwrap().len();
+        assert!(before > 0);
+        round.end();
+        assert!(round.next_batch().unwrap().is_empty());
+        assert_eq!(armed.lock().unwrap().len(), before);
     }
 }

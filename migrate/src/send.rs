@@ -36,7 +36,7 @@ pub struct SendOptions {
     pub goals: Goals,
     /// How to reach it.
     pub mode: Mode,
-    /// How long to try to come back, when the link is lost while the destination fetches pages.
+    /// How long to try to come back when the link is lost.
     pub rejoin_for: Duration,
     /// No more page bytes a second than this.
     pub bandwidth_bytes_per_s: Option<u64>,
@@ -157,7 +157,7 @@ pub fn send(
     let (codecs, lanes) = (options.codecs.bits(), options.lanes);
     let machine = Source::new(guest.spec(), codecs, lanes, how, options.rejoin_for);
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
-    engine.connect(Some(Hello::control()));
+    engine.connect(Hello::control());
     engine.run(&receiver)
 }
 
@@ -174,7 +174,6 @@ pub fn reattach(
     let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
     engine.paused = true;
-    engine.connect(None);
     engine.run(&receiver)
 }
 
@@ -184,7 +183,7 @@ struct Lane {
 }
 
 struct SentRound {
-    number: u32,
+    work: Arc<Round>,
     lanes_left: usize,
     total: LaneRound,
 }
@@ -198,6 +197,8 @@ struct Engine<'a> {
     connector: Arc<dyn Connector>,
     /// Counts links: one for each time that the control channel was opened.
     epoch: u64,
+    /// What the destination knows the link by.
+    link: u64,
     control: Option<control::Control>,
     sender: Sender<Message>,
     trackers: Trackers,
@@ -209,8 +210,9 @@ struct Engine<'a> {
     round_pages: u64,
     state_bytes: u64,
     pages: PageCounts,
-    /// Bytes that links before this one carried.
+    /// Bytes that links before this one carried, and how many of them were lost.
     bytes_before: u64,
+    links_lost: u32,
     dirty_rate: DirtyRate,
     last_harvest: Duration,
     paused: bool,
@@ -244,6 +246,7 @@ impl<'a> Engine<'a> {
             guest,
             connector,
             epoch: 0,
+            link: 0,
             control: None,
             sender,
             trackers: Arc::default(),
@@ -256,6 +259,7 @@ impl<'a> Engine<'a> {
             state_bytes: 0,
             pages: PageCounts::default(),
             bytes_before: 0,
+            links_lost: 0,
             dirty_rate: DirtyRate::new(&layout),
             last_harvest: Duration::ZERO,
             paused: false,
@@ -266,9 +270,8 @@ impl<'a> Engine<'a> {
         (engine, receiver)
     }
 
-    /// Opens a control channel that begins with `hello` (none: it can only inquire); events of all links
-    /// before it count no more.
-    fn connect(&mut self, hello: Option<Hello>) {
+    /// Opens a control channel that begins with `hello`; events of all links before it count no more.
+    fn connect(&mut self, hello: Hello) {
         self.epoch += 1;
         let (sender, epoch) = (self.sender.clone(), self.epoch);
         let control = control::start(self.connector.clone(), hello, move |event| {
@@ -278,8 +281,11 @@ impl<'a> Engine<'a> {
         self.control = Some(control);
     }
 
-    /// Leaves the link as it is: its threads end by themselves.
+    /// Leaves the link as it is: its threads end by themselves, and re-arm no page from now on.
     fn give_up_link(&mut self) {
+        for round in self.rounds.drain(..) {
+            round.work.end();
+        }
         if let Some(shared) = self.shared.take() {
             shared.stop.send_replace(true);
             self.bytes_before += shared.bytes.load(Ordering::Relaxed);
@@ -322,10 +328,7 @@ impl<'a> Engine<'a> {
 
     fn control_event(&mut self, event: ControlEvent) {
         self.handle(match event {
-            ControlEvent::Connected if self.epoch == 1 && !self.machine.is_committed() => {
-                SourceEvent::Connected
-            }
-            ControlEvent::Connected => SourceEvent::Rejoined,
+            ControlEvent::Connected => SourceEvent::Connected,
             ControlEvent::Message(m) => SourceEvent::Message(m),
             ControlEvent::Lost(why) => SourceEvent::LinkLost(why),
         });
@@ -385,12 +388,6 @@ impl<'a> Engine<'a> {
                 tracking::stop(&self.trackers);
                 None
             }
-            SourceAction::Inquire { session } => {
-                if let Some(control) = &self.control {
-                    control.inquire(session);
-                }
-                None
-            }
             SourceAction::Sample(pages) => {
                 tracking::rearm(&self.trackers, &pages).err().map(SourceEvent::Failed)
             }
@@ -409,9 +406,10 @@ impl<'a> Engine<'a> {
                 }
                 None
             }
-            SourceAction::Rejoin { session } => {
+            SourceAction::Rejoin { session, done } => {
                 self.give_up_link();
-                self.connect(Some(Hello::Rejoin { session }));
+                self.link = rand::random();
+                self.connect(Hello::Rejoin { session, done, link: self.link });
                 None
             }
             SourceAction::DigestMemory => Some(match digest(&self.memory) {
@@ -419,8 +417,10 @@ impl<'a> Engine<'a> {
                 Err(why) => SourceEvent::Failed(why),
             }),
             SourceAction::Tell(progress) => {
-                if let Progress::RoundStarted { pages, .. } = progress {
-                    self.round_pages = pages;
+                match progress {
+                    Progress::RoundStarted { pages, .. } => self.round_pages = pages,
+                    Progress::LinkLost(_) | Progress::InDoubt(_) => self.links_lost += 1,
+                    _ => {}
                 }
                 (self.watch)(SendEvent::Progress(progress));
                 None
@@ -442,6 +442,7 @@ impl<'a> Engine<'a> {
             view: self.memory.clone(),
             codecs: CodecSet::from_bits(codecs),
             session,
+            link: self.link,
             pacer,
             bytes: AtomicU64::new(0),
             stop: watch::Sender::new(false),
@@ -485,14 +486,16 @@ impl<'a> Engine<'a> {
                 }
             }
             LaneEvent::RoundSent { round, done } => {
-                let Some(sent) = self.rounds.iter_mut().find(|r| r.number == round) else { return };
+                let Some(sent) = self.rounds.iter_mut().find(|r| r.work.number == round) else {
+                    return;
+                };
                 sent.lanes_left -= 1;
                 sent.total.batches += done.batches;
                 sent.total.bytes += done.bytes;
                 self.pages.merge(done.pages);
                 if sent.lanes_left == 0 {
                     let total = sent.total;
-                    self.rounds.retain(|r| r.number != round);
+                    self.rounds.retain(|r| r.work.number != round);
                     self.handle(SourceEvent::RoundSent {
                         round,
                         batches: total.batches,
@@ -534,7 +537,7 @@ impl<'a> Engine<'a> {
         let trackers = (!self.paused).then(|| self.trackers.clone());
         let work = Arc::new(Round::new(round, pages, trackers));
         self.rounds.push(SentRound {
-            number: round,
+            work: work.clone(),
             lanes_left: self.lanes.len(),
             total: LaneRound::default(),
         });
@@ -625,6 +628,7 @@ impl<'a> Engine<'a> {
             downtime_parts_ms,
             verify_ms: ran_at.map_or(0.0, |at| report::ms(total.saturating_sub(at + fetching))),
             bytes_sent: self.bytes_before,
+            links_lost: self.links_lost,
             state_bytes: self.state_bytes,
             // What is served after the hand-over goes under a number of its own.
             rounds: self.machine.rounds() - u32::from(self.machine.is_post_copy()),

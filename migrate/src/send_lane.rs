@@ -29,6 +29,7 @@ pub(crate) struct Shared {
     pub(crate) view: GuestView,
     pub(crate) codecs: CodecSet,
     pub(crate) session: u128,
+    pub(crate) link: u64,
     pub(crate) pacer: Option<Mutex<Pacer>>,
     /// Bytes put on the link so far, for whoever watches.
     pub(crate) bytes: std::sync::atomic::AtomicU64,
@@ -112,7 +113,7 @@ pub(crate) fn run(
     mut works: UnboundedReceiver<Work>,
     tell: &dyn Fn(LaneEvent),
 ) {
-    let hello = Hello::Lane { session: shared.session, lane };
+    let hello = Hello::Lane { session: shared.session, link: shared.link, lane };
     with_channel(shared, &format!("lane {lane}"), hello, tell, async |mut channel| {
         let mut stop = shared.stop.subscribe();
         let mut sender = Sender::new(shared);

@@ -208,7 +208,7 @@ impl Timer {
 /// Runs the urgent lane: a thread of its own, which serves one request after the other.
 pub(crate) fn run_urgent(shared: &Shared, tell: &dyn Fn(LaneEvent)) {
     ferry_pager::hurry();
-    let hello = Hello::Urgent { session: shared.session };
+    let hello = Hello::Urgent { session: shared.session, link: shared.link };
     with_channel(shared, "urgent lane", hello, tell, async |channel| {
         let Channel { mut sink, source, .. } = channel;
         let mut stop = shared.stop.subscribe();

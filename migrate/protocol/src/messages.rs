@@ -60,6 +60,8 @@ pub enum Hello {
     Lane {
         /// The session's token, from [`ToSource::Accepted`].
         session: u128,
+        /// The link that it belongs to.
+        link: u64,
         /// Which lane, from 0.
         lane: u16,
     },
@@ -67,6 +69,8 @@ pub enum Hello {
     Urgent {
         /// The session's token.
         session: u128,
+        /// The link that it belongs to.
+        link: u64,
     },
     /// The source of a session whose link was lost is here again, with all that it holds. What older
     /// channels of the session still bring counts no more, but for pages.
@@ -75,6 +79,9 @@ pub enum Hello {
         session: u128,
         /// Rounds up to this one are known to be installed.
         done: u32,
+        /// A random number by which the channels of this link are told from those of others; the first link's
+        /// is 0.
+        link: u64,
     },
 }
 

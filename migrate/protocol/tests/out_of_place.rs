@@ -164,7 +164,8 @@ fn what_breaks_before_an_owing_machine_runs_gives_it_back() {
                 rounds: Vec::new(),
                 owed: PackedPages::pack(&pages(0, 10)),
             };
-            let offer = ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1, keep: Duration::ZERO };
+            let offer =
+                ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1, keep: Duration::ZERO };
             let mut events = vec![
                 DestinationEvent::Message(offer),
                 DestinationEvent::Built(Ok(None)),
@@ -222,10 +223,7 @@ fn an_operator_ends_the_attempts_to_come_back_at_any_point_and_can_go_on() {
         let mut source = serving();
         feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
         let owed = PackedPages::pack(&pages(0, 10));
-        let events = [
-            SourceEvent::Tick,
-            SourceEvent::Message(ToSource::Lacks { owed }),
-        ];
+        let events = [SourceEvent::Tick, SourceEvent::Message(ToSource::Lacks { owed })];
         for event in events.into_iter().take(steps) {
             feed(&mut source, 3, event);
         }

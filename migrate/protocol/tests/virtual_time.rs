@@ -3,7 +3,8 @@
 //!
 //! After every step: never two running, and what the guest reads is what it had or has written since. At
 //! the end: what runs has the memory that the guest had, and nobody waits for what can come.
-//! `FERRY_SEEDS=n` runs more seeds; a failing seed is named.
+//! `FERRY_SEEDS=n` runs more seeds; a failing seed is named, and `FERRY_SEED=n cargo test -p ferry-protocol
+//! --test virtual_time one_seed -- --nocapture` shows each of its events.
 
 mod world;
 
@@ -43,6 +44,15 @@ fn every_seed_ends_with_one_machine_whose_memory_is_whole() {
         End::SourceDied,
     ] {
         assert!(ends.contains_key(&format!("{end:?}")), "no seed ended with {end:?}: {ends:?}");
+    }
+}
+
+#[test]
+fn one_seed() {
+    if let Some(seed) = std::env::var("FERRY_SEED").ok().and_then(|s| s.parse().ok()) {
+        let mut world = World::new(seed, Plant::Nothing);
+        world.traced = true;
+        println!("seed {seed}: {:?}", world.run());
     }
 }
 

@@ -12,7 +12,7 @@ use rustix::process::Signal;
 const PROCESS: &str = ":process";
 /// Rounds of 9 MiB that come dirty at once: at `SLOW` each takes longer than the link's idle time-out.
 const ENDLESS: &str = "pattern=working-set set=9M rate=20000 random=100";
-const SLOW: [&str; 2] = ["--bandwidth", "8Mbit"];
+const SLOW: [&str; 4] = ["--bandwidth", "8Mbit", "--rejoin", "1s"];
 
 /// A machine `m` that never gets ready to move at `SLOW`, and a destination.
 fn set_out() -> (Hosts, Running, Running, SocketAddr) {
@@ -434,18 +434,41 @@ fn a_destination_that_wakes_in_time_settles_the_doubt_and_one_machine_runs() {
     }
 }
 
-#[test]
-fn a_link_that_is_cut_mid_round_leaves_the_machine_running() {
-    let Some(network) = network::Network::new() else { return };
+fn in_namespaces() -> Option<(network::Network, Hosts, Running, SocketAddr)> {
+    let network = network::Network::new()?;
     let mut hosts = Hosts::new();
     hosts.source.before = network.at(0);
     hosts.destination.before = network.at(1);
     let (receiver, to) = hosts.destination.receive_on(&format!("{}:0", network::ADDRESSES[1]), &[]);
+    Some((network, hosts, receiver, to))
+}
+
+#[test]
+fn a_link_that_is_cut_mid_round_and_mended_costs_time_and_nothing_else() {
+    let Some((network, hosts, receiver, to)) = in_namespaces() else { return };
+    let _runner = hosts.source.boot("m", PROCESS, &["--cmdline", ferry_e2e::BUSY]);
+    let moving = hosts.source.start_migrate("m", to, &["--bandwidth", "16Mbit"]);
+    moving.line("round 1: ");
+    network.set_link("down");
+    moving.line("trying to come back");
+    receiver.line("What came is kept");
+    hosts.source.works("m");
+    network.set_link("up");
+    let done = moving.end().succeeded();
+    for word in ["the same on both sides", "lost 1 times"] {
+        assert!(done.stdout.contains(word), "`{word}` is not in {done:?}");
+    }
+    hosts.destination.works("m");
+}
+
+#[test]
+fn a_link_that_is_cut_mid_round_for_good_leaves_the_machine_running() {
+    let Some((network, hosts, receiver, to)) = in_namespaces() else { return };
     let _runner = hosts.source.boot("m", PROCESS, &["--cmdline", ENDLESS]);
     let moving = hosts.source.start_migrate("m", to, &SLOW);
     moving.line("round 1: ");
     network.set_link("down");
-    stays(&hosts, &moving.end(), &["was not heard from for"]);
+    stays(&hosts, &moving.end(), &["was not heard from for", "could not be reached for 1 s"]);
     receiver.line("did not come");
     hosts.source.migrate("m", to, &[]).stayed("failed", &["nothing speaks QUIC"]);
     network.set_link("up");

@@ -461,7 +461,7 @@ fn follow(progress: &mut Progress, event: SendEvent) {
         P::Committed => "the run permit is on its way".into(),
         P::Running => "the machine runs at the destination".into(),
         P::Fetching { pages } => format!("it fetches {pages} pages"),
-        P::LinkLost(why) => format!("{why}; the machine waits for its pages: trying to come back"),
+        P::LinkLost(why) => format!("{why}; trying to come back"),
         P::InDoubt(why) => format!("{why}; asking the destination what became of the machine"),
     });
 }

@@ -198,6 +198,9 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         "  guest     dirtied {} pages/s meanwhile",
         HumanCount(whole(r.dirty_pages_per_s))
     );
+    if r.links_lost > 0 {
+        let _ = writeln!(out, "  link      lost {} times on the way", r.links_lost);
+    }
     let n = |count| HumanCount(count).to_string();
     let _ = writeln!(
         out,

@@ -179,7 +179,11 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
                 Arrival::Void(why) => eprintln!("ferry: machine `{name}` did not come: {why}"),
             }
         }
-        ReceiveEvent::Waiting { name, missing, why } => eprintln!(
+        ReceiveEvent::Waiting { name, missing: None, why } => eprintln!(
+            "ferry: machine `{name}` runs at its source; the link was lost ({why}). What came is kept until it \
+             comes back"
+        ),
+        ReceiveEvent::Waiting { name, missing: Some(missing), why } => eprintln!(
             "ferry: machine `{name}` runs here and lacks {missing} pages: the link to its source was lost ({why}). \
              Who touches one of them waits until the source comes back; if its process has ended, they are lost"
         ),

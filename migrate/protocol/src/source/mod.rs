@@ -207,11 +207,8 @@ impl Source {
         source.stub = Some(permit);
         let (since, why) = (Duration::ZERO, "taken up again".to_owned());
         source.why_now.clone_from(&why);
-        source.phase = if in_doubt {
-            Phase::Doubting { since, why }
-        } else {
-            Phase::rejoining(since, why)
-        };
+        source.phase =
+            if in_doubt { Phase::Doubting { since, why } } else { Phase::rejoining(since, why) };
         source.deadline = Some(Duration::ZERO);
         source
     }

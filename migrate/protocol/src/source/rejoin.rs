@@ -45,9 +45,7 @@ impl Source {
     pub(super) fn tick_on_return(&mut self, now: Duration) {
         let again = |wait| now.saturating_add(wait);
         match &mut self.phase {
-            Phase::Rejoining { since, why, .. }
-                if now >= since.saturating_add(self.rejoin_for) =>
-            {
+            Phase::Rejoining { since, why, .. } if now >= since.saturating_add(self.rejoin_for) => {
                 let why = format!(
                     "{why}; the destination could not be reached for {:.0} s",
                     self.rejoin_for.as_secs_f64()
@@ -157,8 +155,8 @@ impl Source {
     }
 
     fn message_in_doubt(&mut self, now: Duration, message: ToSource) {
-        let Phase::Doubting { since, why } = &self.phase else { return };
-        let (since, why) = (*since, why.clone());
+        let Phase::Doubting { why, .. } = &self.phase else { return };
+        let why = why.clone();
         match message {
             // Taken up again later: nobody looked which pages were written since.
             ToSource::GoOn { .. } if !self.tracking => {
@@ -170,7 +168,7 @@ impl Source {
                     self.permit = Some(stub.refused_by_destination());
                 }
                 self.roll_back();
-                self.phase = Phase::rejoining(since, why);
+                self.phase = Phase::rejoining(now, why);
                 self.go_on(now, &held);
             }
             ToSource::Lacks { owed } if self.post_copy => {

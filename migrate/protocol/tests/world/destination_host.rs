@@ -144,8 +144,10 @@ impl World {
         if self.destination.dead {
             return Ok(());
         }
+        self.trace(|| format!("destination <- {event:?}"));
         self.destination.machine.handle(Duration::from_micros(self.now), event);
         while let Some(action) = self.destination.machine.poll() {
+            self.trace(|| format!("destination -> {action:?}"));
             if let Some(answer) = self.act_destination(action)? {
                 self.answer(answer);
             }
@@ -164,7 +166,10 @@ impl World {
     ) -> Result<Option<DestinationEvent>, String> {
         Ok(Some(match action {
             DestinationAction::Send(m) => {
-                self.net.send(self.now, &mut self.rng, CONTROL, Packet::ToSource(m));
+                // On an older link than the source's, it is lost.
+                if self.destination.listens_to(self.net.link) {
+                    self.net.send(self.now, &mut self.rng, CONTROL, Packet::ToSource(m));
+                }
                 return Ok(None);
             }
             DestinationAction::Build(_) => {

@@ -98,6 +98,8 @@ pub(crate) struct World {
     destination: DestinationHost,
     /// The link was cut while the source was at work.
     cut: bool,
+    /// Print each event and action.
+    pub(crate) traced: bool,
 }
 
 impl World {
@@ -156,6 +158,7 @@ impl World {
             mode,
             now: 0,
             cut: false,
+            traced: false,
             rng,
         }
     }
@@ -227,11 +230,18 @@ impl World {
         }
     }
 
+    fn trace(&self, words: impl FnOnce() -> String) {
+        if self.traced {
+            println!("{:>9.3} ms  {}", self.now as f64 / 1e3, words());
+        }
+    }
+
     fn fate_at(&mut self, at: u64, fate: Fate) {
         self.net.at(at, Packet::Fate(fate));
     }
 
     fn befall(&mut self, fate: Fate) -> Result<(), String> {
+        self.trace(|| format!("fate           {fate:?}"));
         match fate {
             Fate::Cut => {
                 if self.plan.cut_kills_destination && !self.destination.ever_ran {

@@ -131,8 +131,10 @@ impl World {
             return Ok(());
         }
         let since = Duration::from_micros(self.now - self.source.began);
+        self.trace(|| format!("source      <- {event:?}"));
         self.source.machine.handle(since, event);
         while let Some(action) = self.source.machine.poll() {
+            self.trace(|| format!("source      -> {action:?}"));
             self.act_source(action)?;
         }
         Ok(())
@@ -318,6 +320,7 @@ impl World {
         match progress {
             Progress::Committed => self.tempt_fate(),
             Progress::Running => {
+                self.source.lost_at = self.source.lost_at.map(|_| self.now);
                 let soon = |w: &mut Self| w.now + w.rng.random_range(0..w.net.latency_us * 30);
                 for (planned, what) in [
                     (self.plan.source_dies, Fate::SourceDies),

@@ -14,6 +14,9 @@ use crate::frames::{crafted, data_frame};
 use crate::stage::{Destination, Dice, Link, Maker, Subject, goes_on, migrate};
 use crate::{PAGES, assert_unharmed, maker, message, options, panics, peak_bytes, spec};
 
+/// What a source that vanishes has brought is thrown away at once.
+const KEEP: Duration = Duration::ZERO;
+
 /// A session's control channel, in hostile hands.
 struct Session<'a> {
     connector: &'a Arc<dyn Connector>,
@@ -31,7 +34,9 @@ impl<'a> Session<'a> {
 
     async fn accepted(connector: &'a Arc<dyn Connector>) -> Self {
         let mut session = Self::hello(connector).await;
-        session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 2 }).await;
+        session
+            .say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 2, keep: KEEP })
+            .await;
         match session.hear().await {
             Some(ToSource::Accepted { session: token, .. }) => session.token = token,
             other => panic!("{other:?}"),
@@ -51,7 +56,7 @@ impl<'a> Session<'a> {
 
     async fn lane(&mut self) -> Box<dyn ByteSink> {
         let mut channel = self.connector.connect().await.unwrap();
-        let hello = Hello::Lane { session: self.token, lane: 0 };
+        let hello = Hello::Lane { session: self.token, link: 0, lane: 0 };
         send_message(channel.sink.as_mut(), &hello.encode()).await.unwrap();
         // Nothing is read of it: what it is told comes by the control channel as well.
         std::mem::forget(channel.source);
@@ -72,7 +77,7 @@ fn word_of(host: &Destination<ProcessGuest>) -> String {
         match host.event(Duration::from_secs(8)) {
             Some(ReceiveEvent::Turned(why)) => return why,
             Some(ReceiveEvent::Ended { arrival: Arrival::Void(why), .. }) => return why,
-            Some(ReceiveEvent::Arriving { .. }) => {}
+            Some(ReceiveEvent::Arriving { .. } | ReceiveEvent::Waiting { .. }) => {}
             Some(other) => panic!("{other:?}"),
             None => panic!("the host said nothing within 8 s"),
         }
@@ -103,7 +108,7 @@ async fn offered(connector: &Arc<dyn Connector>, change: impl FnOnce(&mut Machin
     let mut session = Session::hello(connector).await;
     let mut spec = spec();
     change(&mut spec);
-    session.say(&ToDestination::Offer { spec, codecs: 0xf, lanes: 1 }).await;
+    session.say(&ToDestination::Offer { spec, codecs: 0xf, lanes: 1, keep: KEEP }).await;
     let answer = session.hear().await;
     assert!(matches!(answer, Some(ToSource::Refused { .. })), "{answer:?}");
 }
@@ -163,7 +168,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "a lane of no session",
             "session that is not open",
             attack!(c => {
-                raw(c, &message(&Hello::Lane { session: 1, lane: 0 }.encode())).await;
+                raw(c, &message(&Hello::Lane { session: 1, link: 0, lane: 0 }.encode())).await;
             }),
         ),
         (
@@ -171,7 +176,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "second Offer",
             attack!(c => {
                 let mut session = Session::accepted(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1 }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1, keep: KEEP }).await;
                 assert!(matches!(session.hear().await, Some(ToSource::Failed { .. })));
             }),
         ),
@@ -421,7 +426,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "0 lanes",
             attack!(c => {
                 let mut session = Session::hello(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 0 }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 0, keep: KEEP }).await;
                 session.hear().await;
             }),
         ),
@@ -430,7 +435,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "65535 lanes",
             attack!(c => {
                 let mut session = Session::hello(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: u16::MAX }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: u16::MAX, keep: KEEP }).await;
                 session.hear().await;
             }),
         ),
@@ -439,7 +444,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "codecs 0x80",
             attack!(c => {
                 let mut session = Session::hello(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 0x80, lanes: 1 }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 0x80, lanes: 1, keep: KEEP }).await;
                 session.hear().await;
             }),
         ),
@@ -515,11 +520,11 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
 }
 
 #[test]
-fn an_inquiry_for_a_session_that_never_was_proves_nothing() {
+fn who_comes_back_to_a_session_that_never_was_is_told_that_it_is_unknown() {
     let host = Destination::start(Link::Memory, ProcessHost::default());
     let answer = host.handle().block_on(async {
         let mut channel = host.connector.connect().await.unwrap();
-        let hello = Hello::Inquire { session: 99 }.encode();
+        let hello = Hello::Rejoin { session: 99, done: 0, link: 7 }.encode();
         send_message(channel.sink.as_mut(), &hello).await.unwrap();
         FrameReader::new(channel.source).read_message(4096).await.unwrap().unwrap()
     });
