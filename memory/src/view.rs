@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ferry_dirtylog::Region;
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 
-use crate::{MemoryError, resident};
+use crate::{Mapping, MemoryError, resident};
 
 /// The memory of one machine, seen by frame number.
 ///
@@ -48,6 +48,16 @@ impl GuestView {
             return Err(MemoryError::Overlap(pair[0], pair[1]));
         }
         Ok(Self { regions: regions.into(), _owner: Arc::new(()) })
+    }
+
+    /// A view of `mappings`, each from a frame on, which are its own: they go with it and its clones.
+    ///
+    /// # Errors
+    /// Two of them overlap.
+    pub fn of(mappings: Vec<(u64, Mapping)>) -> Result<Self, MemoryError> {
+        let regions = (0..).zip(&mappings).map(|(slot, (gfn, m))| m.region(*gfn, slot)).collect();
+        // SAFETY: each region is all of a mapping that the view keeps, and nobody else can reach.
+        Ok(unsafe { Self::new(regions) }?.keeping(mappings))
     }
 
     /// The same view, which keeps `owner` (the mapping, say) until it and its clones are gone.

@@ -21,6 +21,7 @@ mod save;
 mod send;
 mod send_lane;
 mod serve;
+mod spool;
 mod tracking;
 
 pub use ferry_memory::GuestView;
@@ -36,6 +37,7 @@ pub use receive::{ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
+pub use spool::{Spool, SpoolError, check_spool, serve_spool};
 pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, reattach, send};
 
 /// An error with its causes, as one line: `what: why: why that`.

@@ -5,6 +5,7 @@
 //! is one order.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,10 +28,11 @@ use crate::report::{self, PageCounts, Report};
 use crate::round::{Round, Trackers};
 use crate::send_lane::{self, LaneEvent, LaneRound, Shared, Work};
 use crate::serve::{self, Serving};
+use crate::spool::Spooling;
 use crate::{Guest, GuestError, tracking, words};
 
 /// How to migrate.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct SendOptions {
     /// What the operator asks for.
     pub goals: Goals,
@@ -38,6 +40,9 @@ pub struct SendOptions {
     pub mode: Mode,
     /// How long to try to come back when the link is lost.
     pub rejoin_for: Duration,
+    /// After a hand-over that owes pages, write those to a spool at this directory, too: see
+    /// [`serve_spool`](crate::serve_spool).
+    pub spool: Option<PathBuf>,
     /// No more page bytes a second than this.
     pub bandwidth_bytes_per_s: Option<u64>,
     /// Connections for pages.
@@ -57,6 +62,7 @@ impl Default for SendOptions {
             goals: Goals::default(),
             mode: Mode::default(),
             rejoin_for: Duration::from_secs(120),
+            spool: None,
             bandwidth_bytes_per_s: None,
             lanes,
             codecs: CodecSet::ALL,
@@ -78,6 +84,8 @@ pub enum SendEvent {
         /// Number of the round.
         round: u32,
     },
+    /// All pages that were owed are in the spool: bytes; or why they are not.
+    Spooled(Result<u64, String>),
 }
 
 /// Ends a migration from another thread.
@@ -131,6 +139,7 @@ pub struct Sent {
 #[derive(Debug)]
 pub(crate) enum Message {
     Event(SourceEvent),
+    Spooled(Result<u64, String>),
     /// From the connections of one link; those of a link that was given up count no more.
     Link {
         epoch: u64,
@@ -172,8 +181,22 @@ pub fn reattach(
     watch: &mut dyn FnMut(SendEvent),
 ) -> Sent {
     let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
+    go_on(guest, machine, None, connector, options, canceller, watch)
+}
+
+/// Runs `machine`, which is a reattached one. `digest` is that of all memory, where `guest` has only a part.
+pub(crate) fn go_on(
+    guest: &mut dyn Guest,
+    machine: Source,
+    digest: Option<u64>,
+    connector: Arc<dyn Connector>,
+    options: &SendOptions,
+    canceller: &Canceller,
+    watch: &mut dyn FnMut(SendEvent),
+) -> Sent {
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
     engine.paused = true;
+    engine.digest = digest;
     engine.run(&receiver)
 }
 
@@ -216,6 +239,9 @@ struct Engine<'a> {
     dirty_rate: DirtyRate,
     last_harvest: Duration,
     paused: bool,
+    /// Of all memory, where it is known.
+    digest: Option<u64>,
+    spooling: Option<Spooling>,
     failed_resume: Option<(RunPermit, GuestError)>,
     outcome: Option<Outcome>,
     watch: &'a mut dyn FnMut(SendEvent),
@@ -241,7 +267,7 @@ impl<'a> Engine<'a> {
         let engine = Self {
             began: Instant::now(),
             machine,
-            options: *options,
+            options: options.clone(),
             memory: guest.memory(),
             guest,
             connector,
@@ -263,6 +289,8 @@ impl<'a> Engine<'a> {
             dirty_rate: DirtyRate::new(&layout),
             last_harvest: Duration::ZERO,
             paused: false,
+            digest: None,
+            spooling: None,
             failed_resume: None,
             outcome: None,
             watch,
@@ -312,6 +340,7 @@ impl<'a> Engine<'a> {
                     LinkEvent::Lane(event) => self.lane_event(event),
                 },
                 Ok(Message::Link { .. }) => {}
+                Ok(Message::Spooled(written)) => (self.watch)(SendEvent::Spooled(written)),
                 Err(RecvTimeoutError::Timeout) => {
                     if self.machine.deadline().is_some_and(|d| self.began.elapsed() >= d) {
                         self.handle(SourceEvent::Tick);
@@ -392,6 +421,7 @@ impl<'a> Engine<'a> {
                 tracking::rearm(&self.trackers, &pages).err().map(SourceEvent::Failed)
             }
             SourceAction::Serve { round, owed, record } => {
+                self.spool(&owed);
                 let limit = self.options.bandwidth_bytes_per_s;
                 let serving = Arc::new(Serving::new(round, owed, &record, limit));
                 if let Some(shared) = &self.shared {
@@ -412,7 +442,7 @@ impl<'a> Engine<'a> {
                 self.connect(Hello::Rejoin { session, done, link: self.link });
                 None
             }
-            SourceAction::DigestMemory => Some(match digest(&self.memory) {
+            SourceAction::DigestMemory => Some(match self.digest.map_or_else(|| digest(&self.memory), Ok) {
                 Ok(sum) => SourceEvent::MemoryDigest(sum),
                 Err(why) => SourceEvent::Failed(why),
             }),
@@ -557,6 +587,16 @@ impl<'a> Engine<'a> {
         }
     }
 
+    /// Begins to write `owed` to the spool, if there is to be one and it is not begun.
+    fn spool(&mut self, owed: &PageSet) {
+        let (Some(dir), None) = (&self.options.spool, &self.spooling) else { return };
+        let sender = self.sender.clone();
+        let tell = move |written| drop(sender.send(Message::Spooled(written)));
+        let (spec, spooled) = (self.guest.spec(), self.machine.spooled(0));
+        let view = self.memory.clone();
+        self.spooling = Some(Spooling::start(dir, spec, view, owed.clone(), spooled, tell));
+    }
+
     fn tell_bytes(&mut self) {
         if let Some(shared) = &self.shared {
             let bytes = self.bytes_before + shared.bytes.load(Ordering::Relaxed);
@@ -599,6 +639,9 @@ impl<'a> Engine<'a> {
         }
         let link_rate = self.link_rate();
         self.give_up_link();
+        if let Some(spooling) = self.spooling.take() {
+            spooling.end(matches!(self.outcome, Some(Outcome::Detached { .. })));
+        }
         let outcome =
             self.outcome.take().unwrap_or_else(|| Outcome::Failed("the engine stopped".into()));
         let switchover = self.machine.switchover();

@@ -301,6 +301,24 @@ impl Drop for Draft {
     }
 }
 
+/// Removes the bundle at `dir`, and the directory if nothing else is in it.
+///
+/// # Errors
+/// There is none, it is written to by somebody else, or it cannot be removed.
+pub fn remove(dir: &Path) -> Result<(), BundleError> {
+    Manifest::read(dir)?;
+    let lock = File::open(dir).map_err(BundleError::io("open", dir))?;
+    if lock.try_lock().is_err() {
+        return Err(BundleError::Busy { dir: dir.to_owned() });
+    }
+    let manifest = dir.join(MANIFEST);
+    std::fs::remove_file(&manifest).map_err(BundleError::io("remove", &manifest))?;
+    remove_others(dir, None);
+    // Something else may be in it.
+    let _ = std::fs::remove_dir(dir);
+    Ok(())
+}
+
 /// Writes `chain` to `to` as one bundle that needs no base; `to` may be a directory of the chain. The id
 /// stays, and with it the bundles that are based on it: the content is the same.
 ///

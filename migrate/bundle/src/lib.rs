@@ -49,7 +49,7 @@ mod pages;
 mod record;
 
 pub use chain::{Chain, Layer, Place, Verified};
-pub use draft::{Committed, Draft, merge};
+pub use draft::{Committed, Draft, merge, remove};
 pub use error::BundleError;
 pub use manifest::{Base, Manifest, MemoryPart, StatePart, VERSION};
 pub use number::{BundleId, Sum};

@@ -251,7 +251,7 @@ impl Hosted {
         let mut inner = self.inner();
         let fenced = if destination_is_dead {
             let in_doubt = inner.in_doubt.take().map(PermitStub::fenced_by_operator);
-            in_doubt.or_else(|| inner.detached.take().map(Reattach::fenced_by_operator))
+            in_doubt.or_else(|| inner.detached.take().and_then(Reattach::fenced_by_operator))
         } else {
             None
         };

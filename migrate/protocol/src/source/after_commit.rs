@@ -6,6 +6,7 @@ use super::{Phase, Reattach, Source, SourceAction, name};
 use crate::Fetched;
 use crate::messages::{ToDestination, ToSource};
 use crate::outcome::{Outcome, Progress};
+use crate::permit::PermitStub;
 
 impl Source {
     pub(super) fn message_after_commit(&mut self, now: Duration, message: ToSource) {
@@ -107,13 +108,17 @@ impl Source {
 
     pub(super) fn never_ran(&mut self, reason: String) {
         self.pending.union_with(&std::mem::take(&mut self.owed));
-        if let Some(stub) = self.stub.take() {
-            self.permit = Some(stub.refused_by_destination());
-        }
+        self.take_back();
         self.abort(&reason);
         self.finish(Outcome::Failed(format!(
             "the destination refused to run the machine: {reason}"
         )));
+    }
+
+    /// The destination has not used its permit and never will: an explicit word.
+    pub(super) fn take_back(&mut self) {
+        self.committed = false;
+        self.permit = self.stub.take().map(PermitStub::refused_by_destination);
     }
 
     pub(super) fn verify(&mut self) {
@@ -135,7 +140,7 @@ impl Source {
 
     /// Ends without the destination: what is owed stays here.
     pub(super) fn detach(&mut self, why: String) {
-        let Some(permit) = self.stub.take() else { return };
+        let permit = self.stub.take();
         let pages = self.owed.len();
         let reason = format!(
             "{why}. The machine runs at the destination; up to {pages} of its pages are only here, and who \
@@ -151,7 +156,7 @@ impl Source {
         let Phase::Doubting { why, .. } = std::mem::replace(&mut self.phase, Phase::Done) else {
             return;
         };
-        let Some(permit) = self.stub.take() else { return };
+        let permit = self.stub.take();
         self.stop_tracking();
         let reason = format!(
             "{why}, after the run permit was sent; the destination cannot be asked whether it runs the \
@@ -166,6 +171,8 @@ impl Source {
             let outcome = Outcome::Detached { reason, reattach };
             return self.actions.push_back(SourceAction::Finish(outcome));
         }
+        // Without post-copy there is no spool: the stub is here.
+        let Some(permit) = permit else { return };
         self.actions.push_back(SourceAction::Finish(Outcome::InDoubt { reason, permit }));
     }
 }

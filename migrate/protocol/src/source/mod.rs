@@ -41,7 +41,8 @@ mod rejoin;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use ferry_pages::PageSet;
+use ferry_pages::{Layout, PageSet};
+use serde::{Deserialize, Serialize};
 
 use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
 use crate::outcome::{Outcome, Progress, Switchover};
@@ -92,7 +93,8 @@ pub struct Reattach {
     codecs: u8,
     round: u32,
     owed: PageSet,
-    permit: PermitStub,
+    /// None with a source that has only a spool.
+    permit: Option<PermitStub>,
     /// Nobody has said that the machine runs at the destination.
     in_doubt: bool,
 }
@@ -104,9 +106,33 @@ impl Reattach {
     }
 
     /// The right to run the machine here after all, as it was at the hand-over: what the guest did since is
-    /// lost. See [`PermitStub::fenced_by_operator`].
-    pub fn fenced_by_operator(self) -> RunPermit {
-        self.permit.fenced_by_operator()
+    /// lost. See [`PermitStub::fenced_by_operator`]. None if only a spool is left of it here.
+    pub fn fenced_by_operator(self) -> Option<RunPermit> {
+        self.permit.map(PermitStub::fenced_by_operator)
+    }
+}
+
+/// What a spool says beside the pages that it holds: with it, a source that was restarted goes on serving.
+/// There is no right to run in it, and no way back to one.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spooled {
+    session: u128,
+    codecs: u8,
+    round: u32,
+    owed: PackedPages,
+    /// Order-free digest of all memory at the hand-over.
+    pub digest: u64,
+}
+
+impl Spooled {
+    /// As a migration to be taken up again, of a machine with this memory.
+    ///
+    /// # Errors
+    /// Pages are owed that the machine has not, in words.
+    pub fn reattach(&self, layout: &Layout) -> Result<Reattach, String> {
+        let owed = self.owed.unpack(layout)?;
+        let Self { session, codecs, round, .. } = *self;
+        Ok(Reattach { session, codecs, round, owed, permit: None, in_doubt: true })
     }
 }
 
@@ -137,6 +163,8 @@ pub struct Source {
     /// How long to try to come back over a lost link.
     rejoin_for: Duration,
     permit: Option<RunPermit>,
+    /// The permit has left, and has not come back.
+    committed: bool,
     stub: Option<PermitStub>,
     tracking: bool,
     /// Actions of which the engine's answer is still to come.
@@ -176,6 +204,7 @@ impl Source {
             fetched: None,
             rejoin_for,
             permit: None,
+            committed: false,
             stub: None,
             tracking: false,
             answers_due: 0,
@@ -204,7 +233,8 @@ impl Source {
         source.round = round;
         source.post_copy = true;
         source.owed = owed;
-        source.stub = Some(permit);
+        source.committed = true;
+        source.stub = permit;
         let (since, why) = (Duration::ZERO, "taken up again".to_owned());
         source.why_now.clone_from(&why);
         source.phase =
@@ -250,7 +280,13 @@ impl Source {
 
     /// Whether the permit has left.
     pub fn is_committed(&self) -> bool {
-        matches!(self.phase, Phase::Verifying { .. }) || self.stub.is_some()
+        self.committed
+    }
+
+    /// What a spool of the pages that are owed now must say, with the digest of all memory.
+    pub fn spooled(&self, digest: u64) -> Spooled {
+        let Self { session, codecs, round, .. } = *self;
+        Spooled { session, codecs, round, owed: PackedPages::pack(&self.owed), digest }
     }
 
     /// Takes one event at time `now` since the start.
@@ -542,6 +578,7 @@ impl Source {
         let Some(permit) = self.permit.take() else { return };
         let (permit, stub) = permit.hand_over();
         self.stub = Some(stub);
+        self.committed = true;
         let state = std::mem::take(&mut self.state);
         self.switchover.committed = now;
         self.phase = Phase::Committed;

@@ -25,7 +25,7 @@ impl Phase {
 }
 
 impl Source {
-    /// The link was lost; whether before the commit or while pages are owed says the stub.
+    /// The link was lost; whether before the commit or while pages are owed says `committed`.
     pub(super) fn come_back(&mut self, now: Duration, why: String) {
         self.tell(Progress::LinkLost(why.clone()));
         self.phase = Phase::rejoining(now, why);
@@ -164,9 +164,7 @@ impl Source {
             }
             ToSource::GoOn { held } => {
                 // An explicit word: whatever this source sent, nobody runs the machine there.
-                if let Some(stub) = self.stub.take() {
-                    self.permit = Some(stub.refused_by_destination());
-                }
+                self.take_back();
                 self.roll_back();
                 self.phase = Phase::rejoining(now, why);
                 self.go_on(now, &held);
