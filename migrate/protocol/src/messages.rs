@@ -77,6 +77,11 @@ pub enum Hello {
         /// The session's token.
         session: u128,
     },
+    /// A reader of bundles: [`ToDepot`](crate::ToDepot) follows.
+    Bundles {
+        /// [`LENDING_VERSION`](crate::LENDING_VERSION) of the reader.
+        version: u16,
+    },
 }
 
 /// Bytes that do not begin a Ferry channel.
