@@ -53,7 +53,7 @@ mod shelf;
 pub use chain::{Chain, Layer, Place, Verified};
 pub use draft::{Committed, Draft, merge};
 pub use error::BundleError;
-pub use manifest::{Base, Manifest, MemoryPart, StatePart, VERSION, is_file_of_bundle};
+pub use manifest::{Base, MANIFEST, Manifest, MemoryPart, StatePart, VERSION, is_file_of_bundle};
 pub use number::{BundleId, Sum};
 pub use pages::Pages;
 pub use record::{RECORD_PAGES, RecordPart};

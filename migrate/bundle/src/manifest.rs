@@ -17,7 +17,8 @@ pub const VERSION: u32 = 2;
 const FORMAT: &str = "ferry-bundle";
 /// A specification of the largest machine is far smaller.
 const MAX_MANIFEST_BYTES: u64 = 64 << 20;
-pub(crate) const MANIFEST: &str = "manifest.json";
+/// The name of a bundle's manifest.
+pub const MANIFEST: &str = "manifest.json";
 
 /// What a bundle is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,12 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_bundle::is_file_of_bundle;
+use ferry_bundle::{MANIFEST, is_file_of_bundle};
 use ferry_protocol::{
     Hello, LENDING_VERSION, MAX_HELLO_BYTES, MAX_OPEN_FILES, MAX_PATH_BYTES, MAX_READ_BYTES,
     MAX_TO_DEPOT_BYTES, ToDepot, ToReader, wire,
 };
-use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, Listener};
+use ferry_transport::{ByteSink, ByteSource, FrameReader, LinkError, Listener, send_message};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 use tokio::sync::Semaphore;
@@ -34,12 +34,12 @@ pub struct Depot {
 /// What the host of a depot is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DepotEvent {
-    /// A peer reads the bundle in which this file is.
+    /// A peer reads a bundle.
     Reads {
         /// The peer's identity and address.
         peer: String,
-        /// The file, from the directory that is served.
-        path: String,
+        /// The bundle, from the directory that is lent; empty if it is that.
+        bundle: String,
     },
     /// A peer was turned away, or a connection came to nothing.
     Turned(String),
@@ -58,6 +58,7 @@ impl Depot {
     /// Opens the file of a bundle at `path`.
     fn open_file(&self, path: &str) -> Result<(File, u64), ToReader> {
         let failed = |why: &dyn std::fmt::Display| ToReader::Failed { why: why.to_string() };
+        let missing = |why: &str| ToReader::Missing { why: why.to_owned() };
         if path.len() > MAX_PATH_BYTES {
             return Err(failed(&"the path is too long"));
         }
@@ -71,8 +72,8 @@ impl Depot {
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         let file = openat2(&self.root, path, flags, Mode::empty(), beneath);
         let file = file.map(File::from).map_err(|e| match e {
-            Errno::NOENT | Errno::NOTDIR => ToReader::Missing,
-            Errno::XDEV => failed(&"it is outside of the directory that is served there"),
+            Errno::NOENT | Errno::NOTDIR => missing("that host has no such file there"),
+            Errno::XDEV => missing("it is outside of the directory that host lends bundles of"),
             e => failed(&io::Error::from(e)),
         })?;
         let about = file.metadata().map_err(|e| failed(&e))?;
@@ -83,8 +84,7 @@ impl Depot {
     }
 }
 
-/// Lends bundles of `depot` until `listener` ends. Runs on the caller's tokio runtime; files are read by a
-/// thread for each channel. `tell` must not wait.
+/// Lends bundles of `depot` until `listener` ends. Runs on the caller's tokio runtime. `tell` must not wait.
 pub async fn serve(
     mut listener: Box<dyn Listener>,
     depot: Depot,
@@ -101,36 +101,61 @@ pub async fn serve(
             }
         };
         let peer = format!("{} ({})", channel.peer, channel.remote);
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            tell(DepotEvent::Turned(format!("turned {peer} away: too many read already")));
-            tokio::spawn(async move {
-                channel.sink.close("too many read bundles there already; try again").await;
-            });
-            continue;
-        };
-        let (depot, told, runtime) =
-            (depot.clone(), tell.clone(), tokio::runtime::Handle::current());
-        let attend = move || {
-            runtime.block_on(attend(&depot, channel, &peer, &*told));
-            drop(place);
-        };
-        let thread = std::thread::Builder::new().name("ferry-depot".into());
-        if let Err(e) = thread.spawn(attend) {
-            tell(DepotEvent::Turned(format!("cannot start a thread for a reader: {e}")));
-        }
+        let place = places.clone().try_acquire_owned();
+        let (depot, tell) = (depot.clone(), tell.clone());
+        tokio::spawn(async move {
+            let why = match place {
+                Ok(_place) => {
+                    let reads = |bundle| tell(DepotEvent::Reads { peer: peer.clone(), bundle });
+                    attend(depot, &mut channel.sink, channel.source, reads).await
+                }
+                Err(_) => Err("too many read bundles here already; try again".to_owned()),
+            };
+            if let Err(why) = why {
+                channel.sink.close(&why).await;
+                tell(DepotEvent::Turned(format!("turned {peer} away: {why}")));
+            }
+        });
     }
 }
 
-async fn attend(depot: &Depot, channel: Channel, peer: &str, tell: &impl Fn(DepotEvent)) {
-    let Channel { mut sink, source, .. } = channel;
+/// Serves a peer until it has gone.
+async fn attend(
+    depot: Arc<Depot>,
+    sink: &mut Box<dyn ByteSink>,
+    source: Box<dyn ByteSource>,
+    reads: impl Fn(String),
+) -> Result<(), String> {
     let mut reader = FrameReader::new(source);
-    let served = async {
-        greeted(&mut reader).await?;
-        lend(depot, sink.as_mut(), &mut reader, peer, tell).await
-    };
-    if let Err(why) = served.await {
-        sink.close(&why).await;
-        tell(DepotEvent::Turned(format!("turned {peer} away: {why}")));
+    greeted(&mut reader).await?;
+    let files = (0..MAX_OPEN_FILES).map(|_| None).collect();
+    let mut desk = Desk { depot, files, told: false };
+    loop {
+        let bytes = match reader.read_message(MAX_TO_DEPOT_BYTES).await {
+            Ok(Some(bytes)) => bytes,
+            Err(e @ LinkError::TooLong { .. }) => return Err(e.to_string()),
+            // That is how a reader leaves.
+            Ok(None) | Err(_) => return Ok(()),
+        };
+        let request = wire::decode(&bytes).map_err(|e| format!("it sent nonsense: {e}"))?;
+        let (answer, data) = match request {
+            ToDepot::Open { file, path } => (desk.open(file, path).await?, Vec::new()),
+            ToDepot::Read { file, at, bytes } => desk.read(file, at, bytes, &reads).await?,
+        };
+        let message = wire::encode(&answer).map_err(|e| e.to_string())?;
+        let sent = async {
+            send_message(sink.as_mut(), &message).await?;
+            if data.is_empty() { Ok(()) } else { sink.send(data.into()).await }
+        };
+        // A peer that reads nothing must not keep its place.
+        match tokio::time::timeout(TAKE_TIMEOUT, sent).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Ok(()),
+            Err(_) => {
+                let seconds = TAKE_TIMEOUT.as_secs();
+                return Err(format!("it did not take what it asked for within {seconds} s"));
+            }
+        }
     }
 }
 
@@ -148,68 +173,58 @@ async fn greeted(reader: &mut FrameReader) -> Result<(), String> {
     }
 }
 
-/// Answers requests until the peer has gone.
-async fn lend(
-    depot: &Depot,
-    sink: &mut dyn ByteSink,
-    reader: &mut FrameReader,
-    peer: &str,
-    tell: &impl Fn(DepotEvent),
-) -> Result<(), String> {
-    let mut files: Vec<Option<File>> = (0..MAX_OPEN_FILES).map(|_| None).collect();
-    loop {
-        let bytes = match reader.read_message(MAX_TO_DEPOT_BYTES).await {
-            Ok(Some(bytes)) => bytes,
-            Err(e @ LinkError::TooLong { .. }) => return Err(e.to_string()),
-            // That is how a reader leaves.
-            Ok(None) | Err(_) => return Ok(()),
+/// What one channel has open.
+struct Desk {
+    depot: Arc<Depot>,
+    /// With the bundle of which it is the manifest.
+    files: Vec<Option<(Arc<File>, Option<String>)>>,
+    /// A bundle is read.
+    told: bool,
+}
+
+impl Desk {
+    async fn open(&mut self, file: u16, path: String) -> Result<ToReader, String> {
+        let place = self.files.get_mut(usize::from(file)).ok_or("it opens too many files")?;
+        let bundle = path.strip_suffix(MANIFEST).map(|dir| dir.trim_end_matches('/').to_owned());
+        let depot = self.depot.clone();
+        let (opened, bytes) = match blocking(move || depot.open_file(&path)).await? {
+            Ok(opened) => opened,
+            Err(why) => return Ok(why),
         };
-        let request: ToDepot =
-            wire::decode(&bytes).map_err(|e| format!("it sent nonsense: {e}"))?;
-        let mut data = Vec::new();
-        let answer = match request {
-            ToDepot::Open { file, path } => {
-                let place = files.get_mut(usize::from(file)).ok_or("it opens too many files")?;
-                match depot.open_file(&path) {
-                    Ok((opened, bytes)) => {
-                        *place = Some(opened);
-                        if path.ends_with("manifest.json") {
-                            tell(DepotEvent::Reads { peer: peer.to_owned(), path });
-                        }
-                        ToReader::Opened { bytes }
-                    }
-                    Err(why) => why,
-                }
-            }
-            ToDepot::Read { file, at, bytes } => {
-                let file = files.get(usize::from(file)).and_then(Option::as_ref);
-                let file = file.ok_or("it reads a file that it did not open")?;
-                if bytes > MAX_READ_BYTES {
-                    return Err(format!("it asks for {bytes} bytes at once"));
-                }
-                data.resize(usize::try_from(bytes).unwrap_or(0), 0);
-                match file.read_exact_at(&mut data, at) {
-                    Ok(()) => ToReader::Data { bytes },
-                    Err(e) => {
-                        data.clear();
-                        ToReader::Failed { why: e.to_string() }
-                    }
-                }
-            }
-        };
-        let message = wire::encode(&answer).map_err(|e| e.to_string())?;
-        let sent = async {
-            ferry_transport::send_message(sink, &message).await?;
-            if data.is_empty() { Ok(()) } else { sink.send(data.into()).await }
-        };
-        // A peer that reads nothing must not keep its place.
-        match tokio::time::timeout(TAKE_TIMEOUT, sent).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return Ok(()),
-            Err(_) => {
-                let seconds = TAKE_TIMEOUT.as_secs();
-                return Err(format!("it did not take what it asked for within {seconds} s"));
-            }
-        }
+        *place = Some((Arc::new(opened), bundle));
+        Ok(ToReader::Opened { bytes })
     }
+
+    async fn read(
+        &mut self,
+        file: u16,
+        at: u64,
+        bytes: u32,
+        reads: &impl Fn(String),
+    ) -> Result<(ToReader, Vec<u8>), String> {
+        let opened = self.files.get(usize::from(file)).and_then(Option::as_ref);
+        let (opened, bundle) = opened.cloned().ok_or("it reads a file that it did not open")?;
+        // Said once: bases are no news, and a reader's other channel reads no manifest.
+        if let Some(bundle) = bundle
+            && !std::mem::replace(&mut self.told, true)
+        {
+            reads(bundle);
+        }
+        if bytes > MAX_READ_BYTES {
+            return Err(format!("it asks for {bytes} bytes at once"));
+        }
+        let mut data = vec![0; usize::try_from(bytes).unwrap_or(0)];
+        let read = blocking(move || opened.read_exact_at(&mut data, at).map(|()| data)).await?;
+        Ok(match read {
+            Ok(data) => (ToReader::Data { bytes }, data),
+            Err(e) => (ToReader::Failed { why: e.to_string() }, Vec::new()),
+        })
+    }
+}
+
+/// A disk may take its time, which the other channels shall not wait for.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())
 }

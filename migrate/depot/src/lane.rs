@@ -193,6 +193,13 @@ struct Asked {
     when: Duration,
 }
 
+/// A read that failed where the reader is.
+struct Failed {
+    file: u16,
+    end: u64,
+    why: String,
+}
+
 /// An answer, and when it was here.
 struct Heard {
     answer: ToReader,
@@ -295,9 +302,9 @@ impl Link {
                 Ok(bytes)
             }
             ToReader::Opened { .. } => Err(fails(REPLACED)),
-            ToReader::Missing => {
+            ToReader::Missing { why } => {
                 let gone = file.bytes.get().is_some();
-                let why = if gone { REPLACED } else { "that host has no such file there" };
+                let why = if gone { REPLACED.to_owned() } else { why };
                 Err(Trouble::File(io::Error::new(io::ErrorKind::NotFound, why)))
             }
             ToReader::Failed { why } => Err(fails(why)),
@@ -326,10 +333,12 @@ impl Link {
             {
                 return stream.take(out).ok_or_else(|| Trouble::Nonsense(OTHER.into()));
             }
-            if let Some((place, why)) = self.hear().await?
-                && place == file.file
-            {
-                return Err(fails(why));
+            match self.hear().await? {
+                // What was asked for beyond may be why: what is needed is asked for once more.
+                Some(failed) if failed.file == file.file && failed.end <= end => {
+                    return Err(fails(failed.why));
+                }
+                _ => {}
             }
         }
     }
@@ -373,8 +382,8 @@ impl Link {
         sent.map_err(|e| Trouble::Link(e.to_string()))
     }
 
-    /// Takes the answer to the oldest read. If it fails one that is still of use: the file, and why.
-    async fn hear(&mut self) -> Result<Option<(u16, String)>, Trouble> {
+    /// Takes the answer to the oldest read, which may be that it failed.
+    async fn hear(&mut self) -> Result<Option<Failed>, Trouble> {
         let heard = self.next().await?;
         let Some(asked) = self.asked.pop_front() else { return Ok(None) };
         let why = match heard.answer {
@@ -394,7 +403,8 @@ impl Link {
             _ => return Err(Trouble::Nonsense(OTHER.into())),
         };
         let stream = self.streams.get_mut(&asked.file);
-        Ok(stream.is_some_and(|stream| stream.fail(asked.at)).then_some((asked.file, why)))
+        let of_use = stream.is_some_and(|stream| stream.fail(asked.at));
+        Ok(of_use.then(|| Failed { file: asked.file, end: asked.at + asked.bytes, why }))
     }
 
     async fn next(&mut self) -> Result<Heard, Trouble> {

@@ -55,8 +55,11 @@ pub enum ToReader {
         /// Its length.
         bytes: u64,
     },
-    /// There is no such file.
-    Missing,
+    /// There is no such file, or none that is lent.
+    Missing {
+        /// How so.
+        why: String,
+    },
     /// What was asked for cannot be had.
     Failed {
         /// Why.

@@ -7,6 +7,7 @@ mod hosted;
 mod machine;
 mod migrate;
 mod pager;
+mod places;
 mod protocol;
 mod receive;
 mod restore;
