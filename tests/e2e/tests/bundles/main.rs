@@ -3,6 +3,7 @@
 mod command;
 mod engine;
 mod lazy;
+mod lent;
 #[path = "../stage/mod.rs"]
 mod stage;
 mod trouble;
