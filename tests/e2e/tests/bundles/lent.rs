@@ -7,10 +7,10 @@ use ferry_e2e::{Host, Hosts, Running, path};
 
 use crate::command::{PROCESS, restore};
 
-/// 128 MiB that cannot be compressed.
+/// 256 MiB that cannot be compressed: they take a while.
 const LARGE: [&str; 4] = [
     "--memory",
-    "128M",
+    "256M",
     "--cmdline",
     "pattern=random rate=20000 fill=all fill_random=100 random=100",
 ];

@@ -6,4 +6,6 @@ mod lazy;
 mod lent;
 #[path = "../stage/mod.rs"]
 mod stage;
+#[path = "../../../../migrate/depot/tests/town/mod.rs"]
+mod town;
 mod trouble;
