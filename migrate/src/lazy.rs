@@ -15,7 +15,8 @@
 //! cannot be read, no page is ever installed: whoever touches one waits, and all else goes on. So nothing is
 //! computed from memory that never was; the host is told which file it is and where, and the machine can
 //! only be stopped, since it can be neither saved nor moved without those pages. If it is found while state
-//! is being loaded, there is no machine.
+//! is being loaded, there is no machine. A bundle of another host that is away for a while is no damage: it
+//! is asked again until it is back.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -168,6 +169,12 @@ impl Desk {
         if inner.over { None } else { inner.queue.next(1).first().map(|run| run.start) }
     }
 
+    /// Whether what cannot be had now may come later.
+    fn may_wait(&self) -> bool {
+        let inner = self.lock();
+        !inner.loading && !inner.over
+    }
+
     fn end(&self) {
         self.lock().over = true;
         self.changed.notify_all();
@@ -194,7 +201,7 @@ impl Lazy {
 
     /// Brings what is waited for, until all is here.
     fn serve(&self) {
-        let mut pages = Pages::new(self.bundle.clone());
+        let mut pages = Pages::waited_for(self.bundle.clone());
         loop {
             match self.desk.next_ask() {
                 Ok(Some(gfn)) => self.bring(&mut pages, gfn),
@@ -226,14 +233,19 @@ impl Lazy {
                 inner.queue.remove(run);
             }
         }
-        let brought = pages.frame(gfn, |first, bytes| -> Result<(), RestoreError> {
-            match &*self.pager.read().unwrap_or_else(PoisonError::into_inner) {
-                Some(pager) => Ok(pager.install(first, bytes, |_| {})?),
-                None => Ok(()),
+        loop {
+            let brought = pages.frame(gfn, |first, bytes| -> Result<(), RestoreError> {
+                match &*self.pager.read().unwrap_or_else(PoisonError::into_inner) {
+                    Some(pager) => Ok(pager.install(first, bytes, |_| {})?),
+                    None => Ok(()),
+                }
+            });
+            match brought {
+                // Whoever touches a page waits until it comes, be it long: the host may come back.
+                Err(RestoreError::Bundle(e)) if e.is_away() && self.desk.may_wait() => {}
+                Err(why) => return self.cannot(words(&why)),
+                Ok(()) => return,
             }
-        });
-        if let Err(why) = brought {
-            self.cannot(words(&why));
         }
     }
 

@@ -37,8 +37,8 @@ pub use receive::{ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
-pub use spool::{Spool, SpoolError, check_spool, serve_spool};
 pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, reattach, send};
+pub use spool::{Spool, SpoolError, check_spool, serve_spool};
 
 /// An error with its causes, as one line: `what: why: why that`.
 pub fn words(e: &dyn std::error::Error) -> String {

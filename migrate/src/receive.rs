@@ -224,6 +224,10 @@ async fn greet<H: Host + 'static>(
                 server.answer_verdict(session, &peer, reader, sink).await;
             }
         }
+        Hello::Bundles { .. } => {
+            let why = "it asks for bundles, and this host takes in machines: `ferry bundle serve` lends bundles";
+            server.turn_away(&peer, sink, why).await;
+        }
     }
 }
 

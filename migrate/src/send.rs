@@ -442,10 +442,12 @@ impl<'a> Engine<'a> {
                 self.connect(Hello::Rejoin { session, done, link: self.link });
                 None
             }
-            SourceAction::DigestMemory => Some(match self.digest.map_or_else(|| digest(&self.memory), Ok) {
-                Ok(sum) => SourceEvent::MemoryDigest(sum),
-                Err(why) => SourceEvent::Failed(why),
-            }),
+            SourceAction::DigestMemory => {
+                Some(match self.digest.map_or_else(|| digest(&self.memory), Ok) {
+                    Ok(sum) => SourceEvent::MemoryDigest(sum),
+                    Err(why) => SourceEvent::Failed(why),
+                })
+            }
             SourceAction::Tell(progress) => {
                 match progress {
                     Progress::RoundStarted { pages, .. } => self.round_pages = pages,

@@ -14,9 +14,7 @@ use ferry_bundle::{BundleError, Chain, Draft, Manifest};
 use ferry_dirtylog::DirtySource;
 use ferry_memory::{GuestView, Mapping, MemoryError};
 use ferry_pages::{PAGE_BYTES, PageSet};
-use ferry_protocol::{
-    MachineSpec, RunPermit, Source, Spooled, StateReader, StateWriter,
-};
+use ferry_protocol::{MachineSpec, RunPermit, Source, Spooled, StateReader, StateWriter};
 use ferry_transport::Connector;
 use rustix::process::setpriority_process;
 use rustix::thread::gettid;
@@ -229,7 +227,8 @@ pub fn serve_spool(
         Left::Running | Left::Stopped(..) => {
             // The destination's word that it never ran it. Nobody does.
             report.machine = Whereabouts::Unknown;
-            report.reason += ". The machine is lost: its source ended, and a spool holds no machine";
+            report.reason +=
+                ". The machine is lost: its source ended, and a spool holds no machine";
         }
         Left::InDoubt(_) | Left::Detached(_) => {
             report.reason += &format!(". The spool at {} can be served again", spool.dir.display());

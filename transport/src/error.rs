@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 pub enum LinkError {
     /// Nobody answered a connection attempt.
     #[error(
-        "nothing speaks QUIC at {remote}: no answer within {seconds} s; check the address, that `ferry receive` listens there, and that UDP passes"
+        "nothing speaks QUIC at {remote}: no answer within {seconds} s; check the address, that `ferry receive` or `ferry bundle serve` listens there, and that UDP passes"
     )]
     NoAnswer {
         /// The address.

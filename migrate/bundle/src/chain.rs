@@ -1,16 +1,16 @@
 //! Reading: a bundle with its bases, as one memory.
 
-use std::fs::File;
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 
-use ferry_pages::{Layout, PageSet, Run};
+use ferry_codec::{HEADER_BYTES, RUN_BYTES};
+use ferry_pages::{Layout, PAGE_BYTES, PageSet, Run};
 use ferry_protocol::{MachineSpec, StateReader, wire};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::index::Index;
-use crate::{BundleError, BundleId, Manifest, Pages, Sum};
+use crate::shelf::{Passage, read_first};
+use crate::{Blob, BundleError, BundleId, FRAME_PAGES, Haste, Local, Manifest, Pages, Shelf, Sum};
 
 /// No chain has more bundles: each page of a restore is looked for in all of them.
 pub(crate) const MAX_CHAIN: usize = 64;
@@ -18,6 +18,8 @@ pub(crate) const MAX_CHAIN: usize = 64;
 pub(crate) const MAGIC: [u8; 16] = *b"ferry memory v1\n";
 /// Bytes of magic and token.
 pub(crate) const HEAD_BYTES: usize = 32;
+/// No writer makes longer frames of data.
+const LONGEST_FRAME: u64 = (HEADER_BYTES + FRAME_PAGES * (RUN_BYTES + PAGE_BYTES)) as u64;
 
 /// One bundle of a chain, its files open: it stays readable when the directory is saved over.
 #[derive(Debug)]
@@ -26,10 +28,10 @@ pub struct Layer {
     pub dir: PathBuf,
     /// What it is.
     pub manifest: Manifest,
-    pub(crate) memory: File,
+    pub(crate) memory: Box<dyn Blob>,
     pub(crate) index: Index,
     record: Vec<Run>,
-    state: File,
+    state: Box<dyn Blob>,
 }
 
 /// A bundle and its bases.
@@ -76,39 +78,39 @@ pub struct Verified {
 }
 
 impl Layer {
-    fn open(dir: &Path) -> Result<Self, BundleError> {
+    fn open(shelf: &dyn Shelf, dir: &Path) -> Result<Self, BundleError> {
         // A save may replace the files between the look at the manifest and at them.
         const TRIES: usize = 5;
         for _ in 1..TRIES {
-            let manifest = Manifest::read(dir)?;
+            let manifest = Manifest::read_on(shelf, dir)?;
             let token = manifest.token;
-            match Self::open_files(dir, manifest) {
+            match Self::open_files(shelf, dir, manifest) {
                 Err(BundleError::Io { source, .. })
                     if source.kind() == io::ErrorKind::NotFound
-                        && Manifest::read(dir)?.token != token => {}
+                        && Manifest::read_on(shelf, dir)?.token != token => {}
                 opened => return opened,
             }
         }
-        Self::open_files(dir, Manifest::read(dir)?)
+        Self::open_files(shelf, dir, Manifest::read_on(shelf, dir)?)
     }
 
-    fn open_files(dir: &Path, manifest: Manifest) -> Result<Self, BundleError> {
+    fn open_files(shelf: &dyn Shelf, dir: &Path, manifest: Manifest) -> Result<Self, BundleError> {
         let (path, state_path) = (manifest.memory_path(dir), manifest.state_path(dir));
-        let open = |path: &Path| File::open(path).map_err(BundleError::io("open", path));
+        let open = |path: &Path| shelf.open(path).map_err(BundleError::io("open", path));
         let (memory, state) = (open(&path)?, open(&state_path)?);
         let damaged = |why: String| BundleError::damaged(&path, why);
         let failed = |e| BundleError::io("read", &path)(e);
         let part = manifest.memory;
-        let found = memory.metadata().map_err(failed)?.len();
+        let found = memory.bytes().map_err(failed)?;
         if found != part.bytes {
             return Err(damaged(format!("it has {found} bytes, the manifest says {}", part.bytes)));
         }
         let mut head = [0; HEAD_BYTES];
-        (&memory).read_exact(&mut head).map_err(failed)?;
+        memory.read_exact_at(&mut head, 0, Haste::Ahead).map_err(failed)?;
         if head[..16] != MAGIC || head[16..] != manifest.token.0.to_le_bytes() {
             return Err(damaged("it does not begin as the memory of this bundle".into()));
         }
-        let frames = HEAD_BYTES as u64..part.record.map_or(part.index_at, |record| record.at);
+        let frames = HEAD_BYTES as u64..part.frames_end();
         if frames.start > frames.end || part.index_at > part.bytes {
             return Err(damaged(format!("it has no byte {} for its index", part.index_at)));
         }
@@ -116,11 +118,11 @@ impl Layer {
         let mut record = Vec::new();
         if let Some(part_of_record) = part.record {
             let mut bytes = vec![0; part_of_record.bytes(part.index_at).map_err(damaged)?];
-            memory.read_exact_at(&mut bytes, part_of_record.at).map_err(failed)?;
+            memory.read_exact_at(&mut bytes, part_of_record.at, Haste::Ahead).map_err(failed)?;
             record = part_of_record.decode(&bytes, &layout).map_err(damaged)?;
         }
-        let mut from = BufReader::with_capacity(1 << 20, &memory);
-        from.seek(SeekFrom::Start(part.index_at)).map_err(failed)?;
+        let from = Passage { blob: &*memory, at: part.index_at, end: part.bytes };
+        let mut from = BufReader::with_capacity(1 << 20, from);
         let bytes = part.bytes - part.index_at;
         let index = Index::decode(&mut from, bytes, frames, &layout, part.index_checksum)
             .map_err(damaged)?;
@@ -132,17 +134,16 @@ impl Layer {
     }
 
     /// The base that this bundle names, from its hint or one of `bases`.
-    fn base(&self, bases: &[PathBuf]) -> Result<Option<Self>, BundleError> {
+    fn base(&self, shelf: &dyn Shelf, bases: &[PathBuf]) -> Result<Option<Self>, BundleError> {
         let Some(base) = &self.manifest.base else { return Ok(None) };
-        let mut looked = vec![self.dir.join(&base.hint)];
+        let mut looked = vec![shelf.beside(&self.dir, &base.hint)];
         looked.extend_from_slice(bases);
         let (dir, id) = (self.dir.clone(), base.id);
         let mut another = None;
         for place in &looked {
-            match Manifest::read(place) {
+            match Manifest::read_on(shelf, place) {
                 Ok(found) if found.id == id => {
-                    // Chains of hints make long ways.
-                    let layer = Self::open(place.canonicalize().as_ref().unwrap_or(place))?;
+                    let layer = Self::open(shelf, place)?;
                     layer.check_machine(self.manifest.machine, &self.manifest.spec.extents)?;
                     return Ok(Some(layer));
                 }
@@ -213,10 +214,18 @@ impl Chain {
     /// # Errors
     /// A file that is missing, damaged or too new, or a base that is not the one that is needed.
     pub fn open(dir: &Path, bases: &[PathBuf]) -> Result<Self, BundleError> {
-        let top = Layer::open(dir)?;
+        Self::open_on(&Local, dir, bases)
+    }
+
+    /// The same on `shelf`, which opens `dir` and all of `bases`.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(shelf: &dyn Shelf, dir: &Path, bases: &[PathBuf]) -> Result<Self, BundleError> {
+        let top = Layer::open(shelf, dir)?;
         let layout = layout_of(&top.manifest, &top.memory_path())?;
         let mut layers = vec![top];
-        while let Some(base) = layers.last().map(|l| l.base(bases)).transpose()?.flatten() {
+        while let Some(base) = layers.last().map(|l| l.base(shelf, bases)).transpose()?.flatten() {
             if layers.len() == MAX_CHAIN {
                 return Err(BundleError::ChainTooLong { dir: dir.to_owned(), max: MAX_CHAIN });
             }
@@ -310,6 +319,16 @@ impl Chain {
         &rest[..rest.partition_point(|p| (p.layer, p.at) == frame)]
     }
 
+    /// How much to read of bundle `layer` to have the frame at byte `at`, and little else: up to the next
+    /// one that counts.
+    pub(crate) fn frame_bytes(&self, layer: usize, at: u64) -> usize {
+        let next = self.pieces.partition_point(|p| (p.layer, p.at) <= (layer, at));
+        let next = self.pieces.get(next).filter(|p| p.layer == layer);
+        let end = next.map_or(self.layers[layer].manifest.memory.frames_end(), |p| p.at);
+        let bytes = end.saturating_sub(at).clamp(HEADER_BYTES as u64, LONGEST_FRAME);
+        usize::try_from(bytes).unwrap_or(HEADER_BYTES)
+    }
+
     /// The pages that hold data; all others are zero.
     pub fn data_pages(&self) -> PageSet {
         self.pieces.iter().map(|piece| piece.run).collect()
@@ -357,13 +376,12 @@ impl Chain {
         let top = self.top();
         let (path, part) = (top.manifest.state_path(&top.dir), top.manifest.state);
         let failed = |e| BundleError::io("read", &path)(e);
-        let length = top.state.metadata().map_err(failed)?.len();
+        let length = top.state.bytes().map_err(failed)?;
         if length != part.bytes || length > wire::MAX_MESSAGE_BYTES as u64 {
             let why = format!("it has {length} bytes, the manifest says {}", part.bytes);
             return Err(BundleError::damaged(&path, why));
         }
-        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-        top.state.read_exact_at(&mut bytes, 0).map_err(failed)?;
+        let bytes = read_first(&*top.state, length).map_err(failed)?;
         let found = Sum(xxh3_64(&bytes));
         if found != part.checksum {
             let why = format!("its checksum is {found}, the manifest says {}", part.checksum);

@@ -117,6 +117,12 @@ pub enum BundleError {
 }
 
 impl BundleError {
+    /// Whether the host that has the bundle was not to be reached for all the time that a read is tried: it
+    /// may be later.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut)
+    }
+
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { action, path, source }

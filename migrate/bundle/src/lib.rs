@@ -36,8 +36,9 @@
 //! by the file and the machine's layout before they are used, and pages come out of the codec's
 //! decoder, which verifies them.
 //!
-//! [`Draft`] writes a bundle; [`Chain`] reads one with its bases; [`Pages`] has any page by its frame
-//! number. This crate does not know guests, nor when a page may be read from one.
+//! [`Draft`] writes a bundle; [`Chain`] reads one with its bases, from a [`Shelf`]; [`Pages`] has any page
+//! by its frame number. This crate does not know guests, nor when a page may be read from one, nor how a
+//! shelf of another host is reached.
 
 mod chain;
 mod draft;
@@ -47,14 +48,16 @@ mod manifest;
 mod number;
 mod pages;
 mod record;
+mod shelf;
 
 pub use chain::{Chain, Layer, Place, Verified};
 pub use draft::{Committed, Draft, merge, remove};
 pub use error::BundleError;
-pub use manifest::{Base, Manifest, MemoryPart, StatePart, VERSION};
+pub use manifest::{Base, MANIFEST, Manifest, MemoryPart, StatePart, VERSION, is_file_of_bundle};
 pub use number::{BundleId, Sum};
 pub use pages::Pages;
 pub use record::{RECORD_PAGES, RecordPart};
+pub use shelf::{Blob, Haste, Local, Shelf};
 
 /// Most pages in one frame: 256 KiB of memory. Long enough to compress well, short enough that a page
 /// wanted by itself costs a tenth of a millisecond.

@@ -1,6 +1,6 @@
 //! `manifest.json`: what a bundle is, for people and for the reader.
 
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use ferry_protocol::MachineSpec;
@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::number::hex_bytes;
-use crate::{BundleError, BundleId, RecordPart, Sum};
+use crate::shelf::read_first;
+use crate::{BundleError, BundleId, Local, RecordPart, Shelf, Sum};
 
 /// The format's version that is written, and the newest that is read.
 pub const VERSION: u32 = 2;
@@ -16,7 +17,8 @@ pub const VERSION: u32 = 2;
 const FORMAT: &str = "ferry-bundle";
 /// A specification of the largest machine is far smaller.
 const MAX_MANIFEST_BYTES: u64 = 64 << 20;
-pub(crate) const MANIFEST: &str = "manifest.json";
+/// The name of a bundle's manifest.
+pub const MANIFEST: &str = "manifest.json";
 
 /// What a bundle is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +78,13 @@ pub struct MemoryPart {
     pub index_checksum: Sum,
     /// Wrapping sum of the digests of all pages of the machine, those of the bases included.
     pub digest: Sum,
+}
+
+impl MemoryPart {
+    /// Where its frames end.
+    pub(crate) fn frames_end(&self) -> u64 {
+        self.record.map_or(self.index_at, |record| record.at)
+    }
 }
 
 /// The file of state.
@@ -147,26 +156,32 @@ impl Manifest {
     /// # Errors
     /// There is none, it is of a newer version, or damaged.
     pub fn read(dir: &Path) -> Result<Self, BundleError> {
+        Self::read_on(&Local, dir)
+    }
+
+    /// The same on `shelf`.
+    pub(crate) fn read_on(shelf: &dyn Shelf, dir: &Path) -> Result<Self, BundleError> {
         let path = dir.join(MANIFEST);
-        let file = match std::fs::File::open(&path) {
+        let file = match shelf.open(&path) {
             Ok(file) => file,
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
             {
-                let why = if dir.is_dir() {
-                    "it has no manifest.json"
+                let why = if e.get_ref().is_some() {
+                    // Another host's word.
+                    e.to_string()
+                } else if dir.is_dir() {
+                    "it has no manifest.json".to_owned()
                 } else {
-                    "there is no such directory"
+                    "there is no such directory".to_owned()
                 };
-                return Err(BundleError::NotABundle { dir: dir.to_owned(), why: why.to_owned() });
+                return Err(BundleError::NotABundle { dir: dir.to_owned(), why });
             }
             Err(e) => return Err(BundleError::io("open", &path)(e)),
         };
-        let mut bytes = Vec::new();
-        file.take(MAX_MANIFEST_BYTES)
-            .read_to_end(&mut bytes)
-            .map_err(BundleError::io("read", &path))?;
-        Self::parse(dir, &bytes)
+        let bytes = file.bytes().map(|bytes| bytes.min(MAX_MANIFEST_BYTES));
+        let bytes = bytes.and_then(|bytes| read_first(&*file, bytes));
+        Self::parse(dir, &bytes.map_err(BundleError::io("read", &path))?)
     }
 
     fn parse(dir: &Path, bytes: &[u8]) -> Result<Self, BundleError> {
@@ -226,6 +241,11 @@ pub(crate) fn state_name(token: BundleId) -> String {
 /// The manifest's name until the commit.
 pub(crate) fn draft_name(token: BundleId) -> String {
     format!("manifest-{token}")
+}
+
+/// Whether a file of a bundle that is written can have this name.
+pub fn is_file_of_bundle(name: &str) -> bool {
+    name == MANIFEST || (token_of(name).is_some() && !name.starts_with("manifest"))
 }
 
 /// The token of a file that a writing makes, by its name.

@@ -1,18 +1,19 @@
 //! Pages of a chain by their place: a frame at a time, the last one kept.
 
 use std::ops::Deref;
-use std::os::unix::fs::FileExt;
 
 use ferry_codec::{CodecSet, Decoder, HEADER_BYTES, parse_header};
 use ferry_pages::PAGE_BYTES;
 
-use crate::{BundleError, Chain};
+use crate::{BundleError, Chain, Haste};
 
 /// Reads pages of a chain, in any order. Each thread has its own; the chain is shared.
 pub struct Pages<C> {
     chain: C,
+    haste: Haste,
     decoder: Decoder,
-    body: Vec<u8>,
+    /// The bytes of a frame, and perhaps some that follow it.
+    bytes: Vec<u8>,
     /// The frame that is in `raw`: its layer, and where it begins.
     now: Option<(usize, u64)>,
     raw: Vec<u8>,
@@ -23,8 +24,13 @@ impl<C: Deref<Target = Chain>> Pages<C> {
     /// A reader of `chain`, which is an `Arc` where it must outlive its owner's scope.
     pub fn new(chain: C) -> Self {
         let decoder = Decoder::new(chain.layout().clone(), CodecSet::ALL);
-        let (body, raw, digests) = (Vec::new(), Vec::new(), Vec::new());
-        Self { chain, decoder, body, now: None, raw, digests }
+        let (bytes, raw, digests) = (Vec::new(), Vec::new(), Vec::new());
+        Self { chain, haste: Haste::Ahead, decoder, bytes, now: None, raw, digests }
+    }
+
+    /// A reader of pages that a machine waits for.
+    pub fn waited_for(chain: C) -> Self {
+        Self { haste: Haste::Waited, ..Self::new(chain) }
     }
 
     /// The content of the page at frame `gfn`, verified; none if it is zero.
@@ -83,18 +89,22 @@ impl<C: Deref<Target = Chain>> Pages<C> {
     }
 
     fn load(&mut self, layer: usize, at: u64) -> Result<(), BundleError> {
+        let guess = self.chain.frame_bytes(layer, at);
         let layer = &self.chain.layers()[layer];
         let path = layer.memory_path();
         let failed = |e| BundleError::io("read", &path)(e);
         let wrong = |source| BundleError::Frame { path: path.clone(), at, source };
-        let mut header = [0; HEADER_BYTES];
-        layer.memory.read_exact_at(&mut header, at).map_err(failed)?;
-        let header = parse_header(&header).map_err(wrong)?;
+        // Header and body at once: on another host's disk, each read costs a round trip.
+        self.bytes.resize(guess, 0);
+        layer.memory.read_exact_at(&mut self.bytes, at, self.haste).map_err(failed)?;
+        let header = parse_header(&self.bytes).map_err(wrong)?;
         // At most a little more than 1 MiB, by the header's bounds.
-        self.body.resize(header.body_bytes(), 0);
-        let body_at = at.saturating_add(HEADER_BYTES as u64);
-        layer.memory.read_exact_at(&mut self.body, body_at).map_err(failed)?;
-        let batch = self.decoder.decode(&header, &self.body).map_err(wrong)?;
+        self.bytes.resize(HEADER_BYTES + header.body_bytes(), 0);
+        if let Some(rest) = self.bytes.get_mut(guess..).filter(|rest| !rest.is_empty()) {
+            let rest_at = at.saturating_add(guess as u64);
+            layer.memory.read_exact_at(rest, rest_at, self.haste).map_err(failed)?;
+        }
+        let batch = self.decoder.decode(&header, &self.bytes[HEADER_BYTES..]).map_err(wrong)?;
         self.raw.clear();
         self.raw.extend_from_slice(batch.raw);
         self.digests.clear();

@@ -2,13 +2,15 @@
 
 mod model;
 
+use std::io;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
-use ferry_bundle::{BundleError, Chain, Draft, Manifest, merge};
+use ferry_bundle::{Blob, BundleError, Chain, Draft, Haste, Local, Manifest, Pages, Shelf, merge};
 use ferry_pages::Run;
 use model::{
-    EXTENTS, MACHINE, Memory, assert_holds, copy, file, kinds, open, page, save, some_memory, spec,
-    state,
+    EXTENTS, MACHINE, Memory, assert_holds, copy, file, kinds, open, page, read, save, some_memory,
+    spec, state,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -267,4 +269,56 @@ fn a_newer_version_is_refused_by_readers_and_by_writers() {
         assert!(error.to_string().contains("update"), "{error}");
     }
     assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+}
+
+/// This host's directories, with every read noted.
+#[derive(Clone, Debug, Default)]
+struct Noted(Arc<Mutex<Vec<(u64, usize, Haste)>>>);
+
+#[derive(Debug)]
+struct NotedBlob(Box<dyn Blob>, Noted);
+
+impl Shelf for Noted {
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Blob>> {
+        Ok(Box::new(NotedBlob(Local.open(path)?, self.clone())))
+    }
+}
+
+impl Blob for NotedBlob {
+    fn bytes(&self) -> io::Result<u64> {
+        self.0.bytes()
+    }
+
+    fn read_exact_at(&self, out: &mut [u8], at: u64, haste: Haste) -> io::Result<()> {
+        self.1.0.lock().unwrap().push((at, out.len(), haste));
+        self.0.read_exact_at(out, at, haste)
+    }
+}
+
+#[test]
+fn a_page_costs_one_read_of_its_frame_and_all_pages_one_read_of_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory: Memory = (0..700).map(|gfn| (gfn, page(gfn + 1, true))).collect();
+    save(&dir.path().join("base"), &memory, None).unwrap();
+    let base = open(&dir.path().join("base")).unwrap();
+    let mut later = memory.clone();
+    later.insert(70, page(9000, true));
+    save(&dir.path().join("next"), &later, Some(&base)).unwrap();
+    let shelf = Noted::default();
+    let chain = Chain::open_on(&shelf, &dir.path().join("next"), &[]).map(Arc::new).unwrap();
+    let taken = || std::mem::take(&mut *shelf.0.lock().unwrap());
+    assert!(taken().iter().all(|(_, _, haste)| *haste == Haste::Ahead));
+
+    let mut pages = Pages::waited_for(chain.clone());
+    for gfn in [600, 70, 71, 0] {
+        assert!(pages.page(gfn).unwrap() == Some(later[&gfn].as_slice()));
+        let at = chain.place_of(gfn).unwrap().at;
+        let reads = taken();
+        let [(from, bytes, Haste::Waited)] = reads[..] else { panic!("{gfn}: {reads:?}") };
+        assert!(from == at && bytes <= 64 * 4096 + 2048, "{gfn}: {reads:?}");
+    }
+    assert!(read(&chain).unwrap().0 == later);
+    let reads = taken();
+    // 700 pages in frames of 64, and the one that changed; then state.
+    assert_eq!(reads.len(), 11 + 1 + 1, "{reads:?}");
 }

@@ -6,6 +6,7 @@
 //! migration can be stepped in virtual time, a million times (`tests/virtual_time.rs`).
 
 mod destination;
+mod lending;
 mod messages;
 mod outcome;
 mod packed;
@@ -17,6 +18,10 @@ mod state;
 pub mod wire;
 
 pub use destination::{Arrival, Destination, DestinationAction, DestinationEvent};
+pub use lending::{
+    LENDING_VERSION, MAX_OPEN_FILES, MAX_PATH_BYTES, MAX_READ_BYTES, MAX_TO_DEPOT_BYTES,
+    MAX_TO_READER_BYTES, ToDepot, ToReader,
+};
 pub use messages::{
     Hello, MAX_HELLO_BYTES, MAX_LANES, NotFerry, ToDestination, ToSource, VERSION_MAX, VERSION_MIN,
     Verdict,

@@ -83,6 +83,11 @@ pub enum Hello {
         /// is 0.
         link: u64,
     },
+    /// A reader of bundles: [`ToDepot`](crate::ToDepot) follows.
+    Bundles {
+        /// [`LENDING_VERSION`](crate::LENDING_VERSION) of the reader.
+        version: u16,
+    },
 }
 
 /// Bytes that do not begin a Ferry channel.

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ferry_bundle::{BundleError, Chain, Pages};
+use ferry_bundle::{BundleError, Chain, Haste, Pages};
 use ferry_pages::{Layout, PAGE_BYTES, PageSet, Run};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -53,6 +53,11 @@ pub enum ReadError {
 }
 
 impl ReadError {
+    /// Whether it may be had later: the host that has it is not to be reached.
+    pub(crate) fn is_away(&self) -> bool {
+        matches!(self, Self::Bundle(e) if e.is_away())
+    }
+
     fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::File { action, path, source }
@@ -80,7 +85,15 @@ impl Memory {
     /// # Errors
     /// It, or a base, is missing or damaged.
     pub fn of_bundle(dir: &Path, bases: &[PathBuf]) -> Result<Self, ReadError> {
-        let chain = Chain::open(dir, bases)?;
+        Self::of_chain(Chain::open(dir, bases)?)
+    }
+
+    /// A bundle that is open, wherever it lies.
+    ///
+    /// # Errors
+    /// Its machine's memory cannot be.
+    pub fn of_chain(chain: Chain) -> Result<Self, ReadError> {
+        let dir = chain.layers().first().map(|layer| layer.dir.clone()).unwrap_or_default();
         let layout = chain.spec().layout().map_err(|e| BundleError::Damaged {
             path: dir.join("manifest.json"),
             why: e.to_string(),
@@ -88,7 +101,7 @@ impl Memory {
         // A run may go on in the next extent; it does so here, too.
         let run = |run: Run| Some(Run::new(layout.index_of(run.start)?, run.pages));
         let data = chain.data_pages().runs().filter_map(run).collect();
-        let kind = Kind::Bundle { chain: Arc::new(chain), layout, dir: dir.to_owned() };
+        let kind = Kind::Bundle { chain: Arc::new(chain), layout, dir };
         Ok(Self { kind, data })
     }
 
@@ -119,11 +132,15 @@ impl Memory {
     }
 
     /// A reader; each thread has its own.
-    pub(crate) fn reader(&self) -> Reader<'_> {
+    pub(crate) fn reader(&self, haste: Haste) -> Reader<'_> {
         match &self.kind {
             Kind::File { file, path, .. } => Reader::File { file, path },
             Kind::Bundle { chain, layout, .. } => {
-                Reader::Bundle { pages: Box::new(Pages::new(chain.clone())), layout }
+                let pages = match haste {
+                    Haste::Waited => Pages::waited_for(chain.clone()),
+                    Haste::Ahead => Pages::new(chain.clone()),
+                };
+                Reader::Bundle { pages: Box::new(pages), layout }
             }
         }
     }
@@ -209,7 +226,7 @@ mod tests {
         // Not every file system keeps holes; what it says must hold.
         let mut page = [0; PAGE_BYTES];
         for hole in (0..256).filter(|page| !data.contains(*page)) {
-            memory.reader().read(hole, &mut page).unwrap();
+            memory.reader(Haste::Ahead).read(hole, &mut page).unwrap();
             assert_eq!(page, [0; PAGE_BYTES]);
         }
     }

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{Scope, sleep};
 use std::time::{Duration, Instant};
 
+use ferry_bundle::Haste;
 use ferry_pages::{PAGE_BYTES, Run};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, read, write};
@@ -185,7 +186,7 @@ impl<'a> Machine<'a> {
         ahead: bool,
         stop: BorrowedFd<'_>,
     ) -> Result<Ended, Cause> {
-        let mut reader = self.memory.reader();
+        let mut reader = self.memory.reader(Haste::Waited);
         let mut wanted = Wanted::new();
         let mut asked = 0;
         let mut loading = ahead;
@@ -330,7 +331,7 @@ impl<'a> Machine<'a> {
     }
 
     fn load_all(&self) -> Result<(), Cause> {
-        let mut reader = self.memory.reader();
+        let mut reader = self.memory.reader(Haste::Ahead);
         let mut bytes = Vec::new();
         let most = (AHEAD_BYTES / self.handover.page_bytes()).max(1);
         loop {
@@ -339,7 +340,15 @@ impl<'a> Machine<'a> {
                 return Ok(());
             }
             for run in runs {
-                self.load(&mut reader, run, &mut bytes).map_err(Cause::Read)?;
+                while let Err(e) = self.load(&mut reader, run, &mut bytes) {
+                    // A host that is away may come back; nobody waits for these pages.
+                    if !e.is_away() {
+                        return Err(Cause::Read(e));
+                    }
+                    if self.ending.load(Ordering::Acquire) {
+                        return Ok(());
+                    }
+                }
                 let mut at = 0;
                 while at < run.pages {
                     if self.answering.load(Ordering::Relaxed) {

@@ -22,7 +22,7 @@ fn plays_firecracker() {
 
 #[test]
 fn every_page_is_the_snapshots_whoever_touches_it_first() {
-    for snapshot in Snapshot::both() {
+    for snapshot in Snapshot::all() {
         for ahead in [false, true] {
             let mut session = Session::start(&snapshot, "touch", ahead);
             session.machine_ends_well();
@@ -42,7 +42,7 @@ fn every_page_is_the_snapshots_whoever_touches_it_first() {
 
 #[test]
 fn memory_that_was_given_back_reads_as_zeros_and_never_as_the_snapshot() {
-    for snapshot in Snapshot::both() {
+    for snapshot in Snapshot::all() {
         for ahead in [false, true] {
             let mut session = Session::start(&snapshot, "balloon", ahead);
             session.machine_ends_well();
@@ -54,7 +54,7 @@ fn memory_that_was_given_back_reads_as_zeros_and_never_as_the_snapshot() {
 
 #[test]
 fn a_machine_whose_memory_is_whole_goes_on_without_its_pager() {
-    for snapshot in Snapshot::both() {
+    for snapshot in Snapshot::all() {
         let mut session = Session::start(&snapshot, "alone", true);
         let report = session.pager().unwrap().unwrap();
         assert_eq!((report.ended, report.left), (Ended::Whole, 0));
@@ -115,8 +115,11 @@ fn a_memory_file_that_is_not_the_machines_is_refused_and_the_machine_told() {
 
 #[test]
 fn a_page_that_cannot_be_had_ends_the_machine_only_when_it_is_wanted() {
-    for (snapshot, names) in [(Snapshot::bundle(), "is damaged"), (Snapshot::file(), "cannot read")]
-    {
+    for (snapshot, names) in [
+        (Snapshot::bundle(), "is damaged"),
+        (Snapshot::lent(), "is damaged"),
+        (Snapshot::file(), "cannot read"),
+    ] {
         for (scenario, survives) in [("touch", false), ("first", true)] {
             for ahead in [true, false] {
                 let damage = || snapshot.damage();
@@ -138,13 +141,43 @@ fn a_page_that_cannot_be_had_ends_the_machine_only_when_it_is_wanted() {
 }
 
 #[test]
+fn a_machine_waits_for_a_host_that_is_away_and_goes_on_when_it_is_back() {
+    for ahead in [false, true] {
+        let snapshot = Snapshot::lent();
+        let away = || snapshot.stop_lender();
+        let mut session = Session::start_after(&snapshot, "touch", ahead, away);
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        assert!(session.pager_runs());
+        snapshot.start_lender();
+        session.machine_ends_well();
+        assert_eq!(session.pager().unwrap().unwrap().left, 0);
+    }
+}
+
+#[test]
+fn a_bundle_that_is_replaced_while_its_host_is_away_ends_the_machine_that_needs_it() {
+    let snapshot = Snapshot::lent();
+    let mut session = Session::start_after(&snapshot, "touch", true, || {
+        snapshot.stop_lender();
+        snapshot.replace();
+        snapshot.start_lender();
+    });
+    let error = session.pager().unwrap_err();
+    assert!(matches!(error, PagerError::Killed { .. }), "{error}");
+    for words in ["ferry://127.0.0.1:", "was replaced or removed"] {
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    assert_eq!(session.machine().signal(), Some(libc::SIGKILL));
+}
+
+#[test]
 fn huge_pages_are_placed_whole() {
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     if free.ok().and_then(|n| n.trim().parse().ok()).is_none_or(|n: u64| n < PAGES / 512) {
         eprintln!("skipped: needs {} free huge pages of 2 MiB", PAGES / 512);
         return;
     }
-    for snapshot in Snapshot::both() {
+    for snapshot in Snapshot::all() {
         for ahead in [false, true] {
             let mut session = Session::start(&snapshot, "huge", ahead);
             session.machine_ends_well();

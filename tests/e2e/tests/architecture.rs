@@ -35,6 +35,7 @@ fn no_library_knows_the_tools_or_a_vmm() {
     for package in [
         "ferry-migrate",
         "ferry-bundle",
+        "ferry-depot",
         "ferry-transport",
         "ferry-memory",
         "ferry-dirtylog",
@@ -44,4 +45,17 @@ fn no_library_knows_the_tools_or_a_vmm() {
             assert!(!below(package).iter().any(|name| name == tool), "{package} depends on {tool}");
         }
     }
+}
+
+#[test]
+fn what_reads_bundles_knows_no_network_and_what_lends_them_no_engine() {
+    for package in ["ferry-bundle", "ferry-firecracker"] {
+        let below = below(package);
+        for network in ["tokio", "quinn", "ferry-transport", "ferry-depot", "ferry-migrate"] {
+            assert!(!below.iter().any(|name| name == network), "{package} depends on {network}");
+        }
+    }
+    let below = below("ferry-depot");
+    assert!(below.iter().any(|name| name == "ferry-transport"));
+    assert!(!below.iter().any(|name| name == "ferry-migrate"));
 }

@@ -53,20 +53,22 @@ pub(crate) enum Command {
     /// Start a machine from a bundle, and host it until it ends or moves away.
     #[command(
         after_help = "Example:\n  ferry restore /backup/web1-monday web1 --serial console.log\n  \
-                      ferry restore /backup/web1-monday web1 --lazy\n\n\
+                      ferry restore /backup/web1-monday web1 --lazy\n  \
+                      ferry restore ferry://192.0.2.1:7001/web1-monday web1 --lazy --identity pki/host2\n\n\
                       It is a new machine with the memory and state of the one that was saved. If that one still runs, it is \
                       a clone of it.\n\n\
                       With --lazy the bundle is needed until all pages are here, which is said. Saving over it or deleting it \
                       does no harm; what is damaged in it is never given to the guest."
     )]
     Restore(Restore),
-    /// Look at bundles.
+    /// Look at bundles, and lend them to other hosts.
     #[command(subcommand)]
     Bundle(Bundle),
     /// Serve the memory of a Firecracker snapshot page by page, while its machine runs.
     #[command(
         after_help = "Example:\n  ferry pager --socket /run/fc1.uffd --memory /snapshots/fc1/memory\n  \
-                      ferry pager --socket /run/fc1.uffd --bundle /backup/fc1\n\n\
+                      ferry pager --socket /run/fc1.uffd --bundle /backup/fc1\n  \
+                      ferry pager --socket /run/fc1.uffd --bundle ferry://192.0.2.1:7001/fc1 --identity pki/host2\n\n\
                       Start it, then load the snapshot in Firecracker with\n  \
                       \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/fc1.uffd\"}\n\n\
                       One pager serves one machine, until its memory is all loaded or it ends. SIGTERM loads the rest first; a \
@@ -74,6 +76,13 @@ pub(crate) enum Command {
                       Exit status: 0 the machine needs no pager any more; 1 it was ended for want of a page, or none came."
     )]
     Pager(Pager),
+    /// Finish a move whose source ended after the hand-over, with the pages of its spool.
+    #[command(after_help = "Example:\n  \
+                            ferry migrate web1 --to 192.0.2.7:7000 --identity /etc/ferry/pki/host-a --spool /var/spool/ferry/web1\n  \
+                            (the process that hosted web1 here dies; web1 runs at 192.0.2.7 and waits for pages)\n  \
+                            ferry serve-spool /var/spool/ferry/web1 --to 192.0.2.7:7000 --identity /etc/ferry/pki/host-a\n\n\
+                            Exit status: 0 all pages are there; 1 they are not, and the spool is kept; 3 memory differs: stop the machine.")]
+    ServeSpool(ServeSpool),
     /// End the migration or the save of a machine; it goes on here. Nothing changes once it is handed over.
     #[command(after_help = "Example:\n  ferry cancel web1")]
     Cancel {
@@ -265,7 +274,32 @@ pub(crate) struct Migrate {
     /// address.
     #[arg(long)]
     pub(crate) resume: bool,
-    /// When the link is lost after the hand-over, try for this long to come back.
+    /// When the link is lost, try for this long to come back.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration)]
+    pub(crate) rejoin: Duration,
+    /// After a hand-over that leaves pages here, write them to this directory as well, so that
+    /// `ferry serve-spool` can finish the move if this host's process ends. Removed when all have arrived.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) spool: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeSpool {
+    /// What `ferry migrate --spool` wrote.
+    pub(crate) dir: PathBuf,
+    /// Where `ferry receive` runs the machine.
+    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
+    pub(crate) to: SocketAddr,
+    /// This host's identity: a directory that `ferry pki init` made.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+    /// Most that page data may take of the link, such as 1Gbit or 100Mbit.
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(crate) bandwidth: Option<u64>,
+    /// When the link is lost, try for this long to come back.
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration)]
     pub(crate) rejoin: Duration,
     /// Print one JSON object.
@@ -295,13 +329,13 @@ pub(crate) struct Save {
 
 #[derive(Debug, Args)]
 pub(crate) struct Restore {
-    /// The bundle.
+    /// The bundle: a directory, or `ferry://HOST:PORT/NAME` where `ferry bundle serve` lends it.
+    #[arg(value_name = "BUNDLE")]
     pub(crate) dir: PathBuf,
     /// The machine's name here.
     pub(crate) name: String,
-    /// Where to look for bases that are not where the bundle expects them; may be repeated.
-    #[arg(long = "base", value_name = "DIR")]
-    pub(crate) bases: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) places: Places,
     /// Run at once: read each page when it is touched, and all others in the background. The machine
     /// cannot be saved or moved until all are here. Needs access to userfaultfd.
     #[arg(long)]
@@ -332,6 +366,27 @@ pub(crate) enum Bundle {
         #[arg(long, value_name = "DIR")]
         into: Option<PathBuf>,
     },
+    /// Lend bundles to other hosts, which read them as `ferry://HOST:PORT/NAME`.
+    #[command(
+        after_help = "Example:\n  host1$ ferry bundle serve /backup --listen 0.0.0.0:7001 --identity pki/host1\n  \
+                      host2$ ferry restore ferry://192.0.2.1:7001/web1-monday web1 --lazy --identity pki/host2\n\n\
+                      NAME is a bundle's directory, seen from DIR; a bundle may be DIR itself: then there is no NAME. Every host \
+                      with an identity of the same authority can read all bundles below DIR, and nothing else. It ends when it is \
+                      interrupted; who reads then waits for it to come back."
+    )]
+    Serve(BundleServe),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BundleServe {
+    /// A bundle, or a directory of bundles.
+    pub(crate) dir: PathBuf,
+    /// UDP address to listen on, such as 0.0.0.0:7001.
+    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
+    pub(crate) listen: SocketAddr,
+    /// This host's identity: a directory that `ferry pki init` made.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -345,15 +400,15 @@ pub(crate) struct Pager {
         long,
         value_name = "FILE",
         required_unless_present = "bundle",
-        conflicts_with = "bundle"
+        conflicts_with_all = ["bundle", "bases", "identity"]
     )]
     pub(crate) memory: Option<PathBuf>,
-    /// A bundle with the same memory, lowest page first.
-    #[arg(long, value_name = "DIR")]
+    /// A bundle with the same memory, lowest page first: a directory, or `ferry://HOST:PORT/NAME` where
+    /// `ferry bundle serve` lends it.
+    #[arg(long, value_name = "BUNDLE")]
     pub(crate) bundle: Option<PathBuf>,
-    /// Where to look for bases that are not where the bundle expects them; may be repeated.
-    #[arg(long = "base", value_name = "DIR", requires = "bundle")]
-    pub(crate) bases: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) places: Places,
     /// Load only what the machine touches: it takes less memory, and needs the pager for as long as it runs.
     #[arg(long)]
     pub(crate) on_demand: bool,
@@ -362,13 +417,24 @@ pub(crate) struct Pager {
     pub(crate) json: bool,
 }
 
+/// What is needed to find all of a bundle.
+#[derive(Debug, Args)]
+pub(crate) struct Places {
+    /// Where to look for bases that are not where the bundle expects them; may be repeated.
+    #[arg(long = "base", value_name = "BUNDLE")]
+    pub(crate) bases: Vec<PathBuf>,
+    /// This host's identity, for bundles of other hosts: a directory that `ferry pki init` made.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct OneBundle {
-    /// The bundle.
+    /// The bundle: a directory, or `ferry://HOST:PORT/NAME` where `ferry bundle serve` lends it.
+    #[arg(value_name = "BUNDLE")]
     pub(crate) dir: PathBuf,
-    /// Where to look for bases that are not where the bundle expects them; may be repeated.
-    #[arg(long = "base", value_name = "DIR")]
-    pub(crate) bases: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) places: Places,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

@@ -1,14 +1,16 @@
-//! `ferry bundle`: shows, checks and merges bundles.
+//! `ferry bundle`: shows, checks, merges and lends bundles.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use ferry_bundle::{BundleId, Chain, Layer, Sum, VERSION, merge};
+use ferry_depot::Network;
 use indicatif::{HumanBytes, HumanCount};
 use serde::Serialize;
 
 use crate::Failure;
 use crate::args::{Bundle, OneBundle};
+use crate::places;
 
 /// What `bundle info --json` prints.
 #[derive(Serialize)]
@@ -59,12 +61,20 @@ struct Merged {
 }
 
 pub(crate) fn main(command: &Bundle) -> Result<(), Failure> {
-    let (Bundle::Info(one) | Bundle::Verify(one) | Bundle::Merge { bundle: one, .. }) = command;
-    let chain = Chain::open(&one.dir, &one.bases)?;
+    let open = |one: &OneBundle| places::open(&one.dir, &one.places);
     match command {
-        Bundle::Info(_) => info(&chain, one),
-        Bundle::Verify(_) => verify(&chain, one),
-        Bundle::Merge { into, .. } => merged(&chain, one, into.as_ref().unwrap_or(&one.dir)),
+        Bundle::Info(one) => info(&open(one)?, one),
+        Bundle::Verify(one) => verify(&open(one)?, one),
+        Bundle::Merge { bundle: one, into } => {
+            let into = into.as_ref().unwrap_or(&one.dir);
+            if Network::is_remote(into) {
+                return Err(Failure::words(
+                    "a bundle of another host is not written to: say --into DIR",
+                ));
+            }
+            merged(&open(one)?, one, into)
+        }
+        Bundle::Serve(args) => places::lend(args),
     }
 }
 

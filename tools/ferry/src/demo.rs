@@ -84,6 +84,7 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
             mode: ModeArg::Auto,
             resume: false,
             rejoin: Duration::from_secs(120),
+            spool: None,
             max_downtime: Duration::from_millis(50),
             max_total: Duration::from_secs(300),
             bandwidth: None,

@@ -323,6 +323,9 @@ impl Hosted {
                 _ => {}
             }
         }
+        if let Some(dir) = &how.spool {
+            ferry_migrate::check_spool(dir).map_err(|e| words(&e))?;
+        }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
         let connector = QuicConnector::new(&identity, how.to).map_err(|e| e.to_string())?;
         let canceller = Canceller::default();
@@ -342,6 +345,7 @@ impl Hosted {
             bandwidth_bytes_per_s: how.bandwidth_bytes_per_s,
             mode: how.mode.into(),
             rejoin_for: Duration::from_millis(how.rejoin_ms),
+            spool: how.spool.clone(),
             ..SendOptions::default()
         };
         let mut progress = Progress::default();
@@ -430,11 +434,21 @@ fn follow_save(progress: &mut Progress, event: &SaveEvent) {
 }
 
 /// Brings `progress` up to date.
-fn follow(progress: &mut Progress, event: SendEvent) {
+pub(crate) fn follow(progress: &mut Progress, event: SendEvent) {
     use ferry_migrate::Progress as P;
     let event = match event {
         SendEvent::Sent { bytes, .. } => {
             progress.sent_bytes = bytes;
+            return;
+        }
+        SendEvent::Spooled(Ok(bytes)) => {
+            progress.words =
+                Some(format!("all that it fetches is in the spool, too ({bytes} bytes)"));
+            return;
+        }
+        SendEvent::Spooled(Err(why)) => {
+            progress.words =
+                Some(format!("NO SPOOL was written ({why}); the move goes on without"));
             return;
         }
         SendEvent::Progress(p) => p,

@@ -7,6 +7,7 @@ mod hosted;
 mod machine;
 mod migrate;
 mod pager;
+mod places;
 mod protocol;
 mod receive;
 mod restore;
@@ -75,6 +76,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Vm(command) => vm::main(&runtime()?, command)?,
         Command::Receive(args) => receive::main(runtime()?, &args)?,
         Command::Migrate(args) => return migrate::main(&runtime()?, &args),
+        Command::ServeSpool(args) => return migrate::serve_spool(&args),
         Command::Save(args) => save::main(&runtime()?, &args)?,
         Command::Restore(args) => restore::main(&runtime()?, &args)?,
         Command::Bundle(command) => bundle::main(&command)?,

@@ -2,13 +2,15 @@
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migrate::{OutcomeKind, Report, Whereabouts};
+use ferry_migrate::{Canceller, OutcomeKind, Report, SendOptions, Spool, Whereabouts};
+use ferry_transport::{Identity, QuicConnector};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
-use crate::args::Migrate;
+use crate::args::{Migrate, ServeSpool};
 use crate::protocol::{Conversation, MigrateRequest, Progress, Reply, Request};
 use crate::runtime_dir::RuntimeDir;
 
@@ -48,6 +50,7 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
         mode: args.mode,
         resume: args.resume,
         rejoin_ms: millis(args.rejoin),
+        spool: args.spool.as_ref().map(std::path::absolute).transpose()?,
     });
     let mut host = Conversation::new(runtime.connect(&args.name)?);
     host.say(&request)?;
@@ -74,6 +77,38 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
             }
         }
     }
+}
+
+/// Serves the pages of a spool, showing progress unless `args.json`.
+pub(crate) fn serve_spool(args: &ServeSpool) -> Result<ExitCode, Failure> {
+    let identity = Identity::load(&args.identity)?;
+    let connector = Arc::new(QuicConnector::new(&identity, args.to)?);
+    let spool = Spool::open(&args.dir)?;
+    let name = spool.machine().to_owned();
+    let mut show = Show::new(args.json);
+    if !args.json {
+        eprintln!("ferry: the spool has {} pages of `{name}`", HumanCount(spool.pages()));
+    }
+    let mut progress = Progress::default();
+    let mut watch = |event| {
+        crate::hosted::follow(&mut progress, event);
+        show.progress(&progress);
+        progress.words = None;
+    };
+    let options = SendOptions {
+        rejoin_for: args.rejoin,
+        bandwidth_bytes_per_s: args.bandwidth,
+        ..SendOptions::default()
+    };
+    let canceller = Canceller::default();
+    let report = ferry_migrate::serve_spool(spool, connector, &options, &canceller, &mut watch)?;
+    show.end();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", words(&report, &name, &args.to.to_string()));
+    }
+    Ok(exit_code(&report))
 }
 
 /// A bar on a terminal, plain lines elsewhere, nothing with `--json`.
@@ -142,6 +177,9 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         ),
         (_, Whereabouts::PausedAtSource) => {
             format!("machine `{name}` DID NOT ARRIVE and stays paused here, its state safe")
+        }
+        (_, Whereabouts::Unknown) if r.rounds == 0 => {
+            format!("machine `{name}` is not at {to}")
         }
         (_, Whereabouts::LacksPages) => {
             format!("machine `{name}` runs at {to}, BUT SOME OF ITS PAGES ARE STILL ONLY HERE")

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::Failure;
 use crate::args::Pager;
+use crate::places;
 
 /// What a signal rings.
 static STOP: OnceLock<OwnedFd> = OnceLock::new();
@@ -36,7 +37,7 @@ struct Served {
 pub(crate) fn main(args: &Pager) -> Result<(), Failure> {
     let memory = match (&args.memory, &args.bundle) {
         (Some(file), _) => Memory::of_file(file)?,
-        (None, Some(dir)) => Memory::of_bundle(dir, &args.bases)?,
+        (None, Some(dir)) => Memory::of_chain(places::open(dir, &args.places)?)?,
         (None, None) => return Err(Failure::words("say --memory or --bundle")),
     };
     let bell = eventfd(0, EventfdFlags::CLOEXEC).map_err(std::io::Error::from)?;

@@ -50,6 +50,8 @@ pub(crate) struct MigrateRequest {
     /// Go on where a migration was left.
     pub(crate) resume: bool,
     pub(crate) rejoin_ms: u64,
+    /// Absolute.
+    pub(crate) spool: Option<PathBuf>,
 }
 
 /// From the hosting process; all but `Progress` end the conversation.

@@ -14,6 +14,7 @@ use crate::Failure;
 use crate::args::Restore;
 use crate::hosted::Hosted;
 use crate::machine::AnyMachine;
+use crate::places;
 use crate::runtime_dir::RuntimeDir;
 
 /// A machine that can run.
@@ -26,7 +27,7 @@ struct Ready {
 pub(crate) fn main(runtime: &RuntimeDir, args: &Restore) -> Result<(), Failure> {
     let began = Instant::now();
     let reservation = runtime.reserve(&args.name)?;
-    let bundle = Arc::new(Chain::open(&args.dir, &args.bases)?);
+    let bundle = Arc::new(places::open(&args.dir, &args.places)?);
     let (tell, told) = channel();
     let ready = if bundle.spec().vmm == ferry_process_guest::VMM {
         from(&ProcessHost::default(), &bundle, args, tell, AnyMachine::process)?

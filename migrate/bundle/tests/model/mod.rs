@@ -97,8 +97,12 @@ pub fn read(chain: &Chain) -> Result<(Memory, Vec<u8>), BundleError> {
 /// Insists that the bundle at `dir` holds `memory`, whichever way it is read.
 #[track_caller]
 pub fn assert_holds(dir: &Path, memory: &Memory) {
-    let chain = open(dir).unwrap();
-    assert!(read(&chain).unwrap() == (memory.clone(), state()), "memory is not what was saved");
+    assert_chain_holds(&open(dir).unwrap(), memory);
+}
+
+#[track_caller]
+pub fn assert_chain_holds(chain: &Arc<Chain>, memory: &Memory) {
+    assert!(read(chain).unwrap() == (memory.clone(), state()), "memory is not what was saved");
     assert_eq!(chain.verify().unwrap().pages, memory.len() as u64);
     assert_eq!(chain.data_pages().len(), memory.len() as u64);
     let sum =

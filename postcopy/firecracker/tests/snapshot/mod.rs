@@ -1,14 +1,20 @@
-//! A snapshot's memory: what each page holds, as a memory file and as a bundle.
+//! A snapshot's memory: what each page holds, as a memory file, as a bundle, and as one of another host.
 
 #![allow(unreachable_pub, reason = "a module of tests")]
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use ferry_bundle::Draft;
+use ferry_bundle::{Chain, Draft};
+use ferry_depot::{Depot, Network, PATIENCE, serve};
 use ferry_firecracker::Memory;
 use ferry_protocol::{DeviceSpec, MachineSpec, StateWriter};
+use ferry_transport::{Identity, LinkError, Listener, QuicConnector, QuicListener, pki};
+use tokio::runtime::Runtime;
 
 /// Pages of the machine: 6 MiB, then 2 MiB behind a hole.
 pub const REGIONS: [u64; 2] = [1536, 512];
@@ -40,12 +46,63 @@ pub fn one_region() -> String {
 pub struct Snapshot {
     path: PathBuf,
     is_bundle: bool,
-    _dir: tempfile::TempDir,
+    /// The host on which the bundle is.
+    lender: Option<Lender>,
+    dir: tempfile::TempDir,
+}
+
+/// A host that lends bundles over QUIC, and can be stopped and started.
+struct Lender {
+    addr: Mutex<SocketAddr>,
+    runtime: Mutex<Option<Runtime>>,
 }
 
 impl Snapshot {
-    pub fn both() -> [Self; 2] {
-        [Self::file(), Self::bundle()]
+    pub fn all() -> [Self; 3] {
+        [Self::file(), Self::bundle(), Self::lent()]
+    }
+
+    /// A bundle on another host.
+    pub fn lent() -> Self {
+        let bundle = Self::bundle();
+        pki::init_for(&bundle.dir.path().join("pki"), &["host".into()], &pki::Validity::default())
+            .unwrap();
+        let addr = Mutex::new((std::net::Ipv4Addr::LOCALHOST, 0).into());
+        let lender = Some(Lender { addr, runtime: Mutex::default() });
+        let snapshot = Self { lender, ..bundle };
+        snapshot.start_lender();
+        snapshot
+    }
+
+    fn identity(&self) -> Identity {
+        Identity::load(&self.dir.path().join("pki/host")).unwrap()
+    }
+
+    pub fn start_lender(&self) {
+        let lender = self.lender.as_ref().unwrap();
+        let runtime = Runtime::new().unwrap();
+        let depot = Depot::open(self.dir.path()).unwrap();
+        let mut addr = lender.addr.lock().unwrap();
+        let listener = runtime.block_on(async {
+            // The one before may not have let go of it yet.
+            loop {
+                match QuicListener::bind(&self.identity(), *addr) {
+                    Err(LinkError::AddressInUse { .. }) => {
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                    listener => break listener.unwrap(),
+                }
+            }
+        });
+        *addr = listener.local_addr().unwrap();
+        runtime.spawn(serve(Box::new(listener), depot, |event| println!("{event:?}")));
+        *lender.runtime.lock().unwrap() = Some(runtime);
+    }
+
+    /// As if its process were killed: nobody is told.
+    pub fn stop_lender(&self) {
+        let runtime = self.lender.as_ref().unwrap().runtime.lock().unwrap().take();
+        runtime.unwrap().shutdown_timeout(Duration::from_secs(10));
     }
 
     /// As Firecracker writes it.
@@ -55,34 +112,29 @@ impl Snapshot {
         let file = File::create(&path).unwrap();
         file.set_len(PAGES * 4096).unwrap();
         write_pages(&file, 0);
-        Self { path, is_bundle: false, _dir: dir }
+        Self { path, is_bundle: false, lender: None, dir }
     }
 
     pub fn bundle() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("bundle");
-        let spec = MachineSpec {
-            name: "fc1".into(),
-            vmm: "test".into(),
-            extents: EXTENTS.to_vec(),
-            vcpus: 1,
-            cpu_features: Vec::new(),
-            devices: vec![DeviceSpec { kind: "serial".into(), instance: 0, version: 1 }],
-            config: Vec::new(),
-        };
-        let mut draft = Draft::begin(&path, spec, None).unwrap();
-        let gfns = EXTENTS.iter().flat_map(|&(start, pages)| start..start + pages);
-        for (page, gfn) in gfns.enumerate() {
-            if let Some(content) = content(page as u64) {
-                draft.put(gfn, &content).unwrap();
-            }
-        }
-        draft.commit(7, &StateWriter::new().finish().unwrap()).unwrap();
-        Self { path, is_bundle: true, _dir: dir }
+        save(&path, Some);
+        Self { path, is_bundle: true, lender: None, dir }
+    }
+
+    /// Saves another machine's memory over the bundle.
+    pub fn replace(&self) {
+        save(&self.path, |page| page.checked_sub(1));
     }
 
     pub fn memory(&self) -> Memory {
-        if self.is_bundle {
+        if let Some(lender) = &self.lender {
+            let addr = *lender.addr.lock().unwrap();
+            let connector = Arc::new(QuicConnector::new(&self.identity(), addr).unwrap());
+            let network = Network::new(move |_| Ok(connector.clone()), PATIENCE);
+            let there = PathBuf::from(format!("ferry://{addr}/bundle"));
+            Memory::of_chain(Chain::open_on(&network, &there, &[]).unwrap()).unwrap()
+        } else if self.is_bundle {
             Memory::of_bundle(&self.path, &[]).unwrap()
         } else {
             Memory::of_file(&self.path).unwrap()
@@ -118,6 +170,27 @@ impl Snapshot {
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[!byte[0]], at).unwrap();
     }
+}
+
+/// Saves a bundle whose page `page` has the content of page `of(page)`.
+fn save(path: &Path, of: impl Fn(u64) -> Option<u64>) {
+    let spec = MachineSpec {
+        name: "fc1".into(),
+        vmm: "test".into(),
+        extents: EXTENTS.to_vec(),
+        vcpus: 1,
+        cpu_features: Vec::new(),
+        devices: vec![DeviceSpec { kind: "serial".into(), instance: 0, version: 1 }],
+        config: Vec::new(),
+    };
+    let mut draft = Draft::begin(path, spec, None).unwrap();
+    let gfns = EXTENTS.iter().flat_map(|&(start, pages)| start..start + pages);
+    for (page, gfn) in gfns.enumerate() {
+        if let Some(content) = of(page as u64).and_then(content) {
+            draft.put(gfn, &content).unwrap();
+        }
+    }
+    draft.commit(7, &StateWriter::new().finish().unwrap()).unwrap();
 }
 
 fn open(path: &Path) -> File {

@@ -24,6 +24,7 @@ use tempfile::TempDir;
 use crate::command::{PROCESS, restore};
 use crate::engine::{ARENA_PAGES, Check, digest, process, saved, with_every_kind};
 use crate::stage::{Dice, Maker, Subject, eventually, goes_on};
+use crate::town::{Lender, open_for};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -248,6 +249,42 @@ fn a_flipped_byte_anywhere_in_memory_is_never_seen_by_a_guest_that_runs() {
     assert!(found > 0);
     let again = Lazily::new(&maker.host(), Chain::open(&here, &[]).unwrap());
     again.complete();
+}
+
+#[test]
+fn a_host_that_is_away_for_longer_than_a_read_is_tried_is_no_damage() {
+    let dir = TempDir::new().unwrap();
+    let maker = process(Tracker::UffdWriteProtect);
+    let report = saved(&mut maker.busy_guest(), &dir.path().join("b"), None, true).unwrap();
+    let address = Arc::default();
+    let open = || open_for(&address, "b", Duration::from_millis(200)).unwrap();
+    // On a busy computer all pages may be here before the host is gone, but not each time.
+    let gone_too_early = || {
+        let lender = Lender::of(&address, dir.path());
+        let (sender, events) = channel();
+        let tell = move |event| drop(sender.send(event));
+        let (restored, fetching) = restore_lazily(&maker.host(), open(), "again", tell).unwrap();
+        drop(lender);
+        std::thread::sleep(Duration::from_millis(100));
+        (fetching.missing() > 0).then_some((restored, fetching, events))
+    };
+    let (restored, fetching, events) = (0..20).find_map(|_| gone_too_early()).unwrap();
+    events.recv_timeout(Duration::from_secs(2)).expect_err("nothing is said of pages to come");
+    assert!(fetching.missing() > 0);
+    assert_eq!(fetching.trouble(), None);
+    let lender = Lender::of(&address, dir.path());
+    let Ok(LazyEvent::Complete(_)) = events.recv_timeout(LONG) else {
+        panic!("not all pages came")
+    };
+    assert_eq!(digest(&restored.guest.memory()), report.memory_digest.0);
+
+    // State is not loaded with pages that may never come.
+    let chain = open();
+    let gfn = victim(&chain);
+    drop(lender);
+    let refused = restore_lazily(&Reader(gfn), chain, "again", |event| panic!("{event:?}"));
+    let why = refused.err().expect("no machine").to_string();
+    assert!(why.contains("ferry://"), "{why}");
 }
 
 /// A guest whose state cannot be loaded without a page of its memory.

@@ -3,6 +3,9 @@
 mod command;
 mod engine;
 mod lazy;
+mod lent;
 #[path = "../stage/mod.rs"]
 mod stage;
+#[path = "../../../../migrate/depot/tests/town/mod.rs"]
+mod town;
 mod trouble;

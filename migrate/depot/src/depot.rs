@@ -1,0 +1,230 @@
+//! The side that has bundles: opens and reads files below one directory, for peers that proved who they are.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry_bundle::{MANIFEST, is_file_of_bundle};
+use ferry_protocol::{
+    Hello, LENDING_VERSION, MAX_HELLO_BYTES, MAX_OPEN_FILES, MAX_PATH_BYTES, MAX_READ_BYTES,
+    MAX_TO_DEPOT_BYTES, ToDepot, ToReader, wire,
+};
+use ferry_transport::{ByteSink, ByteSource, FrameReader, LinkError, Listener, send_message};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
+use tokio::sync::Semaphore;
+
+/// Channels that are served at once; a reader has two.
+const MAX_CHANNELS: usize = 64;
+/// A peer that opened a channel says what it wants within this time.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// A peer takes what it asked for within this time.
+const TAKE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A directory whose bundles are lent.
+#[derive(Debug)]
+pub struct Depot {
+    root: OwnedFd,
+}
+
+/// What the host of a depot is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DepotEvent {
+    /// A peer reads a bundle.
+    Reads {
+        /// The peer's identity and address.
+        peer: String,
+        /// The bundle, from the directory that is lent; empty if it is that.
+        bundle: String,
+    },
+    /// A peer was turned away, or a connection came to nothing.
+    Turned(String),
+}
+
+impl Depot {
+    /// Lends what is below `dir`: a bundle, or a directory of bundles.
+    ///
+    /// # Errors
+    /// It is not a directory, or cannot be opened.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self { root: rustix::fs::open(dir, flags, Mode::empty())? })
+    }
+
+    /// Opens the file of a bundle at `path`.
+    fn open_file(&self, path: &str) -> Result<(File, u64), ToReader> {
+        let failed = |why: &dyn std::fmt::Display| ToReader::Failed { why: why.to_string() };
+        let missing = |why: &str| ToReader::Missing { why: why.to_owned() };
+        if path.len() > MAX_PATH_BYTES {
+            return Err(failed(&"the path is too long"));
+        }
+        let name = path.rsplit('/').next().unwrap_or_default();
+        if !is_file_of_bundle(name) {
+            return Err(failed(&"no file of a bundle has that name"));
+        }
+        // The kernel follows the path and sees to it that no step of it, `..` and symbolic links included,
+        // leaves the directory. A pipe must not be waited for.
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        let file = openat2(&self.root, path, flags, Mode::empty(), beneath);
+        let file = file.map(File::from).map_err(|e| match e {
+            Errno::NOENT | Errno::NOTDIR => missing("that host has no such file there"),
+            Errno::XDEV => missing("it is outside of the directory that host lends bundles of"),
+            e => failed(&io::Error::from(e)),
+        })?;
+        let about = file.metadata().map_err(|e| failed(&e))?;
+        if !about.is_file() {
+            return Err(failed(&"it is not a file"));
+        }
+        Ok((file, about.len()))
+    }
+}
+
+/// Lends bundles of `depot` until `listener` ends. Runs on the caller's tokio runtime. `tell` must not wait.
+pub async fn serve(
+    mut listener: Box<dyn Listener>,
+    depot: Depot,
+    tell: impl Fn(DepotEvent) + Send + Sync + 'static,
+) {
+    let (depot, tell) = (Arc::new(depot), Arc::new(tell));
+    let places = Arc::new(Semaphore::new(MAX_CHANNELS));
+    while let Some(accepted) = listener.accept().await {
+        let mut channel = match accepted {
+            Ok(channel) => channel,
+            Err(e) => {
+                tell(DepotEvent::Turned(e.to_string()));
+                continue;
+            }
+        };
+        let peer = format!("{} ({})", channel.peer, channel.remote);
+        let place = places.clone().try_acquire_owned();
+        let (depot, tell) = (depot.clone(), tell.clone());
+        tokio::spawn(async move {
+            let why = match place {
+                Ok(_place) => {
+                    let reads = |bundle| tell(DepotEvent::Reads { peer: peer.clone(), bundle });
+                    attend(depot, &mut channel.sink, channel.source, reads).await
+                }
+                Err(_) => Err("too many read bundles here already; try again".to_owned()),
+            };
+            if let Err(why) = why {
+                channel.sink.close(&why).await;
+                tell(DepotEvent::Turned(format!("turned {peer} away: {why}")));
+            }
+        });
+    }
+}
+
+/// Serves a peer until it has gone.
+async fn attend(
+    depot: Arc<Depot>,
+    sink: &mut Box<dyn ByteSink>,
+    source: Box<dyn ByteSource>,
+    reads: impl Fn(String),
+) -> Result<(), String> {
+    let mut reader = FrameReader::new(source);
+    greeted(&mut reader).await?;
+    let files = (0..MAX_OPEN_FILES).map(|_| None).collect();
+    let mut desk = Desk { depot, files, told: false };
+    loop {
+        let bytes = match reader.read_message(MAX_TO_DEPOT_BYTES).await {
+            Ok(Some(bytes)) => bytes,
+            Err(e @ LinkError::TooLong { .. }) => return Err(e.to_string()),
+            // That is how a reader leaves.
+            Ok(None) | Err(_) => return Ok(()),
+        };
+        let request = wire::decode(&bytes).map_err(|e| format!("it sent nonsense: {e}"))?;
+        let (answer, data) = match request {
+            ToDepot::Open { file, path } => (desk.open(file, path).await?, Vec::new()),
+            ToDepot::Read { file, at, bytes } => desk.read(file, at, bytes, &reads).await?,
+        };
+        let message = wire::encode(&answer).map_err(|e| e.to_string())?;
+        let sent = async {
+            send_message(sink.as_mut(), &message).await?;
+            if data.is_empty() { Ok(()) } else { sink.send(data.into()).await }
+        };
+        // A peer that reads nothing must not keep its place.
+        match tokio::time::timeout(TAKE_TIMEOUT, sent).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Ok(()),
+            Err(_) => {
+                let seconds = TAKE_TIMEOUT.as_secs();
+                return Err(format!("it did not take what it asked for within {seconds} s"));
+            }
+        }
+    }
+}
+
+async fn greeted(reader: &mut FrameReader) -> Result<(), String> {
+    let hello = tokio::time::timeout(HELLO_TIMEOUT, reader.read_message(MAX_HELLO_BYTES)).await;
+    let hello = hello.map_err(|_| format!("it said nothing for {} s", HELLO_TIMEOUT.as_secs()))?;
+    let hello =
+        hello.map_err(|e| e.to_string())?.ok_or("it closed the connection without a word")?;
+    match Hello::decode(&hello).map_err(|e| e.to_string())? {
+        Hello::Bundles { version: LENDING_VERSION } => Ok(()),
+        Hello::Bundles { version } => Err(format!(
+            "it reads bundles by version {version}, this host lends them by {LENDING_VERSION}: update the older one"
+        )),
+        _ => Err("this host lends bundles; it takes in no machines: `ferry receive` does".into()),
+    }
+}
+
+/// What one channel has open.
+struct Desk {
+    depot: Arc<Depot>,
+    /// With the bundle of which it is the manifest.
+    files: Vec<Option<(Arc<File>, Option<String>)>>,
+    /// A bundle is read.
+    told: bool,
+}
+
+impl Desk {
+    async fn open(&mut self, file: u16, path: String) -> Result<ToReader, String> {
+        let place = self.files.get_mut(usize::from(file)).ok_or("it opens too many files")?;
+        let bundle = path.strip_suffix(MANIFEST).map(|dir| dir.trim_end_matches('/').to_owned());
+        let depot = self.depot.clone();
+        let (opened, bytes) = match blocking(move || depot.open_file(&path)).await? {
+            Ok(opened) => opened,
+            Err(why) => return Ok(why),
+        };
+        *place = Some((Arc::new(opened), bundle));
+        Ok(ToReader::Opened { bytes })
+    }
+
+    async fn read(
+        &mut self,
+        file: u16,
+        at: u64,
+        bytes: u32,
+        reads: &impl Fn(String),
+    ) -> Result<(ToReader, Vec<u8>), String> {
+        let opened = self.files.get(usize::from(file)).and_then(Option::as_ref);
+        let (opened, bundle) = opened.cloned().ok_or("it reads a file that it did not open")?;
+        // Said once: bases are no news, and a reader's other channel reads no manifest.
+        if let Some(bundle) = bundle
+            && !std::mem::replace(&mut self.told, true)
+        {
+            reads(bundle);
+        }
+        if bytes > MAX_READ_BYTES {
+            return Err(format!("it asks for {bytes} bytes at once"));
+        }
+        let mut data = vec![0; usize::try_from(bytes).unwrap_or(0)];
+        let read = blocking(move || opened.read_exact_at(&mut data, at).map(|()| data)).await?;
+        Ok(match read {
+            Ok(data) => (ToReader::Data { bytes }, data),
+            Err(e) => (ToReader::Failed { why: e.to_string() }, Vec::new()),
+        })
+    }
+}
+
+/// A disk may take its time, which the other channels shall not wait for.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())
+}

@@ -1,0 +1,60 @@
+//! Bundles of this host and of others: opens them, and lends them.
+
+use std::io;
+use std::net::ToSocketAddrs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ferry_bundle::Chain;
+use ferry_depot::{Depot, DepotEvent, Network, PATIENCE, serve};
+use ferry_migrate::words;
+use ferry_transport::{Connector, Identity, Listener, QuicConnector, QuicListener};
+
+use crate::Failure;
+use crate::args::{BundleServe, Places};
+
+/// Opens the bundle at `dir`, wherever it and its bases lie.
+pub(crate) fn open(dir: &Path, places: &Places) -> Result<Chain, Failure> {
+    let identity = places.identity.clone();
+    let network = Network::new(move |address| connector(address, identity.as_ref()), PATIENCE);
+    Ok(Chain::open_on(&network, dir, &places.bases)?)
+}
+
+fn connector(address: &str, identity: Option<&PathBuf>) -> io::Result<Arc<dyn Connector>> {
+    let identity = identity.ok_or_else(|| {
+        io::Error::other("another host wants to know who reads: say --identity DIR")
+    })?;
+    let identity = Identity::load(identity).map_err(|e| io::Error::other(words(&e)))?;
+    let wrong = |why: String| {
+        io::Error::other(format!(
+            "{why}; write ferry://HOST:PORT/NAME, such as ferry://10.0.0.2:7001/b"
+        ))
+    };
+    let mut found = address.to_socket_addrs().map_err(|e| wrong(e.to_string()))?;
+    let to = found.next().ok_or_else(|| wrong("the name has no address".into()))?;
+    let connector = QuicConnector::new(&identity, to).map_err(|e| io::Error::other(words(&e)))?;
+    Ok(Arc::new(connector))
+}
+
+pub(crate) fn lend(args: &BundleServe) -> Result<(), Failure> {
+    let identity = Identity::load(&args.identity)?;
+    let depot = Depot::open(&args.dir).map_err(|e| {
+        Failure::words(format!("cannot lend bundles of {}: {e}", args.dir.display()))
+    })?;
+    let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    tokio.block_on(async {
+        let listener = QuicListener::bind(&identity, args.listen)?;
+        let addr = listener.local_addr().unwrap_or(args.listen);
+        let dir = args.dir.display();
+        eprintln!("ferry: lending the bundles of {dir} on {addr} as `{}`", identity.name());
+        let args = args.clone();
+        let tell = move |event| match event {
+            DepotEvent::Reads { peer, bundle } => {
+                eprintln!("ferry: {peer} reads {}", args.dir.join(bundle).display());
+            }
+            DepotEvent::Turned(why) => eprintln!("ferry: {why}"),
+        };
+        serve(Box::new(listener), depot, tell).await;
+        Ok(())
+    })
+}
