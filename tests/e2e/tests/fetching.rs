@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use ferry_e2e::{Hosts, Running, kvm, network, wait_for};
+use ferry_e2e::{Hosts, Running, kvm, network, path, wait_for};
 use rustix::process::Signal;
 
 const PROCESS: &str = ":process";
@@ -68,6 +68,51 @@ fn a_source_that_is_killed_leaves_a_destination_that_says_what_is_lost() {
     // Its vCPUs wait for ever; it can be shown and stopped all the same.
     at.hosts.destination.run(&["vm", "stop", "m"]).succeeded();
     at.receiver.line("`m` was stopped");
+}
+
+#[test]
+fn a_spool_finishes_the_move_of_a_source_that_was_killed() {
+    let hosts = Hosts::new();
+    let dir = hosts.path("spool");
+    let spool = path(&dir).to_owned();
+    let at = fetching(hosts, "127.0.0.1:0", &["--spool", &spool]);
+    at.moving.line("is in the spool, too");
+    at.runner.kill();
+    at.moving.end();
+    at.receiver.line("lacks");
+    let (hosts, to) = (&at.hosts, at.to.to_string());
+    let identity = path(&hosts.source.identity);
+    let serve = |to: &str, more: &[&str]| {
+        let args = ["serve-spool", &spool, "--to", to, "--identity", identity];
+        hosts.source.run(&[&args[..], more].concat())
+    };
+    // To nobody it is served in vain, and can be served again.
+    let done = serve("127.0.0.1:9", &["--rejoin", "1s"]);
+    assert_eq!(done.status, Some(1), "{done:?}");
+    assert!(done.stdout.contains("can be served again"), "{done:?}");
+    hosts.source.run(&["restore", &spool, "m"]).failed(&["ferry-spool"]);
+    let done = serve(&to, &[]).succeeded();
+    assert!(done.stdout.contains("the same on both sides"), "{done:?}");
+    arrives(hosts);
+    assert!(!dir.exists(), "it is needed no more");
+    serve(&to, &[]).failed(&["no spool can be served", &spool]);
+}
+
+#[test]
+fn a_spool_is_written_over_no_bundle_and_goes_when_all_pages_have_come() {
+    let hosts = Hosts::new();
+    let (_receiver, to) = hosts.destination.receive(&[]);
+    let _runner = hosts.source.boot("m", PROCESS, &["--cmdline", ALL]);
+    let (bundle, spool) = (hosts.path("bundle"), hosts.path("spool"));
+    hosts.source.run(&["save", "m", path(&bundle)]).succeeded();
+    let by = |dir| ["--mode", "post-copy", "--spool", dir];
+    let refused = hosts.source.migrate("m", to, &by(path(&bundle)));
+    assert!(refused.reason().contains("holds a bundle of machine `m`"), "{refused:?}");
+    hosts.source.run(&["bundle", "verify", path(&bundle)]).succeeded();
+    // One that cannot be written is told, and the move goes on.
+    hosts.source.migrate("m", to, &by(path(&spool))).completed();
+    assert!(!spool.exists());
+    hosts.destination.works("m");
 }
 
 #[test]
