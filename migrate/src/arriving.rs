@@ -133,6 +133,7 @@ pub(crate) struct Arriving<H: Host> {
     asks: Arc<Mutex<Option<UnboundedSender<u64>>>>,
     urgent_allowed: bool,
     paging_since: Duration,
+    resumed_at: Duration,
     loading: Loading,
     runtime: tokio::runtime::Handle,
     machine: Destination,
@@ -166,6 +167,7 @@ impl<H: Host + 'static> Arriving<H> {
             asks: Arc::default(),
             urgent_allowed: false,
             paging_since: Duration::ZERO,
+            resumed_at: Duration::ZERO,
             loading: Loading::default(),
             runtime,
             machine,
@@ -257,6 +259,7 @@ impl<H: Host + 'static> Arriving<H> {
                 let Some(guest) = &mut self.guest else {
                     return Some(DestinationEvent::Resumed(Err("there is no machine".into())));
                 };
+                self.resumed_at = self.began.elapsed();
                 let resumed = guest.resume(permit).map_err(|(_permit, e)| words(&e));
                 self.running = resumed.is_ok();
                 Some(DestinationEvent::Resumed(resumed))
@@ -330,7 +333,10 @@ impl<H: Host + 'static> Arriving<H> {
             Notice::Ask(_) => {}
             Notice::Complete => {
                 let took = self.began.elapsed().saturating_sub(self.paging_since);
-                let fetched = self.pager(|pager| fetch::measured(&pager.waits(), took));
+                let vcpus = self.spec.as_ref().map_or(1, |spec| spec.vcpus);
+                let ran_after = self.resumed_at.saturating_sub(self.paging_since);
+                let measured = |pager: &Pager| fetch::measured(&pager.waits(), took, vcpus, ran_after);
+                let fetched = self.pager(measured);
                 self.handle(DestinationEvent::AllHere(fetched.unwrap_or_default()));
             }
             Notice::Broken(why) => self.handle(DestinationEvent::PagingBroken(why)),

@@ -152,6 +152,7 @@ impl Pager {
             counts: ledger.demand.counts(),
             nanos: ledger.demand.wait_nanos().clone(),
             by_thread: ledger.demand.waits().collect(),
+            waited: ledger.demand.waited().clone(),
         }
     }
 }

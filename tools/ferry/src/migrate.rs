@@ -184,6 +184,14 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
             p.took_ms / 1e3,
             HumanCount(p.late)
         );
+        let waited: Vec<String> =
+            p.waited_by_thread_ms.iter().map(|ms| format!("{:.2}", ms / 1e3)).collect();
+        let _ = writeln!(
+            out,
+            "            vCPUs waited for {} s; at 90 % of full speed after {:.2} s",
+            if waited.is_empty() { "0".into() } else { waited.join(", ") },
+            p.full_speed_ms / 1e3
+        );
     }
     let _ = writeln!(
         out,

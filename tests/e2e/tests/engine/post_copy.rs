@@ -55,6 +55,11 @@ fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
             assert!(paging.pushed + paging.requested >= ARENA_PAGES, "{paging:?}");
             assert!(paging.requested > 0, "who comes to every page waits for some: {paging:?}");
         }
+        // It is told in steps of 10 ms. Who waits for a fifth of all time is slow some time.
+        assert!(paging.full_speed_ms <= paging.took_ms + 10.0, "{paging:?}");
+        let waited_ms: f64 = paging.waited_by_thread_ms.iter().sum();
+        let slow = waited_ms > 0.2 * paging.took_ms * f64::from(source.spec().vcpus);
+        assert!(!slow || paging.full_speed_ms > 0.0, "{paging:?}");
         let (arrived, arrival) = destination.arrival().expect("a machine");
         assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
         assert_eq!(witness.running(), 1);
