@@ -224,6 +224,10 @@ impl Check for ForGood {
         assert!(!report.runs_on && !guest.runs());
         assert_eq!(digest(&guest.memory()), report.memory_digest.0);
         guest.pause().expect_err("its permit ended with it");
+        let record: u64 =
+            Chain::open(&here, &[]).unwrap().record().iter().map(|run| run.pages).sum();
+        assert_eq!(record, report.record_pages);
+        assert!(record > 0, "a busy guest writes while it is watched");
         run_on(restored(maker, &here, report.memory_digest.0));
     }
 }
