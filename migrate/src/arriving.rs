@@ -310,7 +310,6 @@ impl<H: Host + 'static> Arriving<H> {
     }
 
     fn page(&mut self, owed: PageSet) -> Result<(), String> {
-        self.paging_since = self.began.elapsed();
         let installer = self.installer.as_ref().ok_or("there is no machine")?;
         let door = self.door.clone();
         let asks = self.asks.clone();
@@ -325,7 +324,10 @@ impl<H: Host + 'static> Arriving<H> {
             }
             other => drop(door.send(Message::Pager(other))),
         };
-        installer.page(owed, notify).map_err(|e| words(&e))
+        let paged = installer.page(owed, notify).map_err(|e| words(&e));
+        // The pager's clock begins when older copies are gone, which takes a while.
+        self.paging_since = self.began.elapsed();
+        paged
     }
 
     fn notice(&mut self, notice: Notice) {
@@ -335,7 +337,8 @@ impl<H: Host + 'static> Arriving<H> {
                 let took = self.began.elapsed().saturating_sub(self.paging_since);
                 let vcpus = self.spec.as_ref().map_or(1, |spec| spec.vcpus);
                 let ran_after = self.resumed_at.saturating_sub(self.paging_since);
-                let measured = |pager: &Pager| fetch::measured(&pager.waits(), took, vcpus, ran_after);
+                let measured =
+                    |pager: &Pager| fetch::measured(&pager.waits(), took, vcpus, ran_after);
                 let fetched = self.pager(measured);
                 self.handle(DestinationEvent::AllHere(fetched.unwrap_or_default()));
             }
