@@ -174,6 +174,8 @@ pub struct Report {
     pub rounds: u32,
     /// Pages by codec.
     pub pages: PageCounts,
+    /// Pages in the record of the working set: of those that went after the hand-over, the first.
+    pub record_pages: u64,
     /// How pages were fetched after the hand-over, if any were.
     pub paging: Option<Paging>,
     /// Link rate, bytes/s, as last seen.
@@ -205,6 +207,7 @@ impl Report {
             state_bytes: 0,
             rounds: 0,
             pages: PageCounts::default(),
+            record_pages: 0,
             paging: None,
             link_bytes_per_s: 0.0,
             dirty_pages_per_s: 0.0,

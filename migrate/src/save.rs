@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::round::{Round, Trackers};
 use crate::tracking::Tracking;
-use crate::{Guest, GuestError, report, send, words};
+use crate::{Guest, GuestError, report, send, tracking, words};
 
 /// So many dirty pages are copied while the guest stands still: a millisecond or two.
 const LAST_PAGES: u64 = 1024;
@@ -35,7 +35,7 @@ const LAST_PAGES: u64 = 1024;
 const MAX_ROUNDS: u32 = 12;
 /// Most that is kept in memory of the last pages: what is more is written while the guest stands still.
 const KEPT_PAGES: u64 = 16384;
-/// How long a machine that is saved for good is watched first: what it writes is its working set.
+/// How long a machine is watched first: what it touches is its working set.
 const SAMPLE: Duration = Duration::from_millis(100);
 /// How often whoever watches hears of bytes written.
 const TELL_EVERY: Duration = Duration::from_millis(200);
@@ -235,15 +235,16 @@ fn number_of(guest: &mut dyn Guest) -> Result<(BundleId, Duration), SaveError> {
     }
 }
 
-/// The pages that `guest` writes in [`SAMPLE`].
-fn sample(guest: &mut dyn Guest, view: &GuestView) -> Result<PageSet, String> {
+/// The pages that `guest` touches in [`SAMPLE`], and those of them that it writes.
+fn sample(guest: &mut dyn Guest, view: &GuestView) -> Result<[PageSet; 2], String> {
     let (mut tracking, resident) = Tracking::start(guest, view)?;
+    let look = tracking::look(view);
     let written = tracking.rearm(&resident).and_then(|()| {
         std::thread::sleep(SAMPLE);
         tracking.harvest()
     });
     tracking.stop(guest);
-    written
+    written.map(|written| [tracking::touched(look), written])
 }
 
 #[derive(Clone, Copy, Default)]
@@ -269,7 +270,7 @@ type Done = (Committed, Duration, Counts);
 impl Saving<'_> {
     fn for_good(mut self, guest: &mut dyn Guest) -> Result<Done, SaveError> {
         match sample(guest, &self.view) {
-            Ok(written) => self.draft.record([written].iter()),
+            Ok(sampled) => self.draft.record(sampled.iter()),
             // It is but a hint for the next restore.
             Err(why) => tracing::warn!("the bundle has no record of the working set: {why}"),
         }
@@ -303,13 +304,19 @@ impl Saving<'_> {
     }
 
     fn running(mut self, guest: &mut dyn Guest) -> Result<Done, SaveError> {
+        let look = tracking::look(&self.view);
+        if look.is_some() {
+            // Before anything is copied, which touches it.
+            std::thread::sleep(SAMPLE);
+        }
+        let touched = tracking::touched(look);
         let (mut tracking, resident) =
             Tracking::start(guest, &self.view).map_err(SaveError::Failed)?;
         let taken = self.take(guest, &mut tracking, resident);
         tracking.stop(guest);
         let Taken { machine, state, mut last, stood, harvests } = taken?;
         (self.watch)(SaveEvent::GoesOn(stood));
-        self.draft.record(harvests.iter());
+        self.draft.record([touched].iter().chain(&harvests));
         last.write(&mut self.draft)?;
         (self.watch)(SaveEvent::Syncing);
         let committed = self.draft.commit(machine, &state)?;

@@ -179,8 +179,9 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         );
         let _ = writeln!(
             out,
-            "            {} pages were there before they were touched; all were after {:.2} s ({} came twice)",
+            "            {} pages were there before they were touched ({} of the working set went first); all were after {:.2} s ({} came twice)",
             HumanCount(p.pushed),
+            HumanCount(r.record_pages),
             p.took_ms / 1e3,
             HumanCount(p.late)
         );
