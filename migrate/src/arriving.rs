@@ -132,7 +132,7 @@ pub(crate) struct Arriving<H: Host> {
     /// To the urgent lane.
     asks: Arc<Mutex<Option<UnboundedSender<u64>>>>,
     urgent_allowed: bool,
-    paging_since: Duration,
+    /// By the pager's clock.
     resumed_at: Duration,
     loading: Loading,
     runtime: tokio::runtime::Handle,
@@ -166,7 +166,6 @@ impl<H: Host + 'static> Arriving<H> {
             outgoing: None,
             asks: Arc::default(),
             urgent_allowed: false,
-            paging_since: Duration::ZERO,
             resumed_at: Duration::ZERO,
             loading: Loading::default(),
             runtime,
@@ -256,10 +255,10 @@ impl<H: Host + 'static> Arriving<H> {
             DestinationAction::Page(owed) => Some(DestinationEvent::Paging(self.page(owed))),
             DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
             DestinationAction::Resume(permit) => {
+                self.resumed_at = self.pager(Pager::age).unwrap_or_default();
                 let Some(guest) = &mut self.guest else {
                     return Some(DestinationEvent::Resumed(Err("there is no machine".into())));
                 };
-                self.resumed_at = self.began.elapsed();
                 let resumed = guest.resume(permit).map_err(|(_permit, e)| words(&e));
                 self.running = resumed.is_ok();
                 Some(DestinationEvent::Resumed(resumed))
@@ -324,21 +323,17 @@ impl<H: Host + 'static> Arriving<H> {
             }
             other => drop(door.send(Message::Pager(other))),
         };
-        let paged = installer.page(owed, notify).map_err(|e| words(&e));
-        // The pager's clock begins when older copies are gone, which takes a while.
-        self.paging_since = self.began.elapsed();
-        paged
+        installer.page(owed, notify).map_err(|e| words(&e))
     }
 
     fn notice(&mut self, notice: Notice) {
         match notice {
             Notice::Ask(_) => {}
             Notice::Complete => {
-                let took = self.began.elapsed().saturating_sub(self.paging_since);
                 let vcpus = self.spec.as_ref().map_or(1, |spec| spec.vcpus);
-                let ran_after = self.resumed_at.saturating_sub(self.paging_since);
+                let resumed_at = self.resumed_at;
                 let measured =
-                    |pager: &Pager| fetch::measured(&pager.waits(), took, vcpus, ran_after);
+                    |pager: &Pager| fetch::measured(&pager.waits(), pager.age(), vcpus, resumed_at);
                 let fetched = self.pager(measured);
                 self.handle(DestinationEvent::AllHere(fetched.unwrap_or_default()));
             }

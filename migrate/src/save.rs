@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ferry_bundle::{BundleError, BundleId, Chain, Committed, Draft, Sum};
+use ferry_bundle::{BundleError, BundleId, Chain, Committed, Draft, RECORD_PAGES, Sum};
 use ferry_memory::{GuestView, MemoryError};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_protocol::RunPermit;
@@ -304,7 +304,9 @@ impl Saving<'_> {
     }
 
     fn running(mut self, guest: &mut dyn Guest) -> Result<Done, SaveError> {
-        let look = tracking::look(&self.view);
+        // It goes on, and pays a fault for each page that it touches again: not for more than a record names.
+        let few = self.view.resident()?.len() <= RECORD_PAGES;
+        let look = if few { tracking::look(&self.view) } else { None };
         if look.is_some() {
             // Before anything is copied, which touches it.
             std::thread::sleep(SAMPLE);

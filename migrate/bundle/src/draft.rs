@@ -154,7 +154,7 @@ impl Draft {
         Ok(())
     }
 
-    /// The guest wrote these pages while it was saved, the last set of them last: the latest of them are
+    /// The guest touched these pages while it was saved, the last set of them last: the latest of them are
     /// the record of its working set.
     pub fn record<'a>(&mut self, harvests: impl DoubleEndedIterator<Item = &'a PageSet>) {
         self.record = record::latest_first(harvests);

@@ -145,6 +145,11 @@ impl Pager {
         self.shared.ledger().demand.outstanding().collect()
     }
 
+    /// Time since its start, by the clock of [`Waits::waited`].
+    pub fn age(&self) -> Duration {
+        self.shared.began.elapsed()
+    }
+
     /// What was measured so far.
     pub fn waits(&self) -> Waits {
         let ledger = self.shared.ledger();

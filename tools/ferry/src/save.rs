@@ -62,7 +62,7 @@ fn words(r: &SaveReport, args: &Save) -> String {
     };
     let base = r.base.map_or_else(String::new, |base| format!("\n  base    {base}"));
     format!(
-        "{head}\n  bundle  {}{base}\n  pages   {} of data, {} read in {} rounds, {} of them in the stop\n  record  {} of them written last: a lazy restore brings these first\n  size    {} of memory, {} of state\n",
+        "{head}\n  bundle  {}{base}\n  pages   {} of data, {} read in {} rounds, {} of them in the stop\n  record  {} pages in use: a lazy restore brings them first\n  size    {} of memory, {} of state\n",
         r.id,
         HumanCount(r.data_pages),
         HumanCount(r.pages_read),
