@@ -2,7 +2,8 @@
 //!
 //! A [`Mapping`] owns memory; a [`GuestView`] copies pages of a machine in and out, whoever owns them;
 //! [`Filler`] fills untouched memory fast; [`MissingPages`]
-//! supplies pages when they are touched; [`resident`] tells which pages hold data. Nothing here forms a reference into guest memory, which the
+//! supplies pages when they are touched; [`resident`] tells which pages hold data, [`Touched`]
+//! which of shared memory are touched. Nothing here forms a reference into guest memory, which the
 //! guest may change at any moment, and nothing but a read or a write of a page brings it into being.
 //! This crate does not know why a page is read, nor when that is allowed.
 
@@ -11,6 +12,7 @@ mod fill;
 mod mapping;
 mod missing;
 mod resident;
+mod touched;
 mod view;
 
 pub use error::MemoryError;
@@ -18,4 +20,5 @@ pub use fill::Filler;
 pub use mapping::Mapping;
 pub use missing::{MissingPages, Placed, Touch, Waiters};
 pub use resident::resident;
+pub use touched::Touched;
 pub use view::GuestView;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use ferry_dirtylog::Region;
-use ferry_memory::{Filler, GuestView, Mapping, MemoryError, resident};
+use ferry_memory::{Filler, GuestView, Mapping, MemoryError, Touched, resident};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 
 /// Memory of both kinds, in two regions that touch and one behind a hole, and its view.
@@ -239,4 +239,46 @@ fn one_set_bit_anywhere_is_seen_in_place() {
         assert!(view.is_zero(200).unwrap());
         assert!(matches!(view.is_zero(150), Err(MemoryError::Outside { .. })));
     }
+}
+
+#[test]
+fn what_is_read_or_written_of_shared_memory_is_touched_and_nothing_else() {
+    for Machine { view, .. } in machines() {
+        for run in [Run::new(20, 90), Run::new(200, 250)] {
+            view.write(run.start, &page(7).repeat(usize::try_from(run.pages).unwrap())).unwrap();
+        }
+        let Some(look) = Touched::begin(&view).unwrap() else {
+            assert!(view.regions().iter().all(|region| region.backing.is_none()));
+            continue;
+        };
+        assert!(look.pages().unwrap().is_empty());
+        let mut bytes = page(0);
+        for gfn in [25, 300, 301] {
+            view.read(gfn, &mut bytes).unwrap();
+            assert_eq!(bytes, page(7), "what is there stays");
+        }
+        view.write(449, &page(8)).unwrap();
+        let touched = look.pages().unwrap();
+        for gfn in [25, 300, 301, 449] {
+            assert!(touched.contains(gfn), "{gfn}: {touched:?}");
+        }
+        // The kernel maps pages around one that is read, if they exist.
+        assert!(touched.len() < 64, "{touched:?}");
+        assert!(!touched.contains(220) && !touched.contains(480), "{touched:?}");
+    }
+}
+
+#[test]
+fn private_memory_is_never_dropped_to_look_at_it_whatever_a_region_says() {
+    let mapping = Mapping::anonymous(16).unwrap();
+    let file = Mapping::memfd("test", 16).unwrap();
+    // A region that calls private memory shared.
+    let region = Region { backing: file.region(0, 0).backing, ..mapping.region(0, 0) };
+    // SAFETY: the mappings outlive the view, which nothing else uses.
+    let view = unsafe { GuestView::new(vec![region]) }.unwrap();
+    view.write(3, &page(9)).unwrap();
+    assert!(Touched::begin(&view).unwrap().is_none());
+    let mut back = page(0);
+    view.read(3, &mut back).unwrap();
+    assert_eq!(back, page(9));
 }

@@ -149,7 +149,8 @@ pub(crate) struct Arriving<H: Host> {
     /// To the urgent lane.
     asks: Arc<Mutex<Option<UnboundedSender<u64>>>>,
     urgent_allowed: bool,
-    paging_since: Duration,
+    /// By the pager's clock.
+    resumed_at: Duration,
     loading: Loading,
     runtime: tokio::runtime::Handle,
     machine: Destination,
@@ -185,7 +186,7 @@ impl<H: Host + 'static> Arriving<H> {
             outgoing: None,
             asks: Arc::default(),
             urgent_allowed: false,
-            paging_since: Duration::ZERO,
+            resumed_at: Duration::ZERO,
             loading: Loading::default(),
             runtime,
             machine,
@@ -311,6 +312,7 @@ impl<H: Host + 'static> Arriving<H> {
             DestinationAction::Page(owed) => Some(DestinationEvent::Paging(self.page(owed))),
             DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
             DestinationAction::Resume(permit) => {
+                self.resumed_at = self.pager(Pager::age).unwrap_or_default();
                 let Some(guest) = &mut self.guest else {
                     return Some(DestinationEvent::Resumed(Err("there is no machine".into())));
                 };
@@ -365,7 +367,6 @@ impl<H: Host + 'static> Arriving<H> {
     }
 
     fn page(&mut self, owed: PageSet) -> Result<(), String> {
-        self.paging_since = self.began.elapsed();
         let installer = self.installer.as_ref().ok_or("there is no machine")?;
         let door = self.door.clone();
         let asks = self.asks.clone();
@@ -387,8 +388,11 @@ impl<H: Host + 'static> Arriving<H> {
         match notice {
             Notice::Ask(_) => {}
             Notice::Complete => {
-                let took = self.began.elapsed().saturating_sub(self.paging_since);
-                let fetched = self.pager(|pager| fetch::measured(&pager.waits(), took));
+                let vcpus = self.spec.as_ref().map_or(1, |spec| spec.vcpus);
+                let resumed_at = self.resumed_at;
+                let measured =
+                    |pager: &Pager| fetch::measured(&pager.waits(), pager.age(), vcpus, resumed_at);
+                let fetched = self.pager(measured);
                 self.handle(DestinationEvent::AllHere(fetched.unwrap_or_default()));
             }
             Notice::Broken(why) => self.handle(DestinationEvent::PagingBroken(why)),

@@ -47,8 +47,9 @@ pub(crate) async fn run(
     }
 }
 
-/// What a pager measured, for the source's report.
-pub(crate) fn measured(waits: &Waits, took: Duration) -> Fetched {
+/// What a pager measured, for the source's report: of a machine with `vcpus` that began to run `ran_after` the
+/// pager.
+pub(crate) fn measured(waits: &Waits, took: Duration, vcpus: u32, ran_after: Duration) -> Fetched {
     let nanos = |d: Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
     let at = |quantile| waits.nanos.value_at_quantile(quantile);
     Fetched {
@@ -64,6 +65,7 @@ pub(crate) fn measured(waits: &Waits, took: Duration) -> Fetched {
         wait_max_ns: waits.nanos.max(),
         waited_by_thread_ns: waits.by_thread.iter().map(|(_, wait)| nanos(*wait)).collect(),
         took_ns: nanos(took),
+        full_speed_ns: nanos(waits.waited.full_speed_after(vcpus).saturating_sub(ran_after)),
     }
 }
 

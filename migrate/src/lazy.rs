@@ -20,7 +20,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ferry_bundle::{Chain, Pages};
 use ferry_pager::{Notice, Pager};
@@ -211,7 +211,10 @@ impl Lazy {
         }
         if let Some(pager) = self.take_pager() {
             let took = self.began.elapsed();
-            let measured = paging(&fetch::measured(&pager.waits(), took));
+            let vcpus = self.bundle.spec().vcpus;
+            // Who restores it starts it, and at once.
+            let fetched = fetch::measured(&pager.waits(), took, vcpus, Duration::ZERO);
+            let measured = paging(&fetched);
             drop(pager);
             (self.tell)(LazyEvent::Complete(measured));
         }

@@ -90,13 +90,16 @@ pub struct DowntimeParts {
 pub struct Paging {
     /// From the hand-over until the last page came, ms.
     pub took_ms: f64,
+    /// From the machine's start until its vCPUs waited for pages for less than a tenth of their time, all
+    /// taken together, in any 50 ms that followed, ms: until 90 % of full speed, as far as pages go.
+    pub full_speed_ms: f64,
     /// Touches of pages that were not there.
     pub faults: u64,
     /// Pages that were waited for.
     pub requested: u64,
-    /// Pages that were there before anyone touched them.
+    /// Pages that were pushed in time: there before anyone touched them.
     pub pushed: u64,
-    /// Copies of pages that were there already.
+    /// Copies that were pushed or asked for in vain: of pages that were there already.
     pub late: u64,
     /// Touches of pages that the source never had.
     pub zeros: u64,
@@ -126,6 +129,7 @@ pub(crate) fn paging(fetched: &Fetched) -> Paging {
     let ms = |ns: u64| ns as f64 / 1e6;
     Paging {
         took_ms: ms(fetched.took_ns),
+        full_speed_ms: ms(fetched.full_speed_ns),
         faults: fetched.faults,
         requested: fetched.requested,
         pushed: fetched.pushed,
@@ -172,6 +176,8 @@ pub struct Report {
     pub rounds: u32,
     /// Pages by codec.
     pub pages: PageCounts,
+    /// Pages in the record of the working set: of those that went after the hand-over, the first.
+    pub record_pages: u64,
     /// How pages were fetched after the hand-over, if any were.
     pub paging: Option<Paging>,
     /// Link rate, bytes/s, as last seen.
@@ -204,6 +210,7 @@ impl Report {
             state_bytes: 0,
             rounds: 0,
             pages: PageCounts::default(),
+            record_pages: 0,
             paging: None,
             link_bytes_per_s: 0.0,
             dirty_pages_per_s: 0.0,

@@ -10,7 +10,7 @@
 //!                                  └──────────────── the stop ─────────────────┘
 //! ```
 //!
-//! A machine that is saved for good is paused first, and ends only when its bundle is on the disk. It
+//! A machine that is saved for good is watched for a moment, then paused, and ends only when its bundle is on the disk. It
 //! keeps its permit until then: whatever goes wrong, it goes on here.
 
 use std::path::Path;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ferry_bundle::{BundleError, BundleId, Chain, Committed, Draft, Sum};
+use ferry_bundle::{BundleError, BundleId, Chain, Committed, Draft, RECORD_PAGES, Sum};
 use ferry_memory::{GuestView, MemoryError};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_protocol::RunPermit;
@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::round::{Round, Trackers};
 use crate::tracking::Tracking;
-use crate::{Guest, GuestError, report, send, words};
+use crate::{Guest, GuestError, report, send, tracking, words};
 
 /// So many dirty pages are copied while the guest stands still: a millisecond or two.
 const LAST_PAGES: u64 = 1024;
@@ -35,6 +35,8 @@ const LAST_PAGES: u64 = 1024;
 const MAX_ROUNDS: u32 = 12;
 /// Most that is kept in memory of the last pages: what is more is written while the guest stands still.
 const KEPT_PAGES: u64 = 16384;
+/// How long a machine is watched first: what it touches is its working set.
+const SAMPLE: Duration = Duration::from_millis(100);
 /// How often whoever watches hears of bytes written.
 const TELL_EVERY: Duration = Duration::from_millis(200);
 
@@ -166,6 +168,8 @@ pub struct SaveReport {
     pub data_pages: u64,
     /// Pages in the bundle that are zero, and are not in the base.
     pub zero_pages: u64,
+    /// Pages in the record of the working set.
+    pub record_pages: u64,
     /// Bytes of the bundle's memory.
     pub memory_bytes: u64,
     /// Bytes of vCPU and device state.
@@ -213,6 +217,7 @@ pub fn save(
         pages_in_stop: counts.pages_in_stop,
         data_pages: committed.memory.data_pages,
         zero_pages: committed.memory.zero_pages,
+        record_pages: committed.record_pages,
         memory_bytes: committed.memory.bytes,
         state_bytes: committed.state.bytes,
         memory_digest: committed.memory.digest,
@@ -228,6 +233,18 @@ fn number_of(guest: &mut dyn Guest) -> Result<(BundleId, Duration), SaveError> {
         Ok(()) => Ok((machine, began.elapsed())),
         Err((permit, why)) => Err(SaveError::NotResumed { permit, why, unsaved: None }),
     }
+}
+
+/// The pages that `guest` touches in [`SAMPLE`], and those of them that it writes.
+fn sample(guest: &mut dyn Guest, view: &GuestView) -> Result<[PageSet; 2], String> {
+    let (mut tracking, resident) = Tracking::start(guest, view)?;
+    let look = tracking::look(view);
+    let written = tracking.rearm(&resident).and_then(|()| {
+        std::thread::sleep(SAMPLE);
+        tracking.harvest()
+    });
+    tracking.stop(guest);
+    written.map(|written| [tracking::touched(look), written])
 }
 
 #[derive(Clone, Copy, Default)]
@@ -252,6 +269,11 @@ type Done = (Committed, Duration, Counts);
 
 impl Saving<'_> {
     fn for_good(mut self, guest: &mut dyn Guest) -> Result<Done, SaveError> {
+        match sample(guest, &self.view) {
+            Ok(sampled) => self.draft.record(sampled.iter()),
+            // It is but a hint for the next restore.
+            Err(why) => tracing::warn!("the bundle has no record of the working set: {why}"),
+        }
         let began = Instant::now();
         let permit = guest.pause()?;
         let mut write = || -> Result<Vec<u8>, SaveError> {
@@ -282,13 +304,21 @@ impl Saving<'_> {
     }
 
     fn running(mut self, guest: &mut dyn Guest) -> Result<Done, SaveError> {
+        // It goes on, and pays a fault for each page that it touches again: not for more than a record names.
+        let few = self.view.resident()?.len() <= RECORD_PAGES;
+        let look = if few { tracking::look(&self.view) } else { None };
+        if look.is_some() {
+            // Before anything is copied, which touches it.
+            std::thread::sleep(SAMPLE);
+        }
+        let touched = tracking::touched(look);
         let (mut tracking, resident) =
             Tracking::start(guest, &self.view).map_err(SaveError::Failed)?;
         let taken = self.take(guest, &mut tracking, resident);
         tracking.stop(guest);
         let Taken { machine, state, mut last, stood, harvests } = taken?;
         (self.watch)(SaveEvent::GoesOn(stood));
-        self.draft.record(harvests.iter());
+        self.draft.record([touched].iter().chain(&harvests));
         last.write(&mut self.draft)?;
         (self.watch)(SaveEvent::Syncing);
         let committed = self.draft.commit(machine, &state)?;

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ferry_codec::{CodecSet, is_zero, page_digest};
-use ferry_memory::GuestView;
+use ferry_memory::{GuestView, Touched};
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
 use ferry_protocol::{
     Goals, Hello, Mode, Outcome, PermitStub, Progress, Reattach, RunPermit, Source, SourceAction,
@@ -225,6 +225,10 @@ struct Engine<'a> {
     control: Option<control::Control>,
     sender: Sender<Message>,
     trackers: Trackers,
+    look: Option<Touched>,
+    /// Pages that the guest touched while it was sampled.
+    touched: PageSet,
+    record_pages: u64,
     lanes: Vec<Lane>,
     urgent: Option<JoinHandle<()>>,
     shared: Option<Arc<Shared>>,
@@ -276,6 +280,9 @@ impl<'a> Engine<'a> {
             control: None,
             sender,
             trackers: Arc::default(),
+            look: None,
+            touched: PageSet::new(),
+            record_pages: 0,
             lanes: Vec::new(),
             urgent: None,
             shared: None,
@@ -418,12 +425,15 @@ impl<'a> Engine<'a> {
                 None
             }
             SourceAction::Sample(pages) => {
+                self.look = tracking::look(&self.memory);
                 tracking::rearm(&self.trackers, &pages).err().map(SourceEvent::Failed)
             }
-            SourceAction::Serve { round, owed, record } => {
+            SourceAction::Serve { round, owed, mut record } => {
                 self.spool(&owed);
+                record.push(std::mem::take(&mut self.touched));
                 let limit = self.options.bandwidth_bytes_per_s;
                 let serving = Arc::new(Serving::new(round, owed, &record, limit));
+                self.record_pages = self.record_pages.max(serving.record_pages());
                 if let Some(shared) = &self.shared {
                     shared.serving.send_replace(Some(serving));
                 }
@@ -550,6 +560,8 @@ impl<'a> Engine<'a> {
     }
 
     fn harvest(&mut self) -> SourceEvent {
+        // Before anything is copied, which touches it.
+        self.touched.union_with(&tracking::touched(self.look.take()));
         let mut pages = PageSet::new();
         if let Err(why) = tracking::harvest(&self.trackers, &mut pages) {
             // The migration ends.
@@ -678,6 +690,7 @@ impl<'a> Engine<'a> {
             // What is served after the hand-over goes under a number of its own.
             rounds: self.machine.rounds() - u32::from(self.machine.is_post_copy()),
             pages: self.pages,
+            record_pages: self.record_pages,
             paging: self.machine.fetched().map(report::paging),
             link_bytes_per_s: link_rate,
             dirty_pages_per_s: self.dirty_rate.pages_per_s(),

@@ -38,6 +38,8 @@ pub(crate) const ACK: u8 = 0x06;
 pub(crate) struct Serving {
     round: u32,
     owed: PageSet,
+    /// Pages of the record.
+    record_pages: u64,
     queue: Mutex<PushQueue>,
     pace: Mutex<PushPace>,
     /// What was sent since the hand-over.
@@ -51,15 +53,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Serving {
     /// `owed`, sent under the number `round`, those in `record` first; `limit` in bytes a second.
     pub(crate) fn new(round: u32, owed: PageSet, record: &[PageSet], limit: Option<u64>) -> Self {
+        let mut named = PageSet::new();
+        record.iter().for_each(|pages| named.union_with(pages));
+        named.intersect_with(&owed);
         let record: Vec<Run> = record.iter().flat_map(PageSet::runs).collect();
         let queue = Mutex::new(PushQueue::new(owed.clone(), record));
         let (pace, sent) = (Mutex::new(PushPace::new(limit)), Mutex::default());
-        Self { round, owed, queue, pace, sent }
+        Self { round, owed, record_pages: named.len(), queue, pace, sent }
     }
 
     /// Pages sent since the hand-over, by codec.
     pub(crate) fn pages(&self) -> PageCounts {
         *lock(&self.sent)
+    }
+
+    /// How many of the owed pages are in the record.
+    pub(crate) fn record_pages(&self) -> u64 {
+        self.record_pages
     }
 
     /// The link's rate as the pushes see it, bytes/s.

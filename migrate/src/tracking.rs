@@ -3,7 +3,7 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use ferry_dirtylog::DirtySource;
-use ferry_memory::GuestView;
+use ferry_memory::{GuestView, Touched};
 use ferry_pages::PageSet;
 
 use crate::round::Trackers;
@@ -67,6 +67,24 @@ pub(crate) fn stop(trackers: &Trackers) {
             tracing::warn!("{}", words(&e));
         }
     }
+}
+
+/// Begins to look at what the guest touches, be it only to read, if its memory allows that. It is but a hint
+/// for what to send or to restore first: without it, all goes on.
+pub(crate) fn look(view: &GuestView) -> Option<Touched> {
+    Touched::begin(view).unwrap_or_else(|e| {
+        tracing::warn!("the working set is without pages that are only read: {}", words(&e));
+        None
+    })
+}
+
+/// What was touched since `look`; nothing where there was none.
+pub(crate) fn touched(look: Option<Touched>) -> PageSet {
+    let pages = look.map_or_else(|| Ok(PageSet::new()), |look| look.pages());
+    pages.unwrap_or_else(|e| {
+        tracing::warn!("the working set is without pages that are only read: {}", words(&e));
+        PageSet::new()
+    })
 }
 
 impl Tracking {

@@ -15,6 +15,8 @@ use std::time::Duration;
 use ferry_pages::{PageSet, Run};
 use hdrhistogram::Histogram;
 
+use crate::WaitedTime;
+
 /// What to do about a touch of an absent page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -98,6 +100,7 @@ pub struct Demand {
     waiting: HashMap<u64, Waiting>,
     next_order: u64,
     waits: BTreeMap<u32, Duration>,
+    waited: WaitedTime,
     /// Each wait that has ended, ns.
     nanos: Histogram<u64>,
     counts: DemandCounts,
@@ -118,6 +121,7 @@ impl Demand {
             waiting: HashMap::new(),
             next_order: 0,
             waits: BTreeMap::new(),
+            waited: WaitedTime::default(),
             nanos: Histogram::new_with_max(LONGEST_NS, 3)
                 .unwrap_or_else(|_| unreachable!("bounds are constants")),
             counts: DemandCounts::default(),
@@ -179,6 +183,7 @@ impl Demand {
         };
         for (waiter, since) in std::iter::once(&first).chain(&more) {
             *self.waits.entry(*waiter).or_default() += now.saturating_sub(*since);
+            self.waited.add(*since, now);
         }
         let (waiter, since) = first;
         let wait = now.saturating_sub(since);
@@ -282,6 +287,11 @@ impl Demand {
     /// How long the first thread to want each page waited for it, ns; of waits that have ended.
     pub fn wait_nanos(&self) -> &Histogram<u64> {
         &self.nanos
+    }
+
+    /// When threads waited, in all waits that have ended.
+    pub fn waited(&self) -> &WaitedTime {
+        &self.waited
     }
 
     /// How long each thread has waited in all its waits that have ended, by thread.

@@ -16,8 +16,10 @@ mod demand;
 mod ledger;
 mod pace;
 mod push;
+mod waited;
 
 pub use demand::{Admit, Demand, DemandCounts, Fault, Waited};
 pub use ledger::{Admission, CHUNK_PAGES, ChunkLedger, by_chunk};
 pub use pace::PushPace;
 pub use push::PushQueue;
+pub use waited::WaitedTime;

@@ -20,8 +20,19 @@
 //! all, the rate exceeds that by a share that doubles in each window, from 1/32 to 1: the fast start, and
 //! the way to a link that became faster.
 //!
-//! What it cannot see: an acknowledgement that is late because its reader was. It looks like a queue where
-//! *all* of a window's are late by more than the target, and the link is then not filled.
+//! # Late threads
+//! An acknowledgement may be late because a thread was: its reader's at the destination, or the one that
+//! calls this. On a host whose CPUs are busy that is milliseconds, again and again. One thing tells the two
+//! apart: a link never delivers faster than it carries, while a thread that comes late finds all that came
+//! meanwhile. So acknowledgements in a *bunch*, closer together than a quarter of what their bytes take on
+//! the link, prove that somebody was late, by what they would have taken. While that is more than the target:
+//!
+//! - so much more may be in flight, or the next bunch would prove no more than is let onto the link;
+//! - a window ends behind a bunch: the last one of it is in time, if any is;
+//! - the queue is the middle one of five windows', the capacity the best of theirs: a window may be spoilt;
+//! - a sender that was late makes up for half of that.
+//!
+//! What it cannot see: a thread that is late for every single acknowledgement. That looks like a queue.
 
 use std::time::Duration;
 
@@ -38,6 +49,13 @@ const SHORTEST_WINDOW_S: f64 = 5e-3;
 const PERIOD_S: f64 = 5.0;
 /// Without an acknowledgement for this long (or for four round trips), those on the way are lost.
 const SILENCE_S: f64 = 1.0;
+/// How many windows a queue is judged by: by the middle one, since late threads spoil some of them.
+const JUDGED_WINDOWS: usize = 5;
+/// More is never let into flight for late threads than the link carries in this, in seconds; and a window
+/// that is longer is not spoilt.
+const LATEST_S: f64 = 10e-3;
+/// That threads were late is forgotten in about this, in seconds.
+const LATE_FORGOTTEN_S: f64 = 50e-3;
 /// The background gives way to urgent pages for no longer than this after they were sent, in seconds.
 const LONGEST_DEBT_S: f64 = 0.1;
 /// The least wait for room on the link, in seconds.
@@ -72,6 +90,11 @@ pub struct PushPace {
     silent: bool,
     round_trip: f64,
     window: Window,
+    /// The last ones' queues in seconds and rates in bytes per second, the latest first.
+    judged: [(f64, f64); JUDGED_WINDOWS],
+    bunch: Bunch,
+    /// Twice as long as threads were seen to be late lately, in seconds.
+    late: f64,
     /// The smallest round trips of this period and the one before.
     periods: [Smallest; 2],
     period_began: f64,
@@ -81,14 +104,28 @@ pub struct PushPace {
 /// What was seen since the rate was last set.
 #[derive(Clone, Copy, Debug)]
 struct Window {
-    /// When, by an acknowledgement; none: before the first.
-    began: Option<f64>,
+    /// When, by an acknowledgement, and when its batch was sent; none: before the first.
+    began: Option<(f64, f64)>,
+    /// The same of its last.
+    ended: (f64, f64),
     bytes: f64,
     /// Least queue in its second half: the first half tells of the rate before.
     queue: f64,
 }
 
-const NEW_WINDOW: Window = Window { began: None, bytes: 0.0, queue: f64::INFINITY };
+const NEW_WINDOW: Window =
+    Window { began: None, ended: (0.0, 0.0), bytes: 0.0, queue: f64::INFINITY };
+
+/// Acknowledgements that came faster than the link carries.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bunch {
+    began: f64,
+    /// All but the first one's.
+    bytes: f64,
+}
+
+/// No queue, and no rate.
+const NOTHING_JUDGED: (f64, f64) = (0.0, 0.0);
 
 /// The smallest round trip of a period.
 #[derive(Clone, Copy, Debug)]
@@ -120,6 +157,9 @@ impl PushPace {
             silent: false,
             round_trip: 0.0,
             window: NEW_WINDOW,
+            judged: [NOTHING_JUDGED; JUDGED_WINDOWS],
+            bunch: Bunch::default(),
+            late: 0.0,
             periods: [NONE_YET; 2],
             period_began: 0.0,
             drain: false,
@@ -134,7 +174,7 @@ impl PushPace {
         }
         // What the link needs, with a queue of twice the target: a bound on the queue of a link that
         // became slow.
-        let needs_s = self.base() + 2.0 * self.target();
+        let needs_s = self.base() + (2.0 * self.target()).max(self.late);
         let room = self.rate.max(self.capacity) * needs_s + bytes as f64;
         let excess = self.in_flight as f64 - room;
         if self.in_flight > 0 && excess > 0.0 && !self.silent {
@@ -168,6 +208,7 @@ impl PushPace {
     pub fn acked(&mut self, now: Duration, bytes: u64, round_trip: Duration) {
         let now = self.settle(now);
         let round_trip = round_trip.as_secs_f64().max(1e-6);
+        let (heard_at, sent_at) = (self.heard_at, now - round_trip);
         self.in_flight = self.in_flight.saturating_sub(bytes);
         self.heard_at = now;
         self.silent = false;
@@ -178,23 +219,31 @@ impl PushPace {
         self.capacity = if self.measured { self.capacity.max(proven) } else { proven };
         self.measured = true;
         self.note_round_trip(now, bytes, round_trip);
+        let takes = bytes / self.capacity;
+        let bunched = now - heard_at < (takes / 4.0).min(TARGET_S);
+        self.note_bunch(now, bytes, bunched);
 
-        let Some(began) = self.window.began else {
-            self.window = Window { began: Some(now), ..NEW_WINDOW };
+        // A round trip; of a long queue, enough to see that it is long.
+        let enough = self.base() + takes + 4.0 * self.target();
+        let least = SHORTEST_WINDOW_S.max(round_trip.min(enough));
+        let Some((mut began, _)) = self.window.began else {
+            self.window = Window { began: Some((now, sent_at)), ..NEW_WINDOW };
             return;
         };
+        // Only the last of a bunch may be in time, and which is the last shows by the next.
+        let late = self.late > self.target();
+        if late && !bunched && self.window.ended.0 - began >= least {
+            began = self.window.ended.0;
+            self.end_window();
+        }
         self.window.bytes += bytes;
-        // A round trip; of a long queue, enough to see that it is long.
-        let enough = self.base() + bytes / self.capacity + 4.0 * self.target();
-        let least = SHORTEST_WINDOW_S.max(round_trip.min(enough));
-        let elapsed = now - began;
-        if elapsed >= least / 2.0 {
-            let queue = round_trip - bytes / self.capacity - self.base();
+        self.window.ended = (now, sent_at);
+        if now - began >= least / 2.0 {
+            let queue = round_trip - takes - self.base();
             self.window.queue = self.window.queue.min(queue.max(0.0));
         }
-        if elapsed >= least {
-            self.set_rate(elapsed);
-            self.window = Window { began: Some(now), ..NEW_WINDOW };
+        if !late && now - began >= least {
+            self.end_window();
         }
     }
 
@@ -208,16 +257,32 @@ impl PushPace {
         whole(self.capacity)
     }
 
-    /// Ends a window that took `elapsed` seconds.
-    fn set_rate(&mut self, elapsed: f64) {
-        let (queue, target) = (self.window.queue, self.target());
-        let measured = self.window.bytes / elapsed;
+    /// Ends a window, sets the rate by what it tells, and begins the next.
+    fn end_window(&mut self) {
+        let Window { began, ended, bytes, queue } = self.window;
+        self.window = Window { began: Some(ended), ..NEW_WINDOW };
+        let began = began.unwrap_or(ended);
+        let elapsed = ended.0 - began.0;
+        // What waited for a late thread had come earlier, but no sooner than it was sent.
+        let late = (ended.1 - began.1 - elapsed).clamp(0.0, self.late);
+        let measured = bytes / (elapsed + late);
+        if self.late < self.target() || elapsed > LATEST_S {
+            // Nobody was late, or not for all of a window so long.
+            self.judged = [(queue, measured); JUDGED_WINDOWS];
+        }
+        self.judged.rotate_right(1);
+        self.judged[0] = (queue, measured);
+        let target = self.target();
+        let mut queues = self.judged.map(|(queue, _)| queue);
+        queues.sort_unstable_by(f64::total_cmp);
+        let queue = queues[JUDGED_WINDOWS / 2];
         if measured > self.capacity {
             self.capacity = measured;
         } else if queue > target {
             // The link was busy, so this is all that it carries. Without a queue it may be the sender
             // that was slow.
-            self.capacity = measured.max(self.capacity / 2.0).max(self.floor());
+            let most = self.judged.iter().map(|(_, rate)| *rate).fold(measured, f64::max);
+            self.capacity = most.min(self.capacity).max(self.capacity / 2.0).max(self.floor());
         }
         self.boost =
             if queue < target / 8.0 { (self.boost * 2.0).clamp(1.0 / 32.0, 1.0) } else { 0.0 };
@@ -225,6 +290,20 @@ impl PushPace {
         let steered = (1.0 + self.boost + correction).clamp(0.5, 2.0);
         let gain = if std::mem::take(&mut self.drain) { 0.5 } else { steered };
         self.rate = (self.capacity * gain).max(FLOOR).min(self.limit.unwrap_or(f64::INFINITY));
+    }
+
+    /// A link does not deliver faster than it carries: of a bunch, the first was here for as long as the
+    /// others took, and somebody was late to see it.
+    fn note_bunch(&mut self, now: f64, bytes: f64, bunched: bool) {
+        if bunched {
+            self.bunch.bytes += bytes;
+            let late = self.bunch.bytes / self.capacity - (now - self.bunch.began);
+            // A bunch is no longer than what was let onto the link: the next may show more.
+            self.late = self.late.max((2.0 * late).min(LATEST_S));
+        } else {
+            self.late *= (-(now - self.bunch.began) / LATE_FORGOTTEN_S).exp();
+            self.bunch = Bunch { began: now, bytes: 0.0 };
+        }
     }
 
     fn note_round_trip(&mut self, now: f64, bytes: f64, round_trip: f64) {
@@ -248,6 +327,8 @@ impl PushPace {
         self.rate = self.floor();
         self.boost = 1.0;
         self.window = NEW_WINDOW;
+        self.judged = [NOTHING_JUDGED; JUDGED_WINDOWS];
+        self.late = 0.0;
         self.periods = [NONE_YET; 2];
         self.period_began = now;
     }
@@ -273,8 +354,9 @@ impl PushPace {
     /// Brings the tokens up to `now`, which it returns in seconds.
     fn settle(&mut self, now: Duration) -> f64 {
         let now = now.as_secs_f64().max(self.settled_at);
-        // A burst after a silence adds no more than the target to the queue.
-        let most = self.rate * self.target();
+        // A burst after a silence adds no more than the target to the queue. Where threads are late, the
+        // sender is as well, and makes up for it.
+        let most = self.rate * self.target().max(self.late / 2.0);
         self.tokens = (self.tokens + (now - self.settled_at) * self.rate).min(most);
         self.settled_at = now;
         now

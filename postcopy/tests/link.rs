@@ -30,6 +30,11 @@ struct Load {
     jitter_s: f64,
     /// Whoever sees acknowledgements is away for up to so much of each 10 ms.
     away_s: f64,
+    /// Whoever sees acknowledgements wakes so late, at least and at most, when the first comes, and sees all
+    /// that came meanwhile.
+    ack_wakes_s: [f64; 2],
+    /// So late does a sender that waits, for an acknowledgement or the time to send.
+    sender_wakes_s: [f64; 2],
 }
 
 #[derive(Debug)]
@@ -46,18 +51,24 @@ struct Simulation {
     pace: PushPace,
     link: Link,
     now: f64,
+    /// When whoever sees acknowledgements is awake.
+    awake_at: f64,
     seed: u64,
 }
 
 impl Simulation {
     fn new(limit: Option<u64>, bytes_per_s: f64, delay_s: f64) -> Self {
         let link = Link { bytes_per_s, delay_s, free_at: 0.0, acks: VecDeque::new(), deaf: false };
-        Self { pace: PushPace::new(limit), link, now: 0.0, seed: 7 }
+        Self { pace: PushPace::new(limit), link, now: 0.0, awake_at: 0.0, seed: 7 }
     }
 
     fn random(&mut self) -> f64 {
         self.seed = self.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (self.seed >> 40) as f64 / (1 << 24) as f64
+    }
+
+    fn between(&mut self, [least, most]: [f64; 2]) -> f64 {
+        least + (most - least) * self.random()
     }
 
     /// Puts `bytes` on the link; when their acknowledgement comes.
@@ -73,6 +84,10 @@ impl Simulation {
             let turn = (seen_at / 0.01).floor();
             seen_at = seen_at.max(turn * 0.01 + load.away_s * (turn * 0.618).fract());
         }
+        if seen_at > self.awake_at {
+            self.awake_at = seen_at + self.between(load.ack_wakes_s);
+        }
+        seen_at = seen_at.max(self.awake_at);
         self.link.acks.back().map_or(seen_at, |last| seen_at.max(last.0))
     }
 
@@ -81,11 +96,13 @@ impl Simulation {
         let (began, end) = (self.now, self.now + seconds);
         let (mut ask_at, mut look_at) = (self.now, self.now);
         let mut urgent_at = load.urgent_every_s.map(|every| self.now + every);
+        let mut asleep_until = self.now;
         let (mut queue_sum, mut looks, mut worst) = (0.0, 0.0, 0.0_f64);
         let (mut pushed, mut urgent) = (0, 0);
         let backlog_before = (self.link.free_at - self.now).max(0.0);
         loop {
-            let ack_at = self.link.acks.front().map_or(f64::INFINITY, |ack| ack.0);
+            let ack_at =
+                self.link.acks.front().map_or(f64::INFINITY, |ack| ack.0.max(asleep_until));
             let next = ack_at.min(ask_at).min(look_at).min(urgent_at.unwrap_or(f64::INFINITY));
             if next >= end {
                 break;
@@ -122,6 +139,12 @@ impl Simulation {
                     }
                 } else {
                     ask_at = self.now + wait.as_secs_f64() + load.oversleep_s;
+                    if load.sender_wakes_s != [0.0; 2] {
+                        let woken_at =
+                            self.link.acks.front().map_or(ask_at, |ack| ack.0.min(ask_at));
+                        ask_at = woken_at.max(self.now) + self.between(load.sender_wakes_s);
+                        asleep_until = ask_at;
+                    }
                 }
             }
         }
@@ -167,6 +190,46 @@ fn a_link_is_filled_and_an_urgent_page_finds_a_short_queue() {
             assert!(seen.mean_queue_s < most_s, "{link} link, {name}: {seen:?}");
         }
     }
+}
+
+#[test]
+fn threads_that_wake_late_are_not_taken_for_a_queue() {
+    let late = |ack_wakes_s| Load { ack_wakes_s, ..Load::default() };
+    for (link, gbit, delay_s, mean_s) in LINKS {
+        for (name, load) in [("late", late([1e-3, 10e-3])), ("a bit late", late([0.0, 5e-3]))] {
+            let mut simulation = Simulation::new(None, gbit * GBIT, delay_s);
+            simulation.run(2.0, load);
+            let seen = simulation.run(20.0, load);
+            assert!(seen.used > 0.7, "{link} link, {name}: {seen:?}");
+            // A tenth of what threads are late by, at most.
+            assert!(seen.mean_queue_s < mean_s + 0.5e-3, "{link} link, {name}: {seen:?}");
+        }
+    }
+}
+
+#[test]
+fn a_link_that_becomes_slower_is_followed_while_threads_wake_late() {
+    let load = Load { ack_wakes_s: [1e-3, 10e-3], ..Load::default() };
+    for (link, gbit, delay_s, mean_s) in LINKS {
+        let mut simulation = Simulation::new(None, gbit * GBIT, delay_s);
+        simulation.run(3.0, load);
+        simulation.link.bytes_per_s = 0.1 * gbit * GBIT;
+        simulation.run(2.0, load);
+        let seen = simulation.run(2.0, load);
+        assert!(seen.used > 0.3, "{link} link: {seen:?}");
+        let batch_s = BATCH as f64 / simulation.link.bytes_per_s;
+        assert!(seen.mean_queue_s < mean_s + batch_s, "{link} link: {seen:?}");
+    }
+}
+
+#[test]
+fn a_sender_that_wakes_late_makes_up_for_some_of_it() {
+    let load = Load { ack_wakes_s: [0.0, 5e-3], sender_wakes_s: [0.0, 3e-3], ..Load::default() };
+    let mut simulation = Simulation::new(None, GBIT, 50e-6);
+    simulation.run(2.0, load);
+    let seen = simulation.run(20.0, load);
+    assert!(seen.used > 0.2, "{seen:?}");
+    assert!(seen.mean_queue_s < 1e-3, "{seen:?}");
 }
 
 #[test]

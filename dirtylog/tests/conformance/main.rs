@@ -26,6 +26,7 @@ macro_rules! held_by {
                 untouched_pages_stay_untouched
                 tracking_starts_again_after_it_stopped
                 tracking_ends_when_the_tracker_is_dropped
+                a_look_at_what_is_touched_hides_no_write
             );
         }
     )* };
@@ -48,6 +49,7 @@ held_by! {
     kvm_bitmap_memfd => KvmMachine::new(Rings::None, true, KvmMachine::bitmap);
     kvm_bitmap_without_manual_protect => KvmMachine::new(Rings::None, false, KvmMachine::plain_bitmap);
     kvm_ring => KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring);
+    kvm_ring_memfd => KvmMachine::new(Rings::Of(1024), true, KvmMachine::ring);
     kvm_ring_in_ring_0 => ring_0();
     kvm_uffd_private => KvmMachine::new(Rings::None, false, KvmMachine::write_protected);
     kvm_uffd_memfd => KvmMachine::new(Rings::None, true, KvmMachine::write_protected);

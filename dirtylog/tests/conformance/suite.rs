@@ -268,3 +268,21 @@ fn offset(gfn: u64) -> usize {
 fn total_bytes() -> usize {
     usize::try_from(all().len()).unwrap() * PAGE_BYTES
 }
+
+pub(crate) fn a_look_at_what_is_touched_hides_no_write(machine: &mut impl Machine) {
+    machine.write(&EXTENTS);
+    let mut source = started(machine);
+    machine.write(&sparse());
+    // Private memory cannot be looked at.
+    let Some(look) = ferry_memory::Touched::begin(machine.view()).unwrap() else { return };
+    let touched = Run::new(EXTENTS[0].start + 5, 100);
+    machine.write(&[touched]);
+    assert_eq!(look.pages().unwrap(), [touched].into_iter().collect());
+    let reported = collect(source.as_mut());
+    assert_eq!(reported, sparse().into_iter().chain([touched]).collect());
+    source.rearm(&reported).unwrap();
+    // Nor does it make writes of what nobody wrote, or later.
+    assert!(collect(source.as_mut()).is_empty());
+    machine.write(&EXTENTS);
+    assert_eq!(collect(source.as_mut()), all());
+}

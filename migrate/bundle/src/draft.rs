@@ -51,6 +51,8 @@ pub struct Committed {
     pub memory: MemoryPart,
     /// Its state.
     pub state: StatePart,
+    /// Pages in the record of its working set.
+    pub record_pages: u64,
 }
 
 impl Draft {
@@ -152,7 +154,7 @@ impl Draft {
         Ok(())
     }
 
-    /// The guest wrote these pages while it was saved, the last set of them last: the latest of them are
+    /// The guest touched these pages while it was saved, the last set of them last: the latest of them are
     /// the record of its working set.
     pub fn record<'a>(&mut self, harvests: impl DoubleEndedIterator<Item = &'a PageSet>) {
         self.record = record::latest_first(harvests);
@@ -240,7 +242,8 @@ impl Draft {
         self.committed = true;
         self.lock.sync_all().map_err(BundleError::io("sync", &self.dir))?;
         remove_others(&self.dir, Some(self.token));
-        Ok(Committed { id, memory, state: state_part })
+        let record_pages = self.record.iter().map(|run| run.pages).sum();
+        Ok(Committed { id, memory, state: state_part, record_pages })
     }
 
     /// Writes what is left, and the index; syncs.

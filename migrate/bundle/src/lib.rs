@@ -17,8 +17,8 @@
 //! **The index** says of each run of pages in which frame it is and where in it, with the digest of each
 //! page, or that it is zero. A page that no index has reads as zeros: untouched memory takes no room.
 //!
-//! **The record** names the pages that the guest wrote last, the latest first, for a reader that brings
-//! pages while the machine runs already. A bundle may have none; those of version 1 have none.
+//! **The record** names the pages that the guest wrote last, the latest first, then those that it only
+//! read, as far as they are known: for a reader that brings pages while the machine runs already. A bundle may have none; those of version 1 have none.
 //!
 //! **A chain**: a bundle may name a *base*, by the base's id. It then holds only pages whose digest is
 //! not the base's (a page that became zero is held as such). Digests are compared, not a dirty log: the

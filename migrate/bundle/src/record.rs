@@ -1,8 +1,8 @@
-//! The record of a working set: the pages that the guest wrote last. They are what it touches first when
-//! it goes on.
+//! The record of a working set: the pages that the guest touched last. They are what it touches first
+//! when it goes on.
 //!
 //! ```text
-//!  runs × { first frame u64, pages u64 }   disjoint, the latest written first
+//!  runs × { first frame u64, pages u64 }   disjoint, the latest touched first
 //! ```
 //! All little endian.
 

@@ -111,6 +111,9 @@ pub struct Fetched {
     pub waited_by_thread_ns: Vec<u64>,
     /// From the pager's start until the last page came, ns.
     pub took_ns: u64,
+    /// From the machine's start until its vCPUs waited for pages for less than a tenth of their time in any
+    /// 50 ms that followed, ns.
+    pub full_speed_ns: u64,
 }
 
 /// When the parts of the switchover happened, since the start of the migration.

@@ -145,6 +145,11 @@ impl Pager {
         self.shared.ledger().demand.outstanding().collect()
     }
 
+    /// Time since its start, by the clock of [`Waits::waited`].
+    pub fn age(&self) -> Duration {
+        self.shared.began.elapsed()
+    }
+
     /// What was measured so far.
     pub fn waits(&self) -> Waits {
         let ledger = self.shared.ledger();
@@ -152,6 +157,7 @@ impl Pager {
             counts: ledger.demand.counts(),
             nanos: ledger.demand.wait_nanos().clone(),
             by_thread: ledger.demand.waits().collect(),
+            waited: ledger.demand.waited().clone(),
         }
     }
 }

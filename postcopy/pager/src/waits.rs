@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferry_postcopy::DemandCounts;
+use ferry_postcopy::{DemandCounts, WaitedTime};
 use hdrhistogram::Histogram;
 
 /// What a pager measured.
@@ -14,4 +14,6 @@ pub struct Waits {
     pub nanos: Histogram<u64>,
     /// All waits of each thread together, by the thread's number in the system.
     pub by_thread: Vec<(u32, Duration)>,
+    /// When threads waited, since the pager's start.
+    pub waited: WaitedTime,
 }

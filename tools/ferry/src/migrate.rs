@@ -217,10 +217,19 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         );
         let _ = writeln!(
             out,
-            "            {} pages were there before they were touched; all were after {:.2} s ({} came twice)",
+            "            {} pages were there before they were touched ({} of the working set went first); all were after {:.2} s ({} came twice)",
             HumanCount(p.pushed),
+            HumanCount(r.record_pages),
             p.took_ms / 1e3,
             HumanCount(p.late)
+        );
+        let waited: Vec<String> =
+            p.waited_by_thread_ms.iter().map(|ms| format!("{:.2}", ms / 1e3)).collect();
+        let _ = writeln!(
+            out,
+            "            vCPUs waited for {} s; at 90 % of full speed after {:.2} s",
+            if waited.is_empty() { "0".into() } else { waited.join(", ") },
+            p.full_speed_ms / 1e3
         );
     }
     let _ = writeln!(

@@ -103,13 +103,14 @@ fn words(paging: &Paging) -> String {
     let wait = &paging.wait_ms;
     format!(
         "all pages are here after {:.0} ms: {} came before they were touched, {} were waited for ({} faults): {:.2} \
-         ms median, {:.2} p99, {:.2} longest",
+         ms median, {:.2} p99, {:.2} longest; at 90 % of full speed after {:.0} ms",
         paging.took_ms,
         HumanCount(paging.pushed),
         HumanCount(paging.requested),
         HumanCount(paging.faults),
         wait.p50,
         wait.p99,
-        wait.max
+        wait.max,
+        paging.full_speed_ms
     )
 }

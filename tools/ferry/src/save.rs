@@ -62,12 +62,13 @@ fn words(r: &SaveReport, args: &Save) -> String {
     };
     let base = r.base.map_or_else(String::new, |base| format!("\n  base    {base}"));
     format!(
-        "{head}\n  bundle  {}{base}\n  pages   {} of data, {} read in {} rounds, {} of them in the stop\n  size    {} of memory, {} of state\n",
+        "{head}\n  bundle  {}{base}\n  pages   {} of data, {} read in {} rounds, {} of them in the stop\n  record  {} pages in use: a lazy restore brings them first\n  size    {} of memory, {} of state\n",
         r.id,
         HumanCount(r.data_pages),
         HumanCount(r.pages_read),
         r.rounds,
         HumanCount(r.pages_in_stop),
+        HumanCount(r.record_pages),
         HumanBytes(r.memory_bytes),
         HumanBytes(r.state_bytes),
     )

@@ -17,7 +17,8 @@ use ferry_process_guest::Tracker;
 use tempfile::TempDir;
 
 use crate::stage::{
-    DRAINED_BY_SAVE, Faults, Kind, Kvm, Maker, Process, Subject, Watched, Witness, goes_on, has_kvm,
+    DRAINED_BY_SAVE, Faults, Kind, Kvm, Maker, Process, SharedMemory, Subject, Watched, Witness,
+    goes_on, has_kvm,
 };
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -224,6 +225,10 @@ impl Check for ForGood {
         assert!(!report.runs_on && !guest.runs());
         assert_eq!(digest(&guest.memory()), report.memory_digest.0);
         guest.pause().expect_err("its permit ended with it");
+        let record: u64 =
+            Chain::open(&here, &[]).unwrap().record().iter().map(|run| run.pages).sum();
+        assert_eq!(record, report.record_pages);
+        assert!(record > 0, "a busy guest writes while it is watched");
         run_on(restored(maker, &here, report.memory_digest.0));
     }
 }
@@ -311,4 +316,20 @@ fn a_guest_that_would_stand_still_for_too_long_is_not_saved_and_runs_on() {
     saved(&mut guest, &here, None, false).unwrap();
     let options = SaveOptions { stop: true, ..options };
     save(&mut guest, &here, &options, &SaveCanceller::default(), &mut |_| {}).unwrap();
+}
+
+#[test]
+fn pages_that_are_only_read_are_in_the_record_of_a_machine_with_shared_memory() {
+    let dir = TempDir::new().unwrap();
+    let read = Run::new(3000, 200);
+    for stop in [false, true] {
+        let here = dir.path().join(format!("{stop}"));
+        let guest = process(Tracker::UffdWriteProtect).busy_guest();
+        let mut guest = SharedMemory::new(guest, read);
+        let report = saved(&mut guest, &here, None, stop).unwrap();
+        let record: PageSet = Chain::open(&here, &[]).unwrap().record().iter().copied().collect();
+        assert_eq!(record.count_in(read), read.pages, "stop: {stop}");
+        // The kernel may map some pages around those that are read.
+        assert!(report.record_pages < read.pages + 64, "stop: {stop}: {}", report.record_pages);
+    }
 }

@@ -10,13 +10,14 @@ use ferry_migrate::{
     Arrival, Canceller, Guest, Left, Mode, OutcomeKind, ReceiveEvent, SendOptions, Sent,
     Whereabouts,
 };
+use ferry_pages::Run;
 use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
 use ferry_protocol::{ToDestination, ToSource};
 use ferry_refvmm::DirtyLog;
 
 use crate::stage::{
-    Deal, Destination, Dice, Kvm, Link, Maker, Process, Relay, Subject, Watched, WatchedHost,
-    Witness, Word, eventually, goes_on, has_kvm, migrate,
+    Deal, Destination, Dice, Kvm, Link, Maker, Process, Relay, SharedMemory, Subject, Watched,
+    WatchedHost, Witness, Word, eventually, goes_on, has_kvm, migrate,
 };
 use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, options};
 
@@ -55,6 +56,11 @@ fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
             assert!(paging.pushed + paging.requested >= ARENA_PAGES, "{paging:?}");
             assert!(paging.requested > 0, "who comes to every page waits for some: {paging:?}");
         }
+        // It is told in steps of 10 ms. Who waits for a fifth of all time is slow some time.
+        assert!(paging.full_speed_ms <= paging.took_ms + 10.0, "{paging:?}");
+        let waited_ms: f64 = paging.waited_by_thread_ms.iter().sum();
+        let slow = waited_ms > 0.2 * paging.took_ms * f64::from(source.spec().vcpus);
+        assert!(!slow || paging.full_speed_ms > 0.0, "{paging:?}");
         let (arrived, arrival) = destination.arrival().expect("a machine");
         assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
         assert_eq!(witness.running(), 1);
@@ -299,4 +305,16 @@ fn a_destination_that_refuses_a_post_copy_commit_leaves_the_machine_at_its_sourc
     let sent = migrate(&mut at.source, &at.destination.connector, &by(Mode::PostCopy));
     assert_completed(&sent);
     goes_on(&at.destination.arrival().expect("a machine").0, ARENA_PAGES);
+}
+
+#[test]
+fn pages_that_are_only_read_go_first_after_the_hand_over_of_shared_memory() {
+    let read = Run::new(500, 200);
+    let mut source = SharedMemory::new(process().busy_guest(), read);
+    let host = WatchedHost { host: process().host(), witness: Witness::new() };
+    let destination = Destination::start(Link::Memory, host);
+    let sent = migrate(&mut source, &destination.connector, &by(Mode::PostCopy));
+    assert_completed(&sent);
+    let first = sent.report.record_pages;
+    assert!((read.pages..read.pages + 64).contains(&first), "{first}");
 }

@@ -6,11 +6,13 @@
 mod field;
 mod guests;
 mod relay;
+mod shared;
 mod watched;
 
 pub use field::{Destination, Link, Links, migrate};
 pub use guests::{Kind, Kvm, Maker, Process, Subject, has_kvm};
 pub use relay::{Deal, Relay, Word, pass};
+pub use shared::SharedMemory;
 pub use watched::{DRAINED_BY_SAVE, Debts, Faults, Watched, WatchedHost, Witness};
 
 use std::time::{Duration, Instant};
