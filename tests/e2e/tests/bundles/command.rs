@@ -88,7 +88,10 @@ fn a_chain_is_shown_verified_and_merged_to_the_same_machine() {
     let hosts = Hosts::new();
     let host = &hosts.source;
     let dirs = ["0", "1", "2"].map(|n| hosts.path(n));
-    let _runner = host.boot("m", PROCESS, &[]);
+    let cmdline = "pattern=working-set set=1M rate=2000 arena=16M fill=all random=60";
+    let _runner = host.boot("m", PROCESS, &["--cmdline", cmdline]);
+    // All of its arena is filled before it begins.
+    host.works("m");
     host.run(&["save", "m", path(&dirs[0])]).succeeded();
     for pair in dirs.windows(2) {
         host.works("m");
