@@ -21,6 +21,31 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// memory that is not in whole huge pages
+    #[error(
+        "guest memory of {pages} pages of 4 KiB is not in whole huge pages of 2 MiB: give the machine a multiple \
+         of 2 MiB, or no huge pages"
+    )]
+    NotHuge {
+        /// How many pages of 4 KiB.
+        pages: u64,
+    },
+    /// the host has not enough huge pages
+    #[error(
+        "cannot have {needed} huge pages of 2 MiB for guest memory, {free} are free: reserve more, as root, by \
+         `sysctl vm.nr_hugepages={enough}`, or use no huge pages"
+    )]
+    HugePages {
+        /// How many huge pages.
+        needed: u64,
+        /// How many nobody has.
+        free: u64,
+        /// How many the host would have in all if it had enough.
+        enough: u64,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
     /// a page that the machine does not have
     #[error("frames {:#x}..{:#x} are not all guest memory", run.start, run.end())]
     Outside {

@@ -32,6 +32,12 @@ pub(crate) struct Part {
     pub(crate) region: Region,
 }
 
+impl Part {
+    pub(crate) fn address(&self) -> u64 {
+        self.host as u64
+    }
+}
+
 impl GuestView {
     /// A view of `regions`, in any order.
     ///
@@ -160,6 +166,22 @@ impl GuestView {
             let run = part.run;
             madvise(&part, advice).map_err(|source| MemoryError::Refused {
                 what: "discard",
+                run,
+                source,
+            })
+        })
+    }
+
+    /// Takes the pages of `run`, whole huge pages, out of the mapping: their content stays in the file, and
+    /// is back when they are next touched.
+    ///
+    /// # Errors
+    /// Part of it is not guest memory (nothing was taken), or the kernel refused.
+    pub fn hide(&self, run: Run) -> Result<(), MemoryError> {
+        self.each(run.start, self.bytes_of(run)?, |part| {
+            let run = part.run;
+            madvise(&part, libc::MADV_DONTNEED).map_err(|source| MemoryError::Refused {
+                what: "unmap",
                 run,
                 source,
             })

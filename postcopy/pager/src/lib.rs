@@ -13,6 +13,7 @@
 //!
 //! The pager's thread never touches guest memory: it would wait for itself.
 
+mod ledger;
 mod pager;
 mod waits;
 
