@@ -2,7 +2,6 @@
 
 use std::io;
 
-use ferry_dirtylog::Region;
 use ferry_pages::Run;
 
 /// Why guest memory could not be had, reached, or given back.
@@ -74,6 +73,6 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// regions that overlap
-    #[error("guest memory regions at frames {:#x} and {:#x} overlap", .0.run.start, .1.run.start)]
-    Overlap(Region, Region),
+    #[error("guest memory regions at frames {:#x} and {:#x} overlap", .0.start, .1.start)]
+    Overlap(Run, Run),
 }

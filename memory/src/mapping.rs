@@ -15,7 +15,6 @@ use crate::{GuestView, MemoryError};
 
 /// Pages of 4 KiB in a huge page. The only size that is used: others are not found on every CPU.
 pub const HUGE_PAGES: u64 = 512;
-const HUGE_BYTES: u64 = HUGE_PAGES * PAGE_BYTES as u64;
 /// What the kernel tells of huge pages of this size.
 const HUGE_FIGURES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
@@ -198,12 +197,9 @@ fn figure(name: &str) -> Option<u64> {
     std::fs::read_to_string(format!("{HUGE_FIGURES}/{name}")).ok()?.trim().parse().ok()
 }
 
-/// Bytes of memory that the host can give to machines without swapping: of huge pages, those that are free;
-/// else what the kernel calls available. Everything, if it does not say.
-pub fn available_bytes(huge_pages: bool) -> u64 {
-    if huge_pages {
-        return free_huge_pages() * HUGE_BYTES;
-    }
+/// Bytes that can be had without swapping, huge pages aside: `MemAvailable` of `/proc/meminfo`. Everything, if
+/// it does not say.
+pub fn available_bytes() -> u64 {
     let figures = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     parse_available(&figures).unwrap_or(u64::MAX)
 }

@@ -51,7 +51,7 @@ impl GuestView {
     pub unsafe fn new(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
         regions.sort_by_key(|r| r.run.start);
         if let Some(pair) = regions.windows(2).find(|w| w[0].run.end() > w[1].run.start) {
-            return Err(MemoryError::Overlap(pair[0], pair[1]));
+            return Err(MemoryError::Overlap(pair[0].run, pair[1].run));
         }
         Ok(Self { regions: regions.into(), _owner: Arc::new(()) })
     }
