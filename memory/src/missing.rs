@@ -12,6 +12,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Once;
 
 use ferry_dirtylog::Region;
 use ferry_pages::{PAGE_BYTES, Run};
@@ -64,6 +65,8 @@ pub struct MissingPages {
     registered: Vec<Region>,
     /// Huge pages, by our second mapping.
     behind: GuestView,
+    /// Once only: the memory may be another's to watch later.
+    let_go: Once,
 }
 
 impl MissingPages {
@@ -105,7 +108,7 @@ impl MissingPages {
         let userfault =
             Userfault::open(waiters).map_err(|source| MemoryError::Userfault { source })?;
         let behind = Mapping::behind([])?;
-        Ok(Self { view, userfault, registered: Vec::new(), behind })
+        Ok(Self { view, userfault, registered: Vec::new(), behind, let_go: Once::new() })
     }
 
     fn register(&mut self, region: Region) -> Result<(), MemoryError> {
@@ -258,8 +261,13 @@ impl MissingPages {
     }
 }
 
-impl Drop for MissingPages {
-    fn drop(&mut self) {
+impl MissingPages {
+    /// Ends watching: memory is plain from now on, as when this is dropped.
+    pub fn let_go(&self) {
+        self.let_go.call_once(|| self.end());
+    }
+
+    fn end(&self) {
         for region in &self.registered {
             let (_, bytes) = region.host_span();
             // Closing the descriptor would do as well, but later if it was inherited.
@@ -271,5 +279,11 @@ impl Drop for MissingPages {
                 let _ = self.view.prefault_write(run);
             }
         }
+    }
+}
+
+impl Drop for MissingPages {
+    fn drop(&mut self) {
+        self.let_go();
     }
 }

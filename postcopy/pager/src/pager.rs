@@ -1,9 +1,8 @@
-//! The thread that reads faults, and the placing of pages.
+//! Reading faults, and placing pages.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ferry_memory::{GuestView, MemoryError, MissingPages, Touch, Waiters};
@@ -33,14 +32,33 @@ pub enum Notice {
     Broken(String),
 }
 
-/// Serves the faults of one machine.
+/// Places the pages of one machine.
 ///
 /// Stop the machine, or bring every page, before it is dropped: memory is plain then, and a missing page
 /// would read as zeros.
 #[derive(Debug)]
-pub struct Pager {
+pub struct Pager(Arc<Shared>);
+
+/// Reads the faults of one machine, for whoever has a thread for it.
+///
+/// It must be read until its [`Pager`] is gone: whoever gives memory back waits for it, too.
+#[derive(Debug)]
+pub struct Faults {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    touches: Vec<Touch>,
+    /// Could not be placed yet.
+    again: Vec<Run>,
+}
+
+/// What is to be done after [`Faults::answer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Call it when the descriptor is readable.
+    Wait,
+    /// Call it soon, whether or not that is readable: memory is being given back.
+    Soon,
+    /// There is nothing to read any more.
+    End,
 }
 
 struct Shared {
@@ -48,7 +66,7 @@ struct Shared {
     ledger: Mutex<Ledger>,
     began: Instant,
     ending: AtomicBool,
-    /// Wakes the thread.
+    /// Wakes a thread that reads faults.
     bell: OwnedFd,
     notify: Box<dyn Fn(Notice) + Send + Sync>,
 }
@@ -62,15 +80,15 @@ impl std::fmt::Debug for Shared {
 impl Pager {
     /// Begins to serve the faults of a machine that stands still: pages of `owed` are given back to the host
     /// (older copies must not be seen) and come by [`install`](Self::install); all others are as they are.
-    /// `notify` is called by the pager's thread and by those that install; it must not wait.
+    /// `notify` is called by whoever reads the faults and by those that install; it must not wait.
     ///
     /// # Errors
-    /// No access to userfaultfd, memory that another one watches, or no thread.
+    /// No access to userfaultfd, or memory that another one watches.
     pub fn start(
         view: &GuestView,
         owed: PageSet,
         notify: impl Fn(Notice) + Send + Sync + 'static,
-    ) -> Result<Self, MemoryError> {
+    ) -> Result<(Self, Faults), MemoryError> {
         // What is not here need not be given back, and is most of it.
         let mut older = view.resident()?;
         older.intersect_with(&owed);
@@ -90,21 +108,18 @@ impl Pager {
         }
         let missing = MissingPages::watch(view.clone(), Waiters::All)?;
         let huge = view.regions().iter().filter(|r| r.unit > 1).map(|r| (r.run, r.unit)).collect();
-        let no_thread = |e: std::io::Error| MemoryError::Userfault { source: e };
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = bell.map_err(|e| MemoryError::Userfault { source: e.into() })?;
         let shared = Arc::new(Shared {
             missing,
             ledger: Mutex::new(Ledger::new(owed, huge)),
             began: Instant::now(),
             ending: AtomicBool::new(false),
-            bell: bell.map_err(|e| no_thread(e.into()))?,
+            bell,
             notify: Box::new(notify),
         });
-        let thread = std::thread::Builder::new().name("ferry-pager".into()).spawn({
-            let shared = shared.clone();
-            move || shared.serve()
-        });
-        Ok(Self { shared, thread: Some(thread.map_err(no_thread)?) })
+        let faults = Faults { shared: shared.clone(), touches: Vec::new(), again: Vec::new() };
+        Ok((Self(shared), faults))
     }
 
     /// Installs pages from frame `gfn` on, whose content is `bytes`, as far as they are owed; `taken` is
@@ -122,7 +137,7 @@ impl Pager {
         let (pieces, mut at) = (bytes.chunks(PIECE_PAGES * PAGE_BYTES), gfn);
         for piece in pieces {
             let run = Run::new(at, (piece.len() / PAGE_BYTES) as u64);
-            self.shared.install(run, Some(piece), &mut taken)?;
+            self.0.install(run, Some(piece), &mut taken)?;
             at = run.end();
         }
         Ok(())
@@ -133,22 +148,22 @@ impl Pager {
     /// # Errors
     /// As [`install`](Self::install).
     pub fn install_zeros(&self, run: Run, mut taken: impl FnMut(u64)) -> Result<(), MemoryError> {
-        self.shared.install(run, None, &mut taken)
+        self.0.install(run, None, &mut taken)
     }
 
     /// The pages that are owed and not here.
     pub fn missing(&self) -> PageSet {
-        self.shared.ledger().missing()
+        self.0.ledger().missing()
     }
 
     /// The pages that threads wait for, in the order in which they were wanted.
     pub fn outstanding(&self) -> Vec<u64> {
-        self.shared.ledger().outstanding()
+        self.0.ledger().outstanding()
     }
 
     /// What was measured so far.
     pub fn waits(&self) -> Waits {
-        let ledger = self.shared.ledger();
+        let ledger = self.0.ledger();
         Waits {
             counts: ledger.demand.counts(),
             nanos: ledger.demand.wait_nanos().clone(),
@@ -159,12 +174,55 @@ impl Pager {
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        self.shared.ending.store(true, Ordering::Release);
+        self.0.ending.store(true, Ordering::Release);
+        self.0.missing.let_go();
         // An eventfd takes eight bytes, and its counter is far from full.
-        let _ = write(&self.shared.bell, &1u64.to_ne_bytes());
-        if let Some(thread) = self.thread.take() {
-            // It does not panic; if it did, there would be nobody to tell.
-            let _ = thread.join();
+        let _ = write(&self.0.bell, &1u64.to_ne_bytes());
+    }
+}
+
+/// The descriptor: readable when there are faults.
+impl AsRawFd for Faults {
+    fn as_raw_fd(&self) -> RawFd {
+        self.shared.missing.fd().as_raw_fd()
+    }
+}
+
+impl Faults {
+    /// Reads what happened and answers it, without waiting. Until it says [`Next::Wait`] there may be more, of
+    /// which the descriptor gives no new notice.
+    pub fn answer(&mut self) -> Next {
+        let answered = self.shared.answer(&mut self.touches, &mut self.again);
+        if self.shared.ending.load(Ordering::Acquire) {
+            return Next::End;
+        }
+        match answered {
+            Err(why) => {
+                (self.shared.notify)(Notice::Broken(why));
+                Next::End
+            }
+            Ok(()) if self.again.is_empty() && self.touches.is_empty() => Next::Wait,
+            Ok(()) => Next::Soon,
+        }
+    }
+
+    /// Reads faults until the pager is gone, in this thread.
+    pub fn serve(mut self) {
+        hurry();
+        loop {
+            let fd = self.shared.missing.fd();
+            let mut fds = [
+                PollFd::new(&fd, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.shared.bell.as_fd(), PollFlags::IN),
+            ];
+            let soon = Timespec { tv_sec: 0, tv_nsec: AGAIN_NS };
+            match poll(&mut fds, (!self.again.is_empty()).then_some(&soon)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return (self.shared.notify)(Notice::Broken(format!("poll: {e}"))),
+            }
+            if self.answer() == Next::End {
+                return;
+            }
         }
     }
 }
@@ -172,31 +230,6 @@ impl Drop for Pager {
 impl Shared {
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn serve(&self) {
-        hurry();
-        let mut touches = Vec::new();
-        // Could not be placed yet.
-        let mut again = Vec::new();
-        loop {
-            let fd = self.missing.fd();
-            let mut fds = [
-                PollFd::new(&fd, PollFlags::IN),
-                PollFd::from_borrowed_fd(self.bell.as_fd(), PollFlags::IN),
-            ];
-            let soon = Timespec { tv_sec: 0, tv_nsec: AGAIN_NS };
-            match poll(&mut fds, (!again.is_empty()).then_some(&soon)) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(e) => return (self.notify)(Notice::Broken(format!("poll: {e}"))),
-            }
-            if self.ending.load(Ordering::Acquire) {
-                return;
-            }
-            if let Err(why) = self.answer(&mut touches, &mut again) {
-                return (self.notify)(Notice::Broken(why));
-            }
-        }
     }
 
     /// Reads what happened and answers it; places what could not be placed before.

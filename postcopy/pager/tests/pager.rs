@@ -6,9 +6,11 @@ mod huge_pages;
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use huge_pages::HugePages;
@@ -65,10 +67,34 @@ fn read(view: &GuestView, gfn: u64) -> Vec<u8> {
     bytes
 }
 
-fn start(machine: &Machine, owed: PageSet) -> (Pager, Receiver<Notice>) {
+/// A pager whose faults are read by a thread.
+struct Serving {
+    pager: Option<Pager>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Deref for Serving {
+    type Target = Pager;
+
+    fn deref(&self) -> &Pager {
+        self.pager.as_ref().unwrap()
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        drop(self.pager.take());
+        // It holds the memory, which may be of huge pages that are about to be given back.
+        self.reader.take().unwrap().join().unwrap();
+    }
+}
+
+fn start(machine: &Machine, owed: PageSet) -> (Serving, Receiver<Notice>) {
     let (sender, notices) = channel();
-    let pager = Pager::start(&machine.view, owed, move |notice| sender.send(notice).unwrap());
-    (pager.unwrap(), notices)
+    let notify = move |notice| drop(sender.send(notice));
+    let (pager, faults) = Pager::start(&machine.view, owed, notify).unwrap();
+    let reader = std::thread::spawn(move || faults.serve());
+    (Serving { pager: Some(pager), reader: Some(reader) }, notices)
 }
 
 fn one_run(start: u64, pages: u64) -> PageSet {
