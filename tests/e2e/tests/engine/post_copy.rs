@@ -41,8 +41,9 @@ fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
     let destination = Destination::start(link, host);
     let mut how = by(mode);
     if mode == Mode::Hybrid {
-        // So that one round is not enough.
+        // So that one round is not enough: a guest on a busy computer gets to run meanwhile.
         how.goals.max_downtime = Duration::from_micros(100);
+        how.bandwidth_bytes_per_s = Some(80_000_000);
     }
     for _ in 0..times {
         let sent = migrate(&mut source, &destination.connector, &how);
@@ -54,7 +55,9 @@ fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
             assert_eq!(report.rounds, 0, "no round before it");
             let unit = source.memory().regions()[0].unit;
             assert!((paging.pushed + paging.requested) * unit >= ARENA_PAGES, "{paging:?}");
-            assert!(paging.requested > 0, "who comes to every page waits for some: {paging:?}");
+            // Ten huge pages may all be there before anybody comes to them.
+            let waited = paging.requested > 0 || unit > 1;
+            assert!(waited, "who comes to every page waits for some: {paging:?}");
         }
         let (arrived, arrival) = destination.arrival().expect("a machine");
         assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
