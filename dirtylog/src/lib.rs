@@ -7,7 +7,7 @@
 //! |---|---|---|---|
 //! | [`KvmBitmap`] | vCPUs | populated pages read as dirty until re-armed | by `rearm`, just before a copy |
 //! | [`KvmRing`] | vCPUs | yes | as it collects |
-//! | [`UffdWriteProtect`] | every writer through this process's mapping | yes | as it collects |
+//! | [`UffdWriteProtect`] | every writer through this process's mapping; huge pages as a whole | yes | as it collects |
 //! | [`SoftwareBitmap`] | whoever marks: devices | yes | as it collects |
 //!
 //! No backend reports a discard (`MADV_DONTNEED`, a punched hole) or a write through another mapping of
@@ -27,7 +27,7 @@ use ferry_pages::{PAGE_BYTES, PageSet, Run};
 pub use kvm_bitmap::KvmBitmap;
 pub use kvm_ring::{KvmRing, KvmRings};
 pub use software::{RegionBitmap, RegionBitmapSlice, SoftwareBitmap};
-pub use uffd_wp::UffdWriteProtect;
+pub use uffd_wp::{UffdWriteProtect, userfault_error};
 
 /// Where a stretch of guest memory lies on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,9 @@ pub struct Region {
     /// The descriptor and offset that back the mapping, where it is shared (memfd); `None` where it is
     /// private.
     pub backing: Option<(std::os::fd::RawFd, u64)>,
+    /// How many pages the host holds or lacks together: 1, or 512 where the memory is of huge pages
+    /// (hugetlb), which is always shared.
+    pub unit: u64,
 }
 
 impl Region {
@@ -49,6 +52,11 @@ impl Region {
         let bytes =
             usize::try_from(self.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
         (std::ptr::with_exposed_provenance_mut(self.host), bytes)
+    }
+
+    /// The pages that the host holds or lacks together with page `gfn` of this region.
+    pub fn unit_of(&self, gfn: u64) -> Run {
+        Run::new(gfn - (gfn - self.run.start) % self.unit, self.unit)
     }
 
     /// The part of `run` that lies in this region.

@@ -10,6 +10,9 @@
 //!
 //! Shared memory (memfd): the kernel may drop an entry (reclaim) and leave nothing behind, so "no entry"
 //! must read as written, and every untouched page gets a marker (an entry of 8 bytes, no page).
+//!
+//! Huge pages (hugetlb) are shared, but never reclaimed: no entry is dropped, and they are as private memory. A
+//! write to one is reported as a write to all of it.
 
 use std::io;
 
@@ -62,7 +65,7 @@ impl UffdWriteProtect {
             .map_err(|e| {
                 let what = "opening userfaultfd with asynchronous write-protection \
                             (Linux 6.7 or later, read and write access to /dev/userfaultfd)";
-                TrackError::new(NAME, what, io_error(e))
+                TrackError::new(NAME, what, userfault_error(e))
             })?;
         let pagemap =
             Pagemap::open().map_err(|e| TrackError::new(NAME, "opening /proc/self/pagemap", e))?;
@@ -72,11 +75,13 @@ impl UffdWriteProtect {
     fn arm(&mut self, region: Region) -> Result<(), TrackError> {
         let fail = |what: &str, e| TrackError::new(NAME, format!("{what} {}", place(&region)), e);
         let (start, bytes) = region.host_span();
-        self.uffd
-            .register_with_mode(start, bytes, RegisterMode::WRITE_PROTECT)
-            .map_err(|e| fail("registering (no other userfaultfd may have it)", io_error(e)))?;
-        if region.backing.is_some() {
-            self.uffd.write_protect(start, bytes).map_err(|e| fail("write-protecting", io_error(e)))
+        self.uffd.register_with_mode(start, bytes, RegisterMode::WRITE_PROTECT).map_err(|e| {
+            fail("registering (no other userfaultfd may have it)", userfault_error(e))
+        })?;
+        if may_lose_entries(&region) {
+            self.uffd
+                .write_protect(start, bytes)
+                .map_err(|e| fail("write-protecting", userfault_error(e)))
         } else {
             self.pagemap
                 .scan(region.host, region.run.pages, PRIVATE, |_, _| {})
@@ -100,7 +105,7 @@ impl DirtySource for UffdWriteProtect {
 
     fn collect(&mut self, into: &mut PageSet) -> Result<(), TrackError> {
         for region in &self.regions {
-            let scan = if region.backing.is_some() { SHARED } else { PRIVATE };
+            let scan = if may_lose_entries(region) { SHARED } else { PRIVATE };
             self.pagemap
                 .scan(region.host, region.run.pages, scan, |first, pages| {
                     into.insert_run(Run::new(region.run.start + first, pages));
@@ -119,7 +124,11 @@ impl DirtySource for UffdWriteProtect {
         for region in &self.regions {
             let (start, bytes) = region.host_span();
             self.uffd.unregister(start, bytes).map_err(|e| {
-                TrackError::new(NAME, format!("unregistering {}", place(region)), io_error(e))
+                TrackError::new(
+                    NAME,
+                    format!("unregistering {}", place(region)),
+                    userfault_error(e),
+                )
             })?;
         }
         Ok(())
@@ -135,10 +144,18 @@ impl Drop for UffdWriteProtect {
     }
 }
 
-fn io_error(error: userfaultfd::Error) -> io::Error {
+fn may_lose_entries(region: &Region) -> bool {
+    region.backing.is_some() && region.unit == 1
+}
+
+/// What the system said.
+pub fn userfault_error(error: userfaultfd::Error) -> io::Error {
+    use userfaultfd::Error;
     match error {
-        userfaultfd::Error::OpenDevUserfaultfd(e) => e,
-        userfaultfd::Error::SystemError(errno) => io::Error::from_raw_os_error(errno as i32),
+        Error::OpenDevUserfaultfd(e) => e,
+        Error::SystemError(errno) | Error::CopyFailed(errno) | Error::ZeropageFailed(errno) => {
+            io::Error::from_raw_os_error(errno as i32)
+        }
         other => io::Error::other(other),
     }
 }

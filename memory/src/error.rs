@@ -2,7 +2,6 @@
 
 use std::io;
 
-use ferry_dirtylog::Region;
 use ferry_pages::Run;
 
 /// Why guest memory could not be had, reached, or given back.
@@ -17,6 +16,31 @@ pub enum MemoryError {
         pages: u64,
         /// Which kind of memory.
         how: &'static str,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// memory that is not in whole huge pages
+    #[error(
+        "guest memory of {pages} pages of 4 KiB is not in whole huge pages of 2 MiB: give the machine a multiple \
+         of 2 MiB, or no huge pages"
+    )]
+    NotHuge {
+        /// How many pages of 4 KiB.
+        pages: u64,
+    },
+    /// the host has not enough huge pages
+    #[error(
+        "cannot have {needed} huge pages of 2 MiB for guest memory, {free} are free: reserve more, as root, by \
+         `sysctl vm.nr_hugepages={enough}`, or use no huge pages"
+    )]
+    HugePages {
+        /// How many huge pages.
+        needed: u64,
+        /// How many nobody has.
+        free: u64,
+        /// How many the host would have in all if it had enough.
+        enough: u64,
         /// The system's word.
         #[source]
         source: io::Error,
@@ -49,6 +73,6 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// regions that overlap
-    #[error("guest memory regions at frames {:#x} and {:#x} overlap", .0.run.start, .1.run.start)]
-    Overlap(Region, Region),
+    #[error("guest memory regions at frames {:#x} and {:#x} overlap", .0.start, .1.start)]
+    Overlap(Run, Run),
 }

@@ -1,10 +1,11 @@
 //! Guest memory of this host: mapping, reading and writing pages, residency, discard.
 //!
 //! A [`Mapping`] owns memory; a [`GuestView`] copies pages of a machine in and out, whoever owns them;
-//! [`Filler`] fills untouched memory fast; [`MissingPages`]
-//! supplies pages when they are touched; [`resident`] tells which pages hold data, [`Touched`]
-//! which of shared memory are touched. Nothing here forms a reference into guest memory, which the
-//! guest may change at any moment, and nothing but a read or a write of a page brings it into being.
+//! [`Filler`] fills untouched memory fast; [`MissingPages`] supplies pages when they are touched, by
+//! [`Userfault`]; [`resident`] tells which pages hold data, [`Touched`] which of shared memory are
+//! touched. Memory is private, shared (memfd), or in huge pages (hugetlb). Nothing here forms a reference
+//! into guest memory, which the guest may change at any moment, and nothing but a read or a write of a
+//! page brings it into being.
 //! This crate does not know why a page is read, nor when that is allowed.
 
 mod error;
@@ -13,12 +14,14 @@ mod mapping;
 mod missing;
 mod resident;
 mod touched;
+mod userfault;
 mod view;
 
 pub use error::MemoryError;
 pub use fill::Filler;
-pub use mapping::Mapping;
+pub use mapping::{HUGE_PAGES, Mapping, available_bytes};
 pub use missing::{MissingPages, Placed, Touch, Waiters};
 pub use resident::resident;
 pub use touched::Touched;
+pub use userfault::{Happened, Userfault};
 pub use view::GuestView;

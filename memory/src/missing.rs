@@ -1,19 +1,24 @@
 //! Memory whose missing pages are supplied on demand, by userfaultfd.
 //!
-//! Whoever touches a page that is not there waits until it is placed. `UFFDIO_COPY` makes a page with its
-//! content in one step and never touches one that exists: nothing that the guest wrote can be overwritten
-//! (Documentation/admin-guide/mm/userfaultfd.rst).
+//! Whoever touches a page that is not there waits until it is placed. Pages of 4 KiB are made with their
+//! content in one step, never where one exists. A huge page comes in parts: they are written to its file,
+//! by a second mapping of ours, and when all are there the page is shown to the guest.
+//!
+//! ```text
+//!                          guest's mapping, watched          ours
+//!   4 KiB    UFFDIO_COPY ────────▶ page
+//!   huge                           page ◀── UFFDIO_CONTINUE ── file ◀── parts
+//! ```
 
-#![expect(unsafe_code, reason = "the kernel copies to memory that is given by address")]
-
-use std::ffi::c_void;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
+use std::sync::Once;
 
 use ferry_dirtylog::Region;
 use ferry_pages::{PAGE_BYTES, Run};
-use userfaultfd::{Error, Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
 
+use crate::mapping::Mapping;
+use crate::userfault::{Happened, Step, Userfault};
 use crate::view::Part;
 use crate::{GuestView, MemoryError};
 
@@ -29,7 +34,7 @@ pub enum Waiters {
 /// Something happened to memory that is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Touch {
-    /// A thread waits for the page at frame `gfn`.
+    /// A thread waits for the page at frame `gfn`, or for the huge page around it.
     Fault {
         /// The page.
         gfn: u64,
@@ -51,23 +56,28 @@ pub struct Placed {
 }
 
 /// Memory of a machine whose missing pages are watched. Dropped, it is plain memory again, and who waits
-/// goes on (with pages of zeros).
+/// goes on (with pages of zeros, or with what came of a huge page).
 #[derive(Debug)]
 pub struct MissingPages {
     view: GuestView,
-    uffd: Uffd,
-    /// Host address ranges by region, of those that are watched.
+    userfault: Userfault,
+    /// Those that are watched.
     registered: Vec<Region>,
+    /// Huge pages, by our second mapping.
+    behind: GuestView,
+    /// Once only: the memory may be another's to watch later.
+    let_go: Once,
 }
 
 impl MissingPages {
     /// Watches all memory of `view`.
     ///
     /// # Errors
-    /// No access to userfaultfd, or memory that another one watches.
+    /// No access to userfaultfd, memory that another one watches, or too few huge pages.
     pub fn watch(view: GuestView, waiters: Waiters) -> Result<Self, MemoryError> {
         let regions = view.regions().to_vec();
         let mut missing = Self::open(view, waiters)?;
+        missing.behind = Mapping::behind(regions.iter().filter(|region| region.unit > 1))?;
         for region in regions {
             missing.register(region)?;
         }
@@ -91,30 +101,25 @@ impl MissingPages {
     /// # Errors
     /// It may not.
     pub fn available(waiters: Waiters) -> Result<(), MemoryError> {
-        descriptor(waiters).map(drop)
+        Userfault::open(waiters).map(drop).map_err(|source| MemoryError::Userfault { source })
     }
 
     fn open(view: GuestView, waiters: Waiters) -> Result<Self, MemoryError> {
-        Ok(Self { view, uffd: descriptor(waiters)?, registered: Vec::new() })
+        let userfault =
+            Userfault::open(waiters).map_err(|source| MemoryError::Userfault { source })?;
+        let behind = Mapping::behind([])?;
+        Ok(Self { view, userfault, registered: Vec::new(), behind, let_go: Once::new() })
     }
 
     fn register(&mut self, region: Region) -> Result<(), MemoryError> {
-        let (start, bytes) = region.host_span();
-        let refused = |source| MemoryError::Refused {
+        let watched = self.userfault.watch(&region);
+        watched.map_err(|source| MemoryError::Refused {
             what: "watch (no other userfaultfd may) missing pages of",
             run: region.run,
             source,
-        };
-        let can = self
-            .uffd
-            .register_with_mode(start, bytes, RegisterMode::MISSING)
-            .map_err(|e| refused(io_error(e)))?;
+        })?;
         self.registered.push(region);
-        if can.contains(IoctlFlags::COPY | IoctlFlags::WAKE) {
-            Ok(())
-        } else {
-            Err(refused(io::ErrorKind::Unsupported.into()))
-        }
+        Ok(())
     }
 
     pub(crate) fn is_watched(&self, region: &Region) -> bool {
@@ -123,203 +128,162 @@ impl MissingPages {
 
     /// The descriptor: readable when there are events.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: it is open as long as `self` is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.uffd.as_raw_fd()) }
+        self.userfault.fd()
     }
 
-    /// Appends what happened since the last call to `out`; does not wait.
+    /// Appends what happened since the last call to `out`, as far as it is taken at a time; does not wait.
     ///
     /// # Errors
     /// The kernel's word was not understood.
     pub fn read(&self, out: &mut Vec<Touch>) -> io::Result<()> {
-        loop {
-            match self.uffd.read_event() {
-                Ok(None) => return Ok(()),
-                Ok(Some(Event::Pagefault { addr, thread_id, .. })) => {
-                    let thread = u32::try_from(thread_id.as_raw()).unwrap_or(0);
-                    out.extend(self.gfn(addr).map(|gfn| Touch::Fault { gfn, thread }));
-                }
-                Ok(Some(Event::Remove { start, end })) => {
-                    let (Some(first), bytes) =
-                        (self.gfn(start), (end as usize).saturating_sub(start as usize))
-                    else {
-                        continue;
-                    };
-                    out.push(Touch::Removed(Run::new(first, (bytes / PAGE_BYTES) as u64)));
-                }
-                // Not asked for.
-                Ok(Some(_)) => {}
-                Err(e) => match io_error(e) {
-                    e if e.kind() == io::ErrorKind::Interrupted => {}
-                    e if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                    e => return Err(e),
-                },
+        out.extend(self.userfault.read()?.into_iter().filter_map(|happened| match happened {
+            Happened::Fault { address, thread } => {
+                Some(Touch::Fault { gfn: self.gfn(address)?, thread })
             }
-        }
+            Happened::Removed(start, end) => {
+                let pages = end.saturating_sub(start) / PAGE_BYTES as u64;
+                Some(Touch::Removed(Run::new(self.gfn(start)?, pages)))
+            }
+        }));
+        Ok(())
     }
 
-    fn gfn(&self, address: *mut c_void) -> Option<u64> {
-        let address = address as usize;
+    fn gfn(&self, address: u64) -> Option<u64> {
         self.registered.iter().find_map(|region| {
-            let page = (address.checked_sub(region.host)? / PAGE_BYTES) as u64;
+            let page = address.checked_sub(region.host as u64)? / PAGE_BYTES as u64;
             (page < region.run.pages).then(|| region.run.start + page)
         })
     }
 
     /// Places `bytes`, whole pages, from frame `gfn` on, and wakes who waits for them. Pages that are there
-    /// stay as they are.
+    /// stay as they are. Not for huge pages: see [`write_part`](Self::write_part).
     ///
     /// # Errors
     /// Part of it is not watched guest memory, or the host is out of memory.
     pub fn place(&self, gfn: u64, bytes: &[u8]) -> Result<Placed, MemoryError> {
-        self.copy(gfn, bytes, Step::Here)
+        let mut rest = bytes;
+        self.each(Run::new(gfn, (bytes.len() / PAGE_BYTES) as u64), |part| {
+            let (now, later) = rest.split_at(part.bytes);
+            rest = later;
+            self.userfault.place(part.address(), now, PAGE_BYTES)
+        })
     }
 
     /// Places pages as [`place`](Self::place) does, up to the first that is there; how many.
     pub(crate) fn place_new(&self, gfn: u64, bytes: &[u8]) -> Result<u64, MemoryError> {
-        self.copy(gfn, bytes, Step::Again).map(|placed| placed.pages)
-    }
-
-    /// `existing`: what to do at a page that is there.
-    fn copy(&self, gfn: u64, bytes: &[u8], existing: Step) -> Result<Placed, MemoryError> {
         let mut rest = bytes;
-        self.each_step("fill", Run::new(gfn, (bytes.len() / PAGE_BYTES) as u64), |at, len| {
-            // SAFETY: a part of a mapping that is guest memory (contract of `GuestView::new`), on whose
-            // content nothing relies; `rest` is ours, and at least `len` long. Pages that exist are not
-            // changed.
-            let copied = unsafe { self.uffd.copy(rest.as_ptr().cast(), at, len, true) };
-            let step = match copied {
-                Ok(bytes) => Step::Done(bytes),
-                // Up to a page that is there; a negative number says that nothing was copied.
-                Err(Error::PartiallyCopied(bytes)) if bytes > 0 && bytes <= len => {
-                    Step::Done(bytes)
+        let placed = self.each(Run::new(gfn, (bytes.len() / PAGE_BYTES) as u64), |part| {
+            let (now, later) = rest.split_at(part.bytes);
+            rest = later;
+            let mut at = 0;
+            while at < part.bytes {
+                match self.userfault.copy(part.address() + at as u64, &now[at..])? {
+                    Step::Done(bytes) => at += bytes,
+                    Step::Here | Step::Absent | Step::Again => break,
                 }
-                Err(Error::PartiallyCopied(_)) => Step::Again,
-                Err(Error::CopyFailed(errno)) if errno as i32 == libc::EEXIST => existing,
-                Err(e) => return Err(io_error(e)),
-            };
-            let done = match step {
-                Step::Done(bytes) => bytes,
-                Step::Here => PAGE_BYTES,
-                Step::Again => 0,
-            };
-            rest = &rest[done.min(rest.len())..];
-            Ok(step)
-        })
+            }
+            Ok(at)
+        })?;
+        Ok(placed.pages)
     }
 
-    /// Places pages of zeros at `run`, and wakes who waits for them. Pages that are there stay as they are.
+    /// Writes `bytes`, whole pages from frame `gfn` on, to huge pages that are not there: nobody sees them
+    /// until [`place_zeros`](Self::place_zeros).
+    ///
+    /// # Errors
+    /// Part of it is not in huge pages, or the host has no more of them.
+    pub fn write_part(&self, gfn: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        let run = Run::new(gfn, (bytes.len() / PAGE_BYTES) as u64);
+        // A plain write would end the process where the host has no page.
+        self.behind.prefault_write(run)?;
+        self.behind.write(gfn, bytes)
+    }
+
+    /// Makes the pages of `run` be there, zeros but for what was written by
+    /// [`write_part`](Self::write_part), and wakes who waits for them. Pages that are there stay as they are.
+    /// Of a huge page, all of it is meant.
     ///
     /// # Errors
     /// As [`place`](Self::place).
     pub fn place_zeros(&self, run: Run) -> Result<Placed, MemoryError> {
-        let mut by_page = false;
-        self.each_step("fill", run, |at, len| {
-            let len = if by_page { PAGE_BYTES } else { len };
-            // SAFETY: as in `place`.
-            Ok(match unsafe { self.uffd.zeropage(at, len, true) } {
-                Ok(bytes) => Step::Done(bytes),
-                Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EEXIST => Step::Here,
-                // How far it came is not told: a page at a time from here on.
-                Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EAGAIN && !by_page => {
-                    by_page = true;
-                    Step::Done(0)
+        self.each(run, |part| match part.region.unit {
+            1 => self.userfault.place_zeros(part.address(), part.bytes, PAGE_BYTES),
+            _ => self.show(part),
+        })
+    }
+
+    /// Shows huge pages; how many bytes of them are there.
+    fn show(&self, part: &Part) -> io::Result<usize> {
+        let unit = part.region.unit;
+        let bytes = usize::try_from(unit).unwrap_or(1) * PAGE_BYTES;
+        let mut at = 0;
+        while at < part.bytes {
+            let address = part.address() + at as u64;
+            match self.userfault.show(address, bytes)? {
+                Step::Done(bytes) => at += bytes,
+                Step::Here => {
+                    // Somebody may have begun to wait just as it came.
+                    self.userfault.wake(address, bytes)?;
+                    at += bytes;
                 }
-                Err(Error::ZeropageFailed(errno)) if errno as i32 == libc::EAGAIN => Step::Again,
-                Err(e) => return Err(io_error(e)),
-            })
-        })
+                Step::Absent => {
+                    let first = part.run.start + (at / PAGE_BYTES) as u64;
+                    self.behind.prefault_write(Run::new(first, unit)).map_err(io::Error::other)?;
+                }
+                Step::Again => break,
+            }
+        }
+        Ok(at)
     }
 
-    /// Wakes who waits for the page at frame `gfn`, which is there.
-    ///
-    /// # Errors
-    /// It is not watched guest memory.
-    pub fn wake(&self, gfn: u64) -> Result<(), MemoryError> {
-        self.view.each(gfn, PAGE_BYTES, |part| {
-            let woken = self.uffd.wake(part.host.cast(), PAGE_BYTES);
-            woken.map_err(|e| refused("wake who waits for", &part, io_error(e)))
-        })
-    }
-
-    /// Calls `step` with address and length of what is left of each part of `run`, until all is done.
-    fn each_step(
+    /// Calls `place` for the parts of `run`, which says how many bytes of each are there.
+    fn each(
         &self,
-        what: &'static str,
         run: Run,
-        mut step: impl FnMut(*mut c_void, usize) -> io::Result<Step>,
+        mut place: impl FnMut(&Part) -> io::Result<usize>,
     ) -> Result<Placed, MemoryError> {
         let mut placed = Placed { pages: 0, again: false };
         let bytes = usize::try_from(run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES);
         self.view.each(run.start, bytes, |part| {
-            let mut at = 0;
-            while at < part.bytes && !placed.again {
-                let next = step(part.host.wrapping_add(at).cast(), part.bytes - at);
-                match next.map_err(|e| refused(what, &part, e))? {
-                    Step::Done(bytes) => at += bytes,
-                    Step::Here => {
-                        // Somebody may have begun to wait just as it came.
-                        let page = part.host.wrapping_add(at).cast();
-                        let woken = self.uffd.wake(page, PAGE_BYTES);
-                        woken.map_err(|e| refused("wake who waits for", &part, io_error(e)))?;
-                        at += PAGE_BYTES;
-                    }
-                    Step::Again => placed.again = true,
-                }
+            if placed.again {
+                return Ok(());
             }
-            placed.pages += (at / PAGE_BYTES) as u64;
+            let there = place(&part).map_err(|source| MemoryError::Refused {
+                what: "place",
+                run: part.run,
+                source,
+            })?;
+            placed.pages += (there / PAGE_BYTES) as u64;
+            placed.again = there < part.bytes;
             Ok(())
         })?;
         Ok(placed)
     }
 }
 
-fn descriptor(waiters: Waiters) -> Result<Uffd, MemoryError> {
-    let features = match waiters {
-        Waiters::User => FeatureFlags::empty(),
-        Waiters::All => {
-            FeatureFlags::EVENT_REMOVE | FeatureFlags::THREAD_ID | FeatureFlags::MISSING_SHMEM
-        }
-    };
-    UffdBuilder::new()
-        .close_on_exec(true)
-        .non_blocking(true)
-        .user_mode_only(waiters == Waiters::User)
-        .require_features(features)
-        .create()
-        .map_err(|e| MemoryError::Userfault { source: io_error(e) })
-}
+impl MissingPages {
+    /// Ends watching: memory is plain from now on, as when this is dropped.
+    pub fn let_go(&self) {
+        self.let_go.call_once(|| self.end());
+    }
 
-#[derive(Clone, Copy)]
-enum Step {
-    /// So many bytes are there.
-    Done(usize),
-    /// There is a page.
-    Here,
-    /// Leave it at that.
-    Again,
-}
-
-impl Drop for MissingPages {
-    fn drop(&mut self) {
+    fn end(&self) {
         for region in &self.registered {
-            let (start, bytes) = region.host_span();
+            let (_, bytes) = region.host_span();
             // Closing the descriptor would do as well, but later if it was inherited.
-            let _ = self.uffd.unregister(start, bytes);
+            let _ = self.userfault.let_go(region.host as u64, bytes);
+        }
+        // The kernel lists the huge pages that are mapped; who asks which hold data asks for the guest's mapping.
+        if let Ok(written) = self.behind.resident() {
+            for run in written.runs() {
+                let _ = self.view.prefault_write(run);
+            }
         }
     }
 }
 
-fn refused(what: &'static str, part: &Part, source: io::Error) -> MemoryError {
-    MemoryError::Refused { what, run: part.run, source }
-}
-
-fn io_error(e: Error) -> io::Error {
-    match e {
-        Error::SystemError(errno) | Error::CopyFailed(errno) | Error::ZeropageFailed(errno) => {
-            io::Error::from_raw_os_error(errno as i32)
-        }
-        Error::OpenDevUserfaultfd(e) => e,
-        other => io::Error::other(other),
+impl Drop for MissingPages {
+    fn drop(&mut self) {
+        self.let_go();
     }
 }

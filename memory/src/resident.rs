@@ -13,7 +13,7 @@ use crate::MemoryError;
 /// The pages of `regions` that hold data: all others read as zeros.
 ///
 /// Private memory: pages in memory or swapped out, but for the shared page of zeros. Shared memory: pages
-/// that the file has, whoever made them.
+/// that the file has, whoever made them; of huge pages, those that were touched by this mapping.
 ///
 /// # Errors
 /// The kernel cannot tell (`PAGEMAP_SCAN` needs Linux 6.7).
@@ -26,6 +26,8 @@ pub fn resident(regions: &[Region]) -> Result<PageSet, MemoryError> {
         };
         match region.backing {
             None => pagemap::populated(region.host, run.pages, found),
+            // Of huge pages the kernel does not say what the file has; but it never drops one that is mapped.
+            Some(_) if region.unit > 1 => pagemap::populated(region.host, run.pages, found),
             Some((fd, offset)) => file_data(fd, offset, run.pages, &mut found),
         }
         .map_err(|source| MemoryError::Refused {

@@ -124,7 +124,8 @@ mod tests {
             (0x0, 2, false),
         ];
         for (host, pages, expected) in cases {
-            let region = Region { run: Run::new(0, pages), host, slot: 0, backing: Some((3, 0)) };
+            let region =
+                Region { run: Run::new(0, pages), host, slot: 0, backing: Some((3, 0)), unit: 1 };
             assert_eq!(is_shared(&region, maps), expected, "{host:#x}, {pages}");
         }
     }

@@ -32,6 +32,12 @@ pub(crate) struct Part {
     pub(crate) region: Region,
 }
 
+impl Part {
+    pub(crate) fn address(&self) -> u64 {
+        self.host as u64
+    }
+}
+
 impl GuestView {
     /// A view of `regions`, in any order.
     ///
@@ -45,7 +51,7 @@ impl GuestView {
     pub unsafe fn new(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
         regions.sort_by_key(|r| r.run.start);
         if let Some(pair) = regions.windows(2).find(|w| w[0].run.end() > w[1].run.start) {
-            return Err(MemoryError::Overlap(pair[0], pair[1]));
+            return Err(MemoryError::Overlap(pair[0].run, pair[1].run));
         }
         Ok(Self { regions: regions.into(), _owner: Arc::new(()) })
     }
@@ -170,6 +176,22 @@ impl GuestView {
             let run = part.run;
             madvise(&part, advice).map_err(|source| MemoryError::Refused {
                 what: "discard",
+                run,
+                source,
+            })
+        })
+    }
+
+    /// Takes the pages of `run`, whole huge pages, out of the mapping: their content stays in the file, and
+    /// is back when they are next touched.
+    ///
+    /// # Errors
+    /// Part of it is not guest memory (nothing was taken), or the kernel refused.
+    pub fn hide(&self, run: Run) -> Result<(), MemoryError> {
+        self.each(run.start, self.bytes_of(run)?, |part| {
+            let run = part.run;
+            madvise(&part, libc::MADV_DONTNEED).map_err(|source| MemoryError::Refused {
+                what: "unmap",
                 run,
                 source,
             })

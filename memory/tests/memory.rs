@@ -2,13 +2,17 @@
 
 #![expect(unsafe_code, reason = "views of mappings that the tests own")]
 
+#[path = "host/huge_pages.rs"]
+mod huge_pages;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use ferry_dirtylog::Region;
-use ferry_memory::{Filler, GuestView, Mapping, MemoryError, Touched, resident};
+use ferry_memory::{Filler, GuestView, HUGE_PAGES, Mapping, MemoryError, Touched, resident};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
+use huge_pages::HugePages;
 
 /// Memory of both kinds, in two regions that touch and one behind a hole, and its view.
 struct Machine {
@@ -268,6 +272,30 @@ fn what_is_read_or_written_of_shared_memory_is_touched_and_nothing_else() {
     }
 }
 
+const HUGE_BYTES: u64 = 2 << 20;
+
+#[test]
+fn memory_in_huge_pages_is_read_written_filled_and_given_back_like_any_other() {
+    let Some(_host) = HugePages::reserve(4 * HUGE_BYTES) else { return };
+    let mapping = Mapping::huge(4 * HUGE_PAGES).unwrap();
+    // SAFETY: the view keeps the mapping, and nothing else uses it.
+    let view = unsafe { GuestView::new(vec![mapping.region(0, 0)]) }.unwrap().keeping(mapping);
+    assert!(view.resident().unwrap().is_empty(), "nothing is populated");
+    view.write(520, &page(1)).unwrap();
+    let filler = Filler::new(view.clone());
+    filler.fill(1030, &page(2).repeat(3)).unwrap();
+    drop(filler);
+    assert_eq!(view.resident().unwrap(), set(&[Run::new(512, 1024)]), "whole huge pages");
+    view.discard(Run::new(519, 2)).unwrap();
+    view.discard(Run::new(1024, 512)).unwrap();
+    assert_eq!(view.resident().unwrap(), set(&[Run::new(512, 512)]));
+    for (gfn, value) in [(520, 0), (519, 0), (1030, 0)] {
+        let mut back = page(9);
+        view.read(gfn, &mut back).unwrap();
+        assert_eq!(back, page(value), "frame {gfn}");
+    }
+}
+
 #[test]
 fn private_memory_is_never_dropped_to_look_at_it_whatever_a_region_says() {
     let mapping = Mapping::anonymous(16).unwrap();
@@ -281,4 +309,20 @@ fn private_memory_is_never_dropped_to_look_at_it_whatever_a_region_says() {
     let mut back = page(0);
     view.read(3, &mut back).unwrap();
     assert_eq!(back, page(9));
+}
+
+#[test]
+fn too_few_huge_pages_are_an_error_that_says_how_many_there_are_and_what_to_do() {
+    let Some(_host) = HugePages::reserve(2 * HUGE_BYTES) else { return };
+    // More than any host of these tests has.
+    let e = Mapping::huge(HUGE_PAGES << 20).unwrap_err();
+    let MemoryError::HugePages { needed, free, enough, .. } = &e else { panic!("{e}") };
+    assert_eq!(*needed, 1 << 20);
+    assert!(*free >= 2 && *enough >= 1 << 20, "{e}");
+    let words = e.to_string();
+    for word in ["1048576", &format!("{free} are free"), &format!("vm.nr_hugepages={enough}")] {
+        assert!(words.contains(word), "{words}");
+    }
+    let odd = Mapping::huge(HUGE_PAGES + 1).unwrap_err().to_string();
+    assert!(odd.contains("513 pages") && odd.contains("multiple of 2 MiB"), "{odd}");
 }

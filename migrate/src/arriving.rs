@@ -381,7 +381,7 @@ impl<H: Host + 'static> Arriving<H> {
             }
             other => drop(door.send(Message::Pager(other))),
         };
-        installer.page(owed, notify).map_err(|e| words(&e))
+        installer.page(&self.runtime, owed, notify).map_err(|e| words(&e))
     }
 
     fn notice(&mut self, notice: Notice) {

@@ -1,13 +1,17 @@
 //! Installing pages at the destination: no old copy over a newer one, no page faulted in for nothing.
 
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use ferry_codec::{Batch, Codec};
 use ferry_memory::{Filler, GuestView, MemoryError};
-use ferry_pager::{Notice, Pager};
+use ferry_pager::{Faults, Next, Notice, Pager};
 use ferry_pages::{Layout, PAGE_BYTES, PageSet, Run};
 use ferry_postcopy::{Admission, CHUNK_PAGES, ChunkLedger, by_chunk};
+use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
 
 /// Writes verified batches into guest memory; several lanes at once.
 pub(crate) struct Installer {
@@ -29,7 +33,7 @@ enum Stage {
     /// The machine does not run: they are written.
     Filling(Filler),
     /// The machine runs, or is about to: they are placed where they are owed.
-    Paging { pager: Pager, after: u32 },
+    Paging { pager: Pager, after: u32, _faults: Reader },
     /// The last page came while the machine ran; more copies are for nothing.
     Drained,
     /// Nothing is to come.
@@ -45,6 +49,38 @@ pub(crate) enum Installed {
     Paged,
     /// It came too late.
     Closed,
+}
+
+/// A task that ends with its pager.
+struct Reader(AbortHandle);
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+#[expect(
+    deprecated,
+    reason = "unsound for a type that changes or closes its descriptor, which a pager's does not"
+)]
+fn faults_fd(faults: Faults) -> io::Result<AsyncFd<Faults>> {
+    AsyncFd::new(faults)
+}
+
+/// Reads faults where the urgent lane is: whoever asks for pages need not be woken on another core.
+async fn read_faults(mut faults: AsyncFd<Faults>) {
+    while let Ok(mut ready) = faults.readable_mut().await {
+        loop {
+            match ready.get_inner_mut().answer() {
+                Next::End => return,
+                // Those that wait are asked for first.
+                Next::Soon => tokio::task::yield_now().await,
+                Next::Wait => break,
+            }
+        }
+        ready.clear_ready();
+    }
 }
 
 const ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
@@ -81,16 +117,22 @@ impl Installer {
     }
 
     /// From now on pages come on demand: those of `owed`, and no others. See [`Pager::start`].
+    /// Faults are read on `runtime`.
     pub(crate) fn page(
         &self,
+        runtime: &Handle,
         owed: PageSet,
         notify: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<(), MemoryError> {
         let mut stage = self.stage.write().unwrap_or_else(PoisonError::into_inner);
         // The memory can be watched by one only.
         *stage = Stage::Closed;
-        let pager = Pager::start(&self.view, owed, notify)?;
-        *stage = Stage::Paging { pager, after: self.newest.load(Ordering::Relaxed) };
+        let (pager, faults) = Pager::start(&self.view, owed, notify)?;
+        let _context = runtime.enter();
+        let faults = faults_fd(faults).map_err(|source| MemoryError::Userfault { source })?;
+        let faults = Reader(runtime.spawn(read_faults(faults)).abort_handle());
+        *stage =
+            Stage::Paging { pager, after: self.newest.load(Ordering::Relaxed), _faults: faults };
         Ok(())
     }
 

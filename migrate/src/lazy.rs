@@ -62,10 +62,12 @@ pub fn restore_lazily<H: Host>(
         let desk = desk.clone();
         move |notice| desk.notice(notice)
     };
-    let pager = Pager::start(&guest.memory(), owed, notify).map_err(RestoreError::NotLazy)?;
+    let (pager, faults) =
+        Pager::start(&guest.memory(), owed, notify).map_err(RestoreError::NotLazy)?;
     let pager = RwLock::new(Some(pager));
     let lazy = Arc::new(Lazy { bundle, desk, pager, tell: Box::new(tell), began });
-    let started = lazy.spawn("ferry-demand", Lazy::serve).and_then(|()| {
+    let reading = lazy.spawn("ferry-pager", |_| faults.serve());
+    let started = reading.and_then(|()| lazy.spawn("ferry-demand", Lazy::serve)).and_then(|()| {
         let loaded = guest.load(&state);
         lazy.desk.loaded().map_or(Ok(()), |why| Err(RestoreError::Lost(why)))?;
         loaded?;

@@ -16,7 +16,8 @@ use ferry_pages::{PAGE_BYTES, Run};
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
-use crate::suite::{EXTENTS, Machine};
+use crate::huge_pages::HugePages;
+use crate::suite::{EXTENTS, Kind, Machine};
 
 /// `l: add qword [rdi], 1 · add rdi, 4096 · dec rcx · jnz l · out 0x10, al · jmp $`
 const CODE: [u8; 20] = [
@@ -43,12 +44,13 @@ pub(crate) struct KvmMachine {
     view: GuestView,
     make: fn(&Self) -> Box<dyn DirtySource>,
     _mappings: Vec<Mapping>,
+    _host: Option<HugePages>,
 }
 
 impl KvmMachine {
     pub(crate) fn new(
         rings: Rings,
-        shared: bool,
+        kind: Kind,
         make: fn(&Self) -> Box<dyn DirtySource>,
     ) -> Option<Self> {
         let kvm = match Kvm::new() {
@@ -71,16 +73,10 @@ impl KvmMachine {
             },
         };
         let boot = Mapping::anonymous(16).unwrap();
-        let mut mappings: Vec<Mapping> = EXTENTS
-            .iter()
-            .map(|e| match shared {
-                true => Mapping::memfd("conformance", e.pages).unwrap(),
-                false => Mapping::anonymous(e.pages).unwrap(),
-            })
-            .collect();
+        let (mut mappings, host) = kind.map()?;
         let regions: Vec<Region> = (1..)
             .zip(mappings.iter().zip(EXTENTS))
-            .map(|(slot, (m, e))| m.region(e.start, slot))
+            .map(|(slot, (m, e))| Region { run: e, ..m.region(e.start, slot) })
             .collect();
         let boot_region = boot.region(0, 0);
         for region in regions.iter().chain([&boot_region]) {
@@ -101,7 +97,8 @@ impl KvmMachine {
         mappings.push(boot);
         fill_boot(&boot_view);
         let vcpus = (0..2).map(|id| vcpu(&vm, id, rings.as_deref())).collect();
-        Some(Self { vcpus, vm, rings, full: AtomicUsize::new(0), view, make, _mappings: mappings })
+        let full = AtomicUsize::new(0);
+        Some(Self { vcpus, vm, rings, full, view, make, _mappings: mappings, _host: host })
     }
 
     /// Has the loop run in ring 0 or ring 3 from here on.

@@ -1,5 +1,7 @@
 //! One suite of rules, held by every backend on every kind of machine that it can watch.
 
+#[path = "../../../memory/tests/host/huge_pages.rs"]
+mod huge_pages;
 mod kvm_machine;
 mod plain_machine;
 mod suite;
@@ -9,10 +11,16 @@ use std::sync::Arc;
 use ferry_pages::Run;
 use kvm_machine::{KvmMachine, Rings};
 use plain_machine::PlainMachine;
-use suite::{EXTENTS, Machine};
+use suite::{EXTENTS, Kind, Machine};
 
 /// Makes a test of each rule for a machine; a machine that cannot be made here says why and skips.
 macro_rules! held_by {
+    ($machine:ident: $($rule:ident)* => $make:expr) => {
+        mod $machine {
+            use super::*;
+            held_by!(@rules $make; $($rule)*);
+        }
+    };
     ($($machine:ident => $make:expr;)*) => { $(
         mod $machine {
             use super::*;
@@ -43,22 +51,43 @@ macro_rules! held_by {
 held_by! {
     software_bitmap => PlainMachine::marked();
     software_bitmap_of_vm_memory => PlainMachine::vm_memory();
-    uffd_private => PlainMachine::write_protected(false);
-    uffd_memfd => PlainMachine::write_protected(true);
-    kvm_bitmap => KvmMachine::new(Rings::None, false, KvmMachine::bitmap);
-    kvm_bitmap_memfd => KvmMachine::new(Rings::None, true, KvmMachine::bitmap);
-    kvm_bitmap_without_manual_protect => KvmMachine::new(Rings::None, false, KvmMachine::plain_bitmap);
-    kvm_ring => KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring);
-    kvm_ring_memfd => KvmMachine::new(Rings::Of(1024), true, KvmMachine::ring);
+    uffd_private => PlainMachine::write_protected(Kind::Private);
+    uffd_memfd => PlainMachine::write_protected(Kind::Shared);
+    kvm_bitmap => KvmMachine::new(Rings::None, Kind::Private, KvmMachine::bitmap);
+    kvm_bitmap_memfd => KvmMachine::new(Rings::None, Kind::Shared, KvmMachine::bitmap);
+    kvm_bitmap_without_manual_protect => KvmMachine::new(Rings::None, Kind::Private, KvmMachine::plain_bitmap);
+    kvm_ring => KvmMachine::new(Rings::Of(1024), Kind::Private, KvmMachine::ring);
+    kvm_ring_memfd => KvmMachine::new(Rings::Of(1024), Kind::Shared, KvmMachine::ring);
     kvm_ring_in_ring_0 => ring_0();
-    kvm_uffd_private => KvmMachine::new(Rings::None, false, KvmMachine::write_protected);
-    kvm_uffd_memfd => KvmMachine::new(Rings::None, true, KvmMachine::write_protected);
+    kvm_uffd_private => KvmMachine::new(Rings::None, Kind::Private, KvmMachine::write_protected);
+    kvm_uffd_memfd => KvmMachine::new(Rings::None, Kind::Shared, KvmMachine::write_protected);
+}
+
+// Huge pages are there as a whole; KVM logs their parts.
+held_by! { kvm_bitmap_huge:
+    earlier_writes_are_not_reported
+    every_page_written_is_reported_and_no_other
+    no_write_of_a_running_machine_is_lost
+    a_write_after_rearm_is_reported_again
+    tracking_starts_again_after_it_stopped
+    => KvmMachine::new(Rings::None, Kind::Huge, KvmMachine::bitmap)
+}
+held_by! { kvm_ring_huge:
+    every_page_written_is_reported_and_no_other
+    no_write_of_a_running_machine_is_lost
+    => KvmMachine::new(Rings::Of(1024), Kind::Huge, KvmMachine::ring)
+}
+held_by! { uffd_huge:
+    huge_pages_written_are_reported_as_a_whole_and_no_other
+    no_write_of_a_running_machine_is_lost
+    => PlainMachine::write_protected(Kind::Huge)
 }
 
 /// Rings hold fewer entries than the machine has pages, and nobody collects while it writes all of them.
 #[test]
 fn a_full_ring_loses_no_page() {
-    let Some(mut machine) = KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring) else {
+    let Some(mut machine) = KvmMachine::new(Rings::Of(1024), Kind::Private, KvmMachine::ring)
+    else {
         return;
     };
     let mut source = machine.source();
@@ -77,7 +106,7 @@ fn a_full_ring_loses_no_page() {
 
 /// A machine whose dirty rings overflow where KVM emulates ring 0: it has four times as many pages.
 fn ring_0() -> Option<KvmMachine> {
-    let machine = KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring)?;
+    let machine = KvmMachine::new(Rings::Of(1024), Kind::Private, KvmMachine::ring)?;
     machine.set_ring(0);
     Some(machine)
 }
@@ -166,7 +195,8 @@ fn an_overflow_does_not_outlast_its_tracker() {
 /// With rings enabled and nothing tracking, the machine runs as any other.
 #[test]
 fn rings_that_nobody_reads_do_not_stop_the_machine() {
-    let Some(mut machine) = KvmMachine::new(Rings::Of(1024), false, KvmMachine::ring) else {
+    let Some(mut machine) = KvmMachine::new(Rings::Of(1024), Kind::Private, KvmMachine::ring)
+    else {
         return;
     };
     machine.write(&EXTENTS);
@@ -176,7 +206,9 @@ fn rings_that_nobody_reads_do_not_stop_the_machine() {
 /// Pages that hold nothing when tracking starts are clean, although every bit begins as set.
 #[test]
 fn an_initially_set_bitmap_reports_only_populated_pages() {
-    let Some(mut machine) = KvmMachine::new(Rings::None, false, KvmMachine::bitmap) else { return };
+    let Some(mut machine) = KvmMachine::new(Rings::None, Kind::Private, KvmMachine::bitmap) else {
+        return;
+    };
     let written = [Run::new(EXTENTS[1].start + 5, 70)];
     machine.write(&written);
     let populated = suite::populated(&machine);

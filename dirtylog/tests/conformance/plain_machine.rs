@@ -10,7 +10,8 @@ use ferry_memory::{GuestView, Mapping};
 use ferry_pages::{PAGE_BYTES, Run};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::suite::{EXTENTS, Machine};
+use crate::huge_pages::HugePages;
+use crate::suite::{EXTENTS, Kind, Machine};
 
 const WRITERS: u64 = 2;
 
@@ -29,19 +30,20 @@ pub(crate) struct PlainMachine {
     view: GuestView,
     writes: Writes,
     _mappings: Vec<Mapping>,
+    _host: Option<HugePages>,
 }
 
 impl PlainMachine {
-    pub(crate) fn write_protected(shared: bool) -> Option<Self> {
+    pub(crate) fn write_protected(kind: Kind) -> Option<Self> {
         if let Err(error) = UffdWriteProtect::new(Vec::new()) {
             println!("SKIP: {error}: {}", error.source);
             return None;
         }
-        Some(Self::mapped(shared, Writes::Noted))
+        Self::mapped(kind, Writes::Noted)
     }
 
     pub(crate) fn marked() -> Option<Self> {
-        Some(Self::mapped(false, Writes::Marked(Arc::new(SoftwareBitmap::new(EXTENTS)))))
+        Self::mapped(Kind::Private, Writes::Marked(Arc::new(SoftwareBitmap::new(EXTENTS))))
     }
 
     pub(crate) fn vm_memory() -> Option<Self> {
@@ -55,24 +57,20 @@ impl PlainMachine {
             host: region.get_host_address(vm_memory::MemoryRegionAddress(0)).unwrap() as usize,
             slot: 0,
             backing: None,
+            unit: 1,
         });
         // SAFETY: the machine keeps the memory as long as the view.
         let view = unsafe { GuestView::new(regions.collect()) }.unwrap();
-        Some(Self { view, writes: Writes::VmMemory(Arc::new(memory)), _mappings: Vec::new() })
+        let writes = Writes::VmMemory(Arc::new(memory));
+        Some(Self { view, writes, _mappings: Vec::new(), _host: None })
     }
 
-    fn mapped(shared: bool, writes: Writes) -> Self {
-        let mappings: Vec<Mapping> = EXTENTS
-            .iter()
-            .map(|e| match shared {
-                true => Mapping::memfd("conformance", e.pages).unwrap(),
-                false => Mapping::anonymous(e.pages).unwrap(),
-            })
-            .collect();
+    fn mapped(kind: Kind, writes: Writes) -> Option<Self> {
+        let (mappings, host) = kind.map()?;
         let regions = mappings.iter().zip(EXTENTS).map(|(m, e)| m.region(e.start, 0)).collect();
         // SAFETY: the machine keeps the mappings as long as the view, and writes by atomics only.
         let view = unsafe { GuestView::new(regions) }.unwrap();
-        Self { view, writes, _mappings: mappings }
+        Some(Self { view, writes, _mappings: mappings, _host: host })
     }
 }
 

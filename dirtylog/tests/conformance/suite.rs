@@ -3,12 +3,41 @@
 use std::time::{Duration, Instant};
 
 use ferry_dirtylog::{DirtySource, Region};
-use ferry_memory::GuestView;
+use ferry_memory::{GuestView, HUGE_PAGES, Mapping};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
+
+use crate::huge_pages::HugePages;
 
 /// Memory of the machine: two stretches with a hole between them; the second begins and ends at no
 /// multiple of 64.
 pub(crate) const EXTENTS: [Run; 2] = [Run::new(1024, 1024), Run::new(3000, 3000)];
+
+/// What a machine's memory is made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Private,
+    Shared,
+    Huge,
+}
+
+impl Kind {
+    /// A mapping for each extent; that of huge pages may go on behind it.
+    pub(crate) fn map(self) -> Option<(Vec<Mapping>, Option<HugePages>)> {
+        let whole = |pages: u64| pages.next_multiple_of(HUGE_PAGES);
+        let host = if self == Self::Huge {
+            let pages: u64 = EXTENTS.iter().map(|e| whole(e.pages)).sum();
+            Some(HugePages::reserve(pages * PAGE_BYTES as u64)?)
+        } else {
+            None
+        };
+        let map = |pages| match self {
+            Self::Private => Mapping::anonymous(pages),
+            Self::Shared => Mapping::memfd("conformance", pages),
+            Self::Huge => Mapping::huge(whole(pages)),
+        };
+        Some((EXTENTS.iter().map(|e| map(e.pages).unwrap()).collect(), host))
+    }
+}
 
 /// A machine whose memory is watched. It writes nothing unless told.
 pub(crate) trait Machine {
@@ -181,6 +210,40 @@ pub(crate) fn a_write_after_rearm_is_reported_again(machine: &mut impl Machine) 
     assert_eq!(again.count_in(runs[1]), runs[1].pages);
 }
 
+/// Where the host holds memory in huge pages, they are written and reported as a whole.
+pub(crate) fn huge_pages_written_are_reported_as_a_whole_and_no_other(machine: &mut impl Machine) {
+    let regions = machine.regions();
+    let whole = |runs: &[Run]| -> PageSet {
+        let gfns = runs.iter().flat_map(|r| r.start..r.end());
+        let unit = |gfn| {
+            let region = regions.iter().find(|r| r.overlap(Run::new(gfn, 1)).is_some()).unwrap();
+            region.unit_of(gfn)
+        };
+        gfns.map(unit).collect()
+    };
+    let [low, high] = EXTENTS;
+    let early = [Run::new(low.start, 1), Run::new(high.start + 600, 2)];
+    machine.write(&early);
+    assert_eq!(populated(machine), whole(&early));
+    let mut source = started(machine);
+    assert_eq!(populated(machine), whole(&early), "tracking populates");
+    for runs in [
+        // There before, and new.
+        vec![Run::new(low.start + 7, 1), Run::new(high.end() - 1, 1)],
+        vec![Run::new(low.start + 511, 2)],
+        vec![Run::new(high.start + 600, 1)],
+    ] {
+        machine.write(&runs);
+        assert_eq!(collect(source.as_mut()), whole(&runs));
+        assert!(collect(source.as_mut()).is_empty());
+    }
+    // A page that is merely read is nobody's debt for ever.
+    machine.view().read(high.start + 1100, &mut [0]).unwrap();
+    collect(source.as_mut());
+    machine.view().read(high.start + 1100, &mut [0]).unwrap();
+    assert!(collect(source.as_mut()).is_empty());
+}
+
 pub(crate) fn untouched_pages_stay_untouched(machine: &mut impl Machine) {
     machine.write(&sparse());
     let before = populated(machine);
@@ -235,6 +298,8 @@ struct Copy {
 impl Copy {
     fn update(&mut self, source: &mut dyn DirtySource, pages: &PageSet) {
         let mut rest = pages.clone();
+        // Huge pages may go on behind the memory.
+        rest.intersect_with(&all());
         while !rest.is_empty() {
             let window = rest.take_first(128);
             source.rearm(&window).unwrap();

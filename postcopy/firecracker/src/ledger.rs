@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
+use ferry_memory::Happened;
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_postcopy::{Demand, Fault, PushQueue};
 
 use crate::Handover;
-use crate::kernel::Touch;
 
 /// The ledger of one machine. Its lock is held as `Demand` demands.
 pub(crate) struct Ledger {
@@ -36,14 +36,14 @@ impl Ledger {
     /// A thread waits at this address, which was not handed over.
     pub(crate) fn take_in(
         &mut self,
-        touches: &[Touch],
+        touches: &[Happened],
         handover: &Handover,
         now: Duration,
     ) -> Result<Todo, u64> {
         let mut todo = Todo::default();
         for touch in touches {
             match *touch {
-                Touch::Fault(address) => {
+                Happened::Fault { address, .. } => {
                     let page = handover.page_at(address).ok_or(address)?;
                     // Firecracker's userfaultfd does not say whose fault it is.
                     match self.demand.fault(page, now, 0) {
@@ -56,7 +56,7 @@ impl Ledger {
                         Fault::Zero | Fault::Here => todo.zeros.push(page),
                     }
                 }
-                Touch::Removed(start, end) => {
+                Happened::Removed(start, end) => {
                     // Part of a page cannot be given back.
                     if let Some(run) = handover.pages_between(start, end) {
                         todo.zeros.extend(self.demand.discarded(run));
@@ -91,8 +91,8 @@ mod tests {
         Handover::parse(text.as_bytes()).unwrap().unwrap()
     }
 
-    fn fault(page: u64) -> Touch {
-        Touch::Fault(BASE + page * 4096)
+    fn fault(page: u64) -> Happened {
+        Happened::Fault { address: BASE + page * 4096, thread: 0 }
     }
 
     fn ledger(owed: Run) -> Ledger {
@@ -103,7 +103,7 @@ mod tests {
     fn a_page_given_back_while_it_is_wanted_reads_as_zeros() {
         let (handover, mut ledger) = (handover(10), ledger(Run::new(0, 10)));
         // The kernel tells of faults before removals, whichever came first.
-        let touches = [fault(3), fault(5), Touch::Removed(BASE + 3 * 4096, BASE + 5 * 4096)];
+        let touches = [fault(3), fault(5), Happened::Removed(BASE + 3 * 4096, BASE + 5 * 4096)];
         let todo = ledger.take_in(&touches, &handover, NOW).unwrap();
         assert_eq!(todo, Todo { zeros: vec![3], wanted: vec![3, 5] });
         let mut placed = Vec::new();

@@ -31,9 +31,9 @@
 
 mod door;
 mod handover;
-mod kernel;
 mod ledger;
 mod memory;
+mod peer;
 mod serve;
 
 pub use door::{Door, PagerError};

@@ -8,12 +8,12 @@ use std::thread::{Scope, sleep};
 use std::time::{Duration, Instant};
 
 use ferry_bundle::Haste;
+use ferry_memory::Userfault;
 use ferry_pages::{PAGE_BYTES, Run};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, read, write};
 
 use crate::door::Peer;
-use crate::kernel::Userfault;
 use crate::ledger::{Ledger, larger};
 use crate::memory::Reader;
 use crate::{Handover, HandoverError, Memory, ReadError};
@@ -255,10 +255,10 @@ impl<'a> Machine<'a> {
         let page_bytes = self.handover.page_bytes();
         for (address, _) in todo.zeros.iter().filter_map(|page| self.handover.address_of(*page)) {
             let bytes = usize::try_from(page_bytes).unwrap_or(PAGE_BYTES);
-            let placed = self.userfault.place_zeros(address, bytes);
-            if !placed.map_err(Cause::kernel("place a page of zeros in"))? {
+            let placed = self.userfault.place_zeros(address, bytes, bytes);
+            if placed.map_err(Cause::kernel("place a page of zeros in"))? == 0 {
                 // Memory is being given back: who waits touches it again, later.
-                let woken = self.userfault.wake(address, page_bytes);
+                let woken = self.userfault.wake(address, bytes);
                 woken.map_err(Cause::kernel("wake"))?;
             }
         }
@@ -389,6 +389,7 @@ impl<'a> Machine<'a> {
     fn let_go(&self) -> Result<(), Cause> {
         for region in self.handover.regions() {
             let bytes = region.run.pages * self.handover.page_bytes();
+            let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
             let gone = self.userfault.let_go(region.host, bytes);
             gone.map_err(Cause::kernel("end watching the memory of"))?;
             // Ending wakes who waits before it ends: where the kernel takes faults under the lock of a single

@@ -8,7 +8,7 @@ use hdrhistogram::Histogram;
 /// What a pager measured.
 #[derive(Clone, Debug)]
 pub struct Waits {
-    /// Faults, and what became of the pages.
+    /// Faults, and what became of the pages; huge pages count as one.
     pub counts: DemandCounts,
     /// Each wait for a page, from reading the fault to placing the page, ns.
     pub nanos: Histogram<u64>,

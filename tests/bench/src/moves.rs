@@ -120,6 +120,7 @@ pub(crate) fn process(memory_bytes: u64, workload: &str) -> Result<ProcessGuest,
     let config = Config {
         name: "bench".into(),
         memory_bytes,
+        huge_pages: false,
         workers: 1,
         workload: workload.into(),
         tracker: Tracker::default(),
@@ -137,6 +138,7 @@ pub(crate) fn kvm(pki: &Pki, memory_bytes: u64, workload: &str) -> Result<Machin
     let machine = Machine::boot(&MachineConfig {
         name: "bench".into(),
         memory_bytes,
+        huge_pages: false,
         cpus: 1,
         kernel: pki.kernel()?,
         initrd: None,

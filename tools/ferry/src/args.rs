@@ -191,6 +191,9 @@ pub(crate) struct Run {
     /// Guest memory, such as 512M or 4G.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_bytes)]
     pub(crate) memory: u64,
+    /// Have the memory in huge pages of 2 MiB, which the host has reserved (sysctl vm.nr_hugepages).
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) cpus: u32,
@@ -242,6 +245,10 @@ pub(crate) struct Receive {
     /// Take in one machine, and exit when it ends.
     #[arg(long)]
     pub(crate) once: bool,
+    /// Have memory here in huge pages of 2 MiB, which this host has reserved (sysctl vm.nr_hugepages), whatever
+    /// it was in before.
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
     /// How writes are tracked when a machine that arrived here moves on.
     #[arg(long, value_enum, default_value_t = DirtyLogArg::Auto)]
     pub(crate) dirty_log: DirtyLogArg,
@@ -343,6 +350,10 @@ pub(crate) struct Restore {
     /// Append the serial console to FILE instead of standard output.
     #[arg(long, value_name = "FILE")]
     pub(crate) serial: Option<PathBuf>,
+    /// Have memory here in huge pages of 2 MiB, which this host has reserved (sysctl vm.nr_hugepages), whatever
+    /// it was in before.
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
     /// How writes are tracked when the machine moves or is saved.
     #[arg(long, value_enum, default_value_t = DirtyLogArg::Auto)]
     pub(crate) dirty_log: DirtyLogArg,

@@ -56,7 +56,11 @@ impl Host for AnyHost {
             ferry_process_guest::VMM => {
                 // Under the name that it has here, it moves on.
                 let spec = MachineSpec { name: name.to_owned(), ..spec.clone() };
-                ProcessHost::default().prepare(&spec).map(AnyMachine::process)
+                let host = ProcessHost {
+                    huge_pages: self.kvm.arrival.huge_pages,
+                    ..ProcessHost::default()
+                };
+                host.prepare(&spec).map(AnyMachine::process)
             }
             _ => self.kvm.prepare(spec).map(AnyMachine::Kvm),
         }?;
@@ -90,6 +94,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
         kvm: RefHost {
             arrival: ferry_refvmm::Arrival {
                 name: args.name.clone(),
+                huge_pages: args.huge_pages,
                 dirty_log: args.dirty_log.into(),
                 serial: args.serial.clone().map_or(SerialSink::Stdout, SerialSink::File),
             },

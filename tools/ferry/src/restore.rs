@@ -30,10 +30,12 @@ pub(crate) fn main(runtime: &RuntimeDir, args: &Restore) -> Result<(), Failure> 
     let bundle = Arc::new(places::open(&args.dir, &args.places)?);
     let (tell, told) = channel();
     let ready = if bundle.spec().vmm == ferry_process_guest::VMM {
-        from(&ProcessHost::default(), &bundle, args, tell, AnyMachine::process)?
+        let host = ProcessHost { huge_pages: args.huge_pages, ..ProcessHost::default() };
+        from(&host, &bundle, args, tell, AnyMachine::process)?
     } else {
         let arrival = Arrival {
             name: Some(args.name.clone()),
+            huge_pages: args.huge_pages,
             dirty_log: args.dirty_log.into(),
             serial: args.serial.clone().map_or(SerialSink::Stdout, SerialSink::File),
         };

@@ -45,6 +45,7 @@ fn process(run: &Run) -> Result<AnyMachine, Failure> {
     let mut guest = ProcessGuest::new(Config {
         name: run.name.clone(),
         memory_bytes: run.memory,
+        huge_pages: run.huge_pages,
         workers: run.cpus,
         workload: run.cmdline.clone(),
         tracker: Tracker::default(),
@@ -69,6 +70,7 @@ fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
     let machine = Machine::boot(&MachineConfig {
         name: run.name.clone(),
         memory_bytes: run.memory,
+        huge_pages: run.huge_pages,
         cpus: run.cpus,
         kernel: image.as_ref().map_or_else(|| run.kernel.clone(), |i| i.path().to_owned()),
         initrd: run.initrd.clone(),

@@ -24,6 +24,9 @@ pub struct Config {
     pub name: String,
     /// Bytes of memory, in whole pages.
     pub memory_bytes: u64,
+    /// Memory is in huge pages of 2 MiB (hugetlb), of which it is a multiple. Each host decides for itself.
+    #[serde(skip)]
+    pub huge_pages: bool,
     /// Worker threads: its vCPUs, 1 to [`Params::MAX_CPUS`].
     pub workers: u32,
     /// What they do, as [`Params::parse`] reads it; `cpus` is `workers`, whatever it says.

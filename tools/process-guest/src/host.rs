@@ -1,6 +1,7 @@
 //! Takes process guests in.
 
 use ferry_guest::workload::Params;
+use ferry_memory::available_bytes;
 use ferry_migrate::{Guest, Host, HostCapabilities, MachineSpec, Refusal};
 
 use crate::{Config, ProcessError, ProcessGuest, STATE_VERSION, VMM, WORKER};
@@ -10,12 +11,15 @@ use crate::{Config, ProcessError, ProcessGuest, STATE_VERSION, VMM, WORKER};
 pub struct ProcessHost {
     /// Takes no machine with more memory than this. Without it, the kernel's `MemAvailable` counts.
     pub memory_limit_bytes: Option<u64>,
+    /// Machines have their memory in huge pages here.
+    pub huge_pages: bool,
 }
 
 impl ProcessHost {
     /// What it can take at the moment.
     pub fn capabilities(&self) -> HostCapabilities {
-        let available = available_memory_bytes();
+        // Huge pages are counted when they are mapped.
+        let available = if self.huge_pages { u64::MAX } else { available_bytes() };
         HostCapabilities {
             vmm: VMM.into(),
             memory_bytes: self.memory_limit_bytes.map_or(available, |limit| limit.min(available)),
@@ -31,7 +35,7 @@ impl ProcessGuest {
     ///
     /// # Errors
     /// The specification is not one of a process guest, or this host has not enough for it.
-    pub fn arrive(spec: &MachineSpec) -> Result<Self, Vec<Refusal>> {
+    pub(crate) fn arrive(spec: &MachineSpec, huge_pages: bool) -> Result<Self, Vec<Refusal>> {
         let one = |what: &str, why: String| vec![Refusal::new(what, why)];
         if spec.config.len() > Config::MAX_BYTES {
             let (has, most) = (spec.config.len(), Config::MAX_BYTES);
@@ -44,6 +48,7 @@ impl ProcessGuest {
             .map_err(|e| one("vmm", format!("its configuration cannot be read: {e}")))?;
         // The destination may call it otherwise.
         config.name.clone_from(&spec.name);
+        config.huge_pages = huge_pages;
         // Before any thread or mapping is made: a peer that contradicts itself gets nothing.
         let (wants, says) = (config.memory_bytes, spec.memory_bytes());
         if wants != says {
@@ -83,30 +88,10 @@ impl Host for ProcessHost {
 
     fn prepare(&self, spec: &MachineSpec) -> Result<ProcessGuest, Vec<Refusal>> {
         let refusals = self.capabilities().refusals(spec);
-        if refusals.is_empty() { ProcessGuest::arrive(spec) } else { Err(refusals) }
-    }
-}
-
-/// What the kernel says can be had without swapping; everything if it does not say.
-fn available_memory_bytes() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    parse_available(&text).unwrap_or(u64::MAX)
-}
-
-fn parse_available(meminfo: &str) -> Option<u64> {
-    let rest = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn available_memory_is_read_from_the_kernels_words() {
-        let text = "MemTotal:       24612340 kB\nMemAvailable:   1024 kB\n";
-        assert_eq!(parse_available(text), Some(1 << 20));
-        assert_eq!(parse_available("MemTotal: 1 kB\n"), None);
-        assert_eq!(parse_available("MemAvailable: lots\n"), None);
+        if refusals.is_empty() {
+            ProcessGuest::arrive(spec, self.huge_pages)
+        } else {
+            Err(refusals)
+        }
     }
 }

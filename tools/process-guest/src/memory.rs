@@ -55,7 +55,7 @@ impl Memory {
     #[expect(unsafe_code, reason = "a view is of memory that is promised to stay")]
     pub(crate) fn map(config: &Config, plan: &Plan) -> Result<Self, ProcessError> {
         let fail = |e| ProcessError::Map { name: config.name.clone(), source: Box::new(e) };
-        let mapping = Mapping::anonymous(plan.memory_pages).map_err(fail)?;
+        let mapping = Mapping::for_machine(plan.memory_pages, config.huge_pages).map_err(fail)?;
         let (region, table) = (mapping.region(0, 0), mapping.host());
         // SAFETY: the view keeps the mapping, which is used by address and as atomics only.
         let view = unsafe { GuestView::new(vec![region]) }.map_err(fail)?.keeping(mapping);
@@ -101,6 +101,7 @@ mod tests {
         let config = Config {
             name: "p".into(),
             memory_bytes,
+            huge_pages: false,
             workers: 2,
             workload: workload.into(),
             tracker: crate::Tracker::Software,

@@ -13,6 +13,7 @@ fn config(workload: &str, tracker: Tracker) -> Config {
     Config {
         name: "p1".into(),
         memory_bytes: 16 << 20,
+        huge_pages: false,
         workers: 2,
         workload: workload.into(),
         tracker,
@@ -253,7 +254,7 @@ fn pages_never_visited_stay_untouched() {
 #[test]
 fn a_host_refuses_what_it_cannot_take_and_says_why() {
     let guest = ProcessGuest::new(config("", Tracker::Software)).unwrap();
-    let host = ProcessHost { memory_limit_bytes: Some(8 << 20) };
+    let host = ProcessHost { memory_limit_bytes: Some(8 << 20), ..ProcessHost::default() };
     let reasons = host.prepare(&guest.spec()).unwrap_err();
     assert_eq!(reasons[0].what, "memory");
     assert!(reasons[0].why.contains("16 MiB") && reasons[0].why.contains("8 MiB"), "{reasons:?}");

@@ -31,6 +31,7 @@ fn parse() -> Result<Asked, String> {
         config: MachineConfig {
             name: "boot".into(),
             memory_bytes: 256 << 20,
+            huge_pages: false,
             cpus: 1,
             kernel: kernel.into(),
             initrd: None,

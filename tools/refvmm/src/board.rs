@@ -128,14 +128,16 @@ pub(crate) struct Board {
     pub(crate) format: Format,
     pub(crate) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     pub(crate) tsc_khz: u32,
-    pub(crate) view: GuestView,
+    /// Not used any more when `view` is gone.
     pub(crate) ram: GuestRam,
+    pub(crate) view: GuestView,
 }
 
 /// What to build.
 pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     pub(crate) shape: Shape,
+    pub(crate) huge_pages: bool,
     pub(crate) dirty_log: DirtyLog,
     pub(crate) serial: &'a SerialSink,
     /// What each vCPU is shown.
@@ -151,9 +153,8 @@ impl Board {
         plan: Plan<'_>,
         fill: impl FnOnce(&GuestRam) -> Result<Option<Entry>, VmmError>,
     ) -> Result<(Self, Vec<JoinHandle<()>>), VmmError> {
-        let ram = memory::map(plan.shape.memory_bytes)?;
+        let (ram, view) = memory::map(plan.shape.memory_bytes, plan.huge_pages)?;
         let entry = fill(&ram)?;
-        let view = memory::view(&ram)?;
         Self::wire(kvm, plan, ram, &view, entry)
     }
 

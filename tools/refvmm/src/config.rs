@@ -47,6 +47,9 @@ pub struct MachineConfig {
     pub name: String,
     /// Bytes of guest memory: whole pages.
     pub memory_bytes: u64,
+    /// Memory is in huge pages of 2 MiB (hugetlb), of which it is a multiple.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// vCPUs.
     pub cpus: u32,
     /// A PVH ELF (such as `vmlinux`) or a `bzImage`.
@@ -66,6 +69,9 @@ pub struct MachineConfig {
 pub struct Arrival {
     /// The machine's name here; its own if `None`.
     pub name: Option<String>,
+    /// Its memory here is in huge pages.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// How writes are tracked when it moves on.
     pub dirty_log: DirtyLog,
     /// Where the console goes.

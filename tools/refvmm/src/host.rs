@@ -47,28 +47,10 @@ fn offered(kvm: &Kvm) -> Result<HostCapabilities, VmmError> {
     let base = cpuid::supported(kvm)?;
     Ok(HostCapabilities {
         vmm: VMM.to_owned(),
-        memory_bytes: available_bytes()?,
+        memory_bytes: ferry_memory::available_bytes(),
         max_vcpus: board::max_cpus(kvm),
         cpu_features: features::names(&base).into_iter().collect(),
         devices: DEVICES.iter().map(|&(kind, version)| (kind.to_owned(), version)).collect(),
-    })
-}
-
-/// `MemAvailable` of `/proc/meminfo`: what can be used without swapping, in bytes.
-fn available_bytes() -> Result<u64, VmmError> {
-    let path = "/proc/meminfo";
-    let fail = |source| VmmError::File {
-        action: "read",
-        what: "memory figures",
-        path: path.into(),
-        source,
-    };
-    let text = std::fs::read_to_string(path).map_err(fail)?;
-    let kib = text.lines().find_map(|l| {
-        l.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    });
-    kib.map(|k| k.saturating_mul(1024)).ok_or_else(|| {
-        fail(std::io::Error::new(std::io::ErrorKind::InvalidData, "no MemAvailable in it"))
     })
 }
 
@@ -81,7 +63,12 @@ impl Machine {
     pub fn arrive(spec: &MachineSpec, arrival: &Arrival) -> Result<Self, Vec<Refusal>> {
         let here = |e: VmmError| vec![Refusal::new("host", e.to_string())];
         let kvm = board::open_kvm().map_err(here)?;
-        let mut refusals = offered(&kvm).map_err(here)?.refusals(spec);
+        let mut offered = offered(&kvm).map_err(here)?;
+        if arrival.huge_pages {
+            // Those are counted when they are mapped.
+            offered.memory_bytes = u64::MAX;
+        }
+        let mut refusals = offered.refusals(spec);
         let carried = carried(spec, &kvm);
         let (carried, shape) = match carried {
             Ok(both) if refusals.is_empty() => both,
@@ -95,6 +82,7 @@ impl Machine {
         let plan = Plan {
             name,
             shape,
+            huge_pages: arrival.huge_pages,
             dirty_log: arrival.dirty_log,
             serial: &arrival.serial,
             cpuid: carried.cpuid,
@@ -102,6 +90,7 @@ impl Machine {
         };
         let parts = Board::build(&kvm, plan, |_| Ok(None)).map_err(|e| match e {
             VmmError::TscRate { .. } => vec![Refusal::new("cpu", e.to_string())],
+            VmmError::Map { .. } => vec![Refusal::new("memory", e.to_string())],
             e => here(e),
         })?;
         Ok(Self::new(name, shape, parts, None))

@@ -111,6 +111,7 @@ impl Machine {
         let plan = Plan {
             name: &config.name,
             shape,
+            huge_pages: config.huge_pages,
             dirty_log: config.dirty_log,
             serial: &config.serial,
             cpuid: (0..shape.cpus).map(|i| cpuid::of_vcpu(&base, i, shape.cpus)).collect(),

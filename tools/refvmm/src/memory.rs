@@ -1,19 +1,16 @@
 //! Guest memory: where it lies in the guest, and its mapping here.
 //!
 //! Guest-physical 3 GiB to 4 GiB is a hole for the interrupt controllers; what does not fit below it
-//! goes to 4 GiB and up. The mapping is private, anonymous and not reserved: a page exists only once
-//! the guest wrote it.
-#![expect(unsafe_code, reason = "memory slots are given to KVM by address")]
+//! goes to 4 GiB and up. The mapping is private and not reserved, or of huge pages: a page exists only
+//! once the guest wrote it.
+#![expect(unsafe_code, reason = "memory is given to vm-memory and KVM by address")]
 
-use ferry_dirtylog::Region;
-use ferry_memory::GuestView;
+use ferry_memory::{GuestView, Mapping, MemoryError};
 use ferry_pages::{PAGE_BYTES, Run};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::VmmError;
 use crate::error::Asked;
@@ -51,46 +48,37 @@ pub(crate) fn extents(memory_bytes: u64) -> Vec<Run> {
         .collect()
 }
 
-/// Maps memory for a guest; no page is touched.
-pub(crate) fn map(memory_bytes: u64) -> Result<GuestRam, VmmError> {
-    let fail = |bytes: u64, why: String| VmmError::Map { bytes, why };
-    let mut regions = Vec::new();
-    for (at, bytes) in stretches(memory_bytes) {
-        let len = usize::try_from(bytes).map_err(|e| fail(bytes, e.to_string()))?;
-        let mapping =
-            MmapRegionBuilder::new_with_bitmap(len, DeviceBitmap::new(bytes / PAGE_BYTES as u64))
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-                .build()
-                .map_err(|e| fail(bytes, e.to_string()))?;
-        regions.push(
-            GuestRegionMmap::new(mapping, GuestAddress(at))
-                .ok_or_else(|| fail(bytes, format!("no guest addresses at {at:#x}")))?,
+/// Memory for a guest as vm-memory has it, and for those who copy pages: the view keeps it mapped, one KVM slot
+/// a stretch. No page is touched.
+pub(crate) fn map(memory_bytes: u64, huge_pages: bool) -> Result<(GuestRam, GuestView), VmmError> {
+    let fail = |why: String| VmmError::Map { bytes: memory_bytes, why };
+    let fail_to_map = |e: MemoryError| match std::error::Error::source(&e) {
+        Some(cause) => fail(format!("{e}: {cause}")),
+        None => fail(e.to_string()),
+    };
+    let (mut ram, mut regions, mut mappings) = (Vec::new(), Vec::new(), Vec::new());
+    for (slot, run) in (0..).zip(extents(memory_bytes)) {
+        let mapping = Mapping::for_machine(run.pages, huge_pages).map_err(fail_to_map)?;
+        let region = mapping.region(run.start, slot);
+        let (host, bytes) = region.host_span();
+        let (at, bitmap) = (run.start * PAGE_BYTES as u64, DeviceBitmap::new(run.pages));
+        let builder = MmapRegionBuilder::new_with_bitmap(bytes, bitmap)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(if huge_pages { libc::MAP_SHARED } else { libc::MAP_PRIVATE });
+        // SAFETY: it is the mapping, whole, which lives as long as the view, and the view as long as the machine.
+        let mapped = unsafe { builder.with_raw_mmap_pointer(host.cast()) }.build();
+        let mapped = mapped.map_err(|e| fail(e.to_string()))?;
+        ram.push(
+            GuestRegionMmap::new(mapped, GuestAddress(at))
+                .ok_or_else(|| fail(format!("no guest addresses at {at:#x}")))?,
         );
+        regions.push(region);
+        mappings.push(mapping);
     }
-    GuestRam::from_regions(regions).map_err(|e| fail(memory_bytes, e.to_string()))
-}
-
-/// Where `ram` lies in this process, one KVM slot a stretch.
-fn regions(ram: &GuestRam) -> Vec<Region> {
-    let page = PAGE_BYTES as u64;
-    (0..)
-        .zip(ram.iter())
-        .map(|(slot, r)| Region {
-            run: Run::new(r.start_addr().0 / page, r.len() / page),
-            host: r.as_ptr() as usize,
-            slot,
-            backing: None,
-        })
-        .collect()
-}
-
-/// The memory, for those who copy pages: a view may outlive the machine by a moment, and keeps it mapped.
-pub(crate) fn view(ram: &GuestRam) -> Result<GuestView, VmmError> {
-    // SAFETY: `regions` names mappings of `ram`, readable and writable, whole and disjoint, which the
-    // view keeps by a clone of `ram`; nobody here holds references into them.
-    let view = unsafe { GuestView::new(regions(ram)) };
-    view.map(|v| v.keeping(ram.clone())).map_err(|e| VmmError::Map { bytes: 0, why: e.to_string() })
+    // SAFETY: the regions are those of the mappings, readable and writable, whole and disjoint, which the view
+    // keeps; nobody here holds references into them.
+    let view = unsafe { GuestView::new(regions) }.map_err(fail_to_map)?.keeping(mappings);
+    Ok((GuestRam::from_regions(ram).map_err(|e| fail(e.to_string()))?, view))
 }
 
 /// Gives memory to the VM as its slots.

@@ -14,6 +14,7 @@ use ferry_migrate::{
 };
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_process_guest::Tracker;
+use ferry_refvmm::DirtyLog;
 use tempfile::TempDir;
 
 use crate::stage::{
@@ -32,6 +33,10 @@ pub(crate) fn process(tracker: Tracker) -> Process {
     Process { tracker, memory_bytes: 128 * MIB, workload: BUSY.into() }
 }
 
+pub(crate) fn kvm_machine(dirty_log: DirtyLog) -> Kvm {
+    Kvm { dirty_log, memory_bytes: 128 * MIB, workload: BUSY.into() }
+}
+
 /// Runs `check` with a guest of each kind that can run here.
 pub(crate) fn with_every_kind(check: &impl Check) {
     let with_kvm = has_kvm();
@@ -40,7 +45,7 @@ pub(crate) fn with_every_kind(check: &impl Check) {
         match kind {
             Kind::Process(tracker) => check.check(&process(tracker)),
             Kind::Kvm(dirty_log) if with_kvm => {
-                check.check(&Kvm { dirty_log, memory_bytes: 128 * MIB, workload: BUSY.into() });
+                check.check(&kvm_machine(dirty_log));
             }
             Kind::Kvm(_) => {}
         }

@@ -16,8 +16,8 @@ use ferry_protocol::{ToDestination, ToSource};
 use ferry_refvmm::DirtyLog;
 
 use crate::stage::{
-    Deal, Destination, Dice, Kvm, Link, Maker, Process, Relay, SharedMemory, Subject, Watched,
-    WatchedHost, Witness, Word, eventually, goes_on, has_kvm, migrate,
+    Deal, Destination, Dice, Huge, HugePages, Kvm, Link, Maker, Process, Relay, SharedMemory,
+    Subject, Watched, WatchedHost, Witness, Word, eventually, goes_on, has_kvm, migrate,
 };
 use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, options};
 
@@ -42,8 +42,9 @@ fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
     let destination = Destination::start(link, host);
     let mut how = by(mode);
     if mode == Mode::Hybrid {
-        // So that one round is not enough.
+        // So that one round is not enough: a guest on a busy computer gets to run meanwhile.
         how.goals.max_downtime = Duration::from_micros(100);
+        how.bandwidth_bytes_per_s = Some(80_000_000);
     }
     for _ in 0..times {
         let sent = migrate(&mut source, &destination.connector, &how);
@@ -53,8 +54,11 @@ fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
         let paging = report.paging.as_ref().expect("pages went after the hand-over");
         if mode == Mode::PostCopy {
             assert_eq!(report.rounds, 0, "no round before it");
-            assert!(paging.pushed + paging.requested >= ARENA_PAGES, "{paging:?}");
-            assert!(paging.requested > 0, "who comes to every page waits for some: {paging:?}");
+            let unit = source.memory().regions()[0].unit;
+            assert!((paging.pushed + paging.requested) * unit >= ARENA_PAGES, "{paging:?}");
+            // Ten huge pages may all be there before anybody comes to them.
+            let waited = paging.requested > 0 || unit > 1;
+            assert!(waited, "who comes to every page waits for some: {paging:?}");
         }
         // It is told in steps of 10 ms. Who waits for a fifth of all time is slow some time.
         assert!(paging.full_speed_ms <= paging.took_ms + 10.0, "{paging:?}");
@@ -88,6 +92,56 @@ fn a_busy_kvm_machine_moves_ten_times_by_post_copy_and_by_hybrid() {
     }
     for mode in [Mode::PostCopy, Mode::Hybrid] {
         moves(&kvm(), Link::Quic, mode, 10);
+    }
+}
+
+/// By pre-copy, too, and to a host that has other pages.
+fn moves_in_huge_pages<M: Maker, S: Maker<Subject = M::Subject, Host = M::Host>>(
+    huge: &M,
+    small: &S,
+) {
+    for mode in [Mode::PostCopy, Mode::Hybrid] {
+        moves(huge, Link::Memory, mode, 2);
+    }
+    let host_of = |to_huge: bool| if to_huge { huge.host() } else { small.host() };
+    for (mode, from_huge, to_huge) in [
+        (Mode::PreCopy, true, true),
+        (Mode::PreCopy, false, true),
+        (Mode::PostCopy, false, true),
+        (Mode::PostCopy, true, false),
+    ] {
+        println!("{mode:?}, huge pages: {from_huge} to {to_huge}");
+        let mut source = if from_huge { huge.busy_guest() } else { small.busy_guest() };
+        let destination = Destination::start(Link::Memory, host_of(to_huge));
+        let sent = migrate(&mut source, &destination.connector, &by(mode));
+        assert_completed(&sent);
+        let (arrived, arrival) = destination.arrival().expect("a machine");
+        assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
+        assert_eq!(arrived.memory().regions()[0].unit > 1, to_huge);
+        drop(source);
+        goes_on(&arrived, ARENA_PAGES);
+    }
+}
+
+#[test]
+fn machines_in_huge_pages_move_in_every_mode_and_to_hosts_with_other_pages() {
+    let Some(_host) = HugePages::reserve(4 * 64 * MIB) else { return };
+    moves_in_huge_pages(&Huge(process()), &process());
+    if has_kvm() {
+        moves_in_huge_pages(&Huge(kvm()), &kvm());
+        let by_write_protection = Kvm { dirty_log: DirtyLog::WriteProtect, ..kvm() };
+        moves_in_huge_pages(&Huge(by_write_protection.clone()), &by_write_protection);
+    }
+}
+
+#[test]
+fn a_host_without_free_huge_pages_refuses_a_machine_and_says_what_to_do() {
+    let mut source = Process { memory_bytes: 1 << 40, ..process() }.new_guest();
+    let destination = Destination::start(Link::Memory, Huge(process()).host());
+    let sent = migrate(&mut source, &destination.connector, &by(Mode::PostCopy));
+    assert_eq!(sent.report.machine, Whereabouts::RunsAtSource);
+    for word in ["huge pages of 2 MiB", "are free", "sysctl vm.nr_hugepages="] {
+        assert!(sent.report.reason.contains(word), "{}", sent.report.reason);
     }
 }
 

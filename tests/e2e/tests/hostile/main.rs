@@ -28,7 +28,8 @@ fn maker() -> Process {
 
 fn config() -> Config {
     let Process { tracker, memory_bytes, workload } = maker();
-    Config { name: "p1".into(), memory_bytes, workers: 2, workload, tracker }
+    let (name, huge_pages) = ("p1".into(), false);
+    Config { name, memory_bytes, huge_pages, workers: 2, workload, tracker }
 }
 
 /// Goals that a busy guest on a busy computer meets.

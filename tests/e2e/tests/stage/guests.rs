@@ -99,9 +99,20 @@ impl Maker for Process {
     type Host = ProcessHost;
 
     fn new_guest(&self) -> ProcessGuest {
+        self.with(false)
+    }
+
+    fn host(&self) -> ProcessHost {
+        ProcessHost::default()
+    }
+}
+
+impl Process {
+    fn with(&self, huge_pages: bool) -> ProcessGuest {
         let mut guest = ProcessGuest::new(Config {
             name: "p1".into(),
             memory_bytes: self.memory_bytes,
+            huge_pages,
             workers: 2,
             workload: self.workload.clone(),
             tracker: self.tracker,
@@ -109,10 +120,6 @@ impl Maker for Process {
         .unwrap();
         guest.run().unwrap();
         guest
-    }
-
-    fn host(&self) -> ProcessHost {
-        ProcessHost::default()
     }
 }
 
@@ -129,12 +136,23 @@ impl Maker for Kvm {
     type Host = RefHost;
 
     fn new_guest(&self) -> Machine {
+        self.with(false)
+    }
+
+    fn host(&self) -> RefHost {
+        RefHost { arrival: Arrival { dirty_log: self.dirty_log, ..Arrival::default() } }
+    }
+}
+
+impl Kvm {
+    fn with(&self, huge_pages: bool) -> Machine {
         let mut image = tempfile::NamedTempFile::new().unwrap();
         image.write_all(ferry_guest::ELF).unwrap();
         let tsc_khz = RefHost::tsc_khz().unwrap();
         let machine = Machine::boot(&MachineConfig {
             name: "k1".into(),
             memory_bytes: self.memory_bytes,
+            huge_pages,
             cpus: 2,
             kernel: image.path().to_owned(),
             initrd: None,
@@ -146,9 +164,36 @@ impl Maker for Kvm {
         machine.resume_by_operator().unwrap();
         machine
     }
+}
+
+/// The same guests, in huge pages.
+#[derive(Clone, Debug)]
+pub struct Huge<M>(pub M);
+
+impl Maker for Huge<Process> {
+    type Subject = ProcessGuest;
+    type Host = ProcessHost;
+
+    fn new_guest(&self) -> ProcessGuest {
+        self.0.with(true)
+    }
+
+    fn host(&self) -> ProcessHost {
+        ProcessHost { huge_pages: true, ..self.0.host() }
+    }
+}
+
+impl Maker for Huge<Kvm> {
+    type Subject = Machine;
+    type Host = RefHost;
+
+    fn new_guest(&self) -> Machine {
+        self.0.with(true)
+    }
 
     fn host(&self) -> RefHost {
-        RefHost { arrival: Arrival { dirty_log: self.dirty_log, ..Arrival::default() } }
+        let arrival = self.0.host().arrival;
+        RefHost { arrival: Arrival { huge_pages: true, ..arrival } }
     }
 }
 

@@ -5,12 +5,15 @@
 
 mod field;
 mod guests;
+#[path = "../../../../memory/tests/host/huge_pages.rs"]
+mod huge_pages;
 mod relay;
 mod shared;
 mod watched;
 
 pub use field::{Destination, Link, Links, migrate};
-pub use guests::{Kind, Kvm, Maker, Process, Subject, has_kvm};
+pub use guests::{Huge, Kind, Kvm, Maker, Process, Subject, has_kvm};
+pub(crate) use huge_pages::HugePages;
 pub use relay::{Deal, Relay, Word, pass};
 pub use shared::SharedMemory;
 pub use watched::{DRAINED_BY_SAVE, Debts, Faults, Watched, WatchedHost, Witness};

@@ -146,6 +146,7 @@ pub(crate) fn config(dir: &Path, file: &[u8]) -> MachineConfig {
     MachineConfig {
         name: "tiny".into(),
         memory_bytes: 8 << 20,
+        huge_pages: false,
         cpus: 1,
         kernel,
         initrd: None,
