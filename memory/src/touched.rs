@@ -67,14 +67,16 @@ fn refused(what: &'static str, run: Run, source: io::Error) -> MemoryError {
     MemoryError::Refused { what, run, source }
 }
 
-/// The regions of `view` that are shared mappings from end to end.
+/// The regions of `view` that are shared mappings from end to end. None in huge pages: which of those hold
+/// data is seen by these entries only.
 fn shared(view: &GuestView) -> Result<Vec<Region>, MemoryError> {
     let maps = std::fs::read_to_string("/proc/self/maps");
     let whole = Run::new(view.regions().first().map_or(0, |region| region.run.start), 0);
     let maps =
         maps.map_err(|e| refused("learn from /proc/self/maps what is shared of", whole, e))?;
     let all = view.regions().iter().copied();
-    Ok(all.filter(|region| region.backing.is_some() && is_shared(region, &maps)).collect())
+    let by_page = |region: &Region| region.backing.is_some() && region.unit == 1;
+    Ok(all.filter(|region| by_page(region) && is_shared(region, &maps)).collect())
 }
 
 /// Whether shared mappings cover all of `region`, in the words of `/proc/self/maps`: a line for each

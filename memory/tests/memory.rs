@@ -286,6 +286,7 @@ fn memory_in_huge_pages_is_read_written_filled_and_given_back_like_any_other() {
     filler.fill(1030, &page(2).repeat(3)).unwrap();
     drop(filler);
     assert_eq!(view.resident().unwrap(), set(&[Run::new(512, 1024)]), "whole huge pages");
+    assert!(Touched::begin(&view).unwrap().is_none(), "it would forget what is resident");
     view.discard(Run::new(519, 2)).unwrap();
     view.discard(Run::new(1024, 512)).unwrap();
     assert_eq!(view.resident().unwrap(), set(&[Run::new(512, 512)]));
