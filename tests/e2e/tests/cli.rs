@@ -1,9 +1,13 @@
 //! The command as people and scripts use it: machines run, are looked at, and move.
 
+#[path = "../../../memory/tests/host/huge_pages.rs"]
+mod huge_pages;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use ferry_e2e::{Host, Hosts, Moved, Running, kvm, path, wait_for};
+use huge_pages::HugePages;
 use serde_json::Value;
 
 const PROCESS: &str = ":process";
@@ -336,4 +340,37 @@ fn a_console_file_is_appended_to() {
     hosts.source.migrate("m", to, &[]).completed();
     hosts.destination.works("m");
     assert!(text().starts_with(&booted), "what the source wrote is kept");
+}
+
+#[test]
+fn machines_in_huge_pages_move_to_hosts_with_and_without_and_are_restored_lazily() {
+    const MEMORY: u64 = 64 << 20;
+    let Some(_reserved) = HugePages::reserve(3 * MEMORY) else { return };
+    let kernels: &[&str] = if kvm() { &[PROCESS, KVM] } else { &[PROCESS] };
+    for kernel in kernels {
+        let mut hosts = Hosts::new();
+        let huge = ["--memory", "64M", "--huge-pages", "--cmdline", ferry_e2e::BUSY];
+        let mut process = hosts.source.boot("m", kernel, &huge);
+        let bundle = hosts.path("bundle");
+        for (mode, here) in [("post-copy", true), ("pre-copy", false), ("hybrid", true)] {
+            let more: &[&str] = if here { &["--once", "--huge-pages"] } else { &["--once"] };
+            let (receiver, to) = hosts.destination.receive(more);
+            hosts.source.migrate("m", to, &["--mode", mode]).completed();
+            hosts.destination.works("m");
+            process.end().succeeded();
+            process = receiver;
+            std::mem::swap(&mut hosts.source, &mut hosts.destination);
+        }
+        hosts.source.run(&["save", "m", path(&bundle), "--stop"]).succeeded();
+        process.end();
+        let args = ["restore", path(&bundle), "m", "--lazy", "--huge-pages"];
+        let restored = hosts.source.start(&args);
+        restored.line("all pages are here");
+        hosts.source.works("m");
+        hosts.source.run(&["vm", "stop", "m"]).succeeded();
+        restored.end().succeeded();
+    }
+    let hosts = Hosts::new();
+    let args = ["vm", "run", "m", "--kernel", PROCESS, "--memory", "1T", "--huge-pages"];
+    hosts.source.run(&args).failed(&["vm.nr_hugepages="]);
 }
