@@ -1,5 +1,6 @@
 //! One machine on its way in: its channels, its state machine, its memory.
 
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,14 +10,16 @@ use ferry_memory::{MissingPages, Waiters};
 use ferry_pager::{Notice, Pager};
 use ferry_pages::PageSet;
 use ferry_protocol::{
-    Arrival, Destination, DestinationAction, DestinationEvent, MachineSpec, Refusal, StateReader,
-    ToDestination, wire,
+    Arrival, Built, Destination, DestinationAction, DestinationEvent, MachineSpec, Refusal,
+    StateReader, ToDestination, wire,
 };
 use ferry_transport::{ByteSink, FrameReader, send_message};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::fetch::Asks;
 use crate::fetching::{Bringer, Fetching};
 use crate::install::Installer;
+use crate::recall::{OldCopy, Recalls};
 use crate::receive::{Peer, ReceiveEvent, Server};
 use crate::receive_lane::{self, LaneEnd};
 use crate::{Guest, Host, fetch, words};
@@ -147,7 +150,7 @@ pub(crate) struct Arriving<H: Host> {
     /// To the control channel.
     outgoing: Option<UnboundedSender<Vec<u8>>>,
     /// To the urgent lane.
-    asks: Arc<Mutex<Option<UnboundedSender<u64>>>>,
+    asks: Asks,
     urgent_allowed: bool,
     /// By the pager's clock.
     resumed_at: Duration,
@@ -158,6 +161,7 @@ pub(crate) struct Arriving<H: Host> {
     spec: Option<MachineSpec>,
     guest: Option<H::Guest>,
     installer: Option<Arc<Installer>>,
+    old: Option<Arc<OldCopy>>,
     codecs: CodecSet,
     lanes_allowed: u16,
     arrival: Option<Arrival>,
@@ -184,7 +188,7 @@ impl<H: Host + 'static> Arriving<H> {
             link: Some(0),
             linked: true,
             outgoing: None,
-            asks: Arc::default(),
+            asks: Asks::default(),
             urgent_allowed: false,
             resumed_at: Duration::ZERO,
             loading: Loading::default(),
@@ -194,6 +198,7 @@ impl<H: Host + 'static> Arriving<H> {
             spec: None,
             guest: None,
             installer: None,
+            old: None,
             codecs: CodecSet::from_bits(0),
             lanes_allowed: 0,
             arrival: None,
@@ -225,7 +230,7 @@ impl<H: Host + 'static> Arriving<H> {
                 Ok(Message::Urgent { reader, sink, .. }) => self.urgent(reader, sink),
                 Ok(Message::Rejoin { link, reader, sink, done }) => {
                     self.link = Some(link);
-                    self.set_asks(None);
+                    self.asks.close();
                     self.server.set_away(self.token, None);
                     self.control(reader, sink);
                     let owed = self.pager(Pager::missing);
@@ -291,7 +296,9 @@ impl<H: Host + 'static> Arriving<H> {
                 }
                 None
             }
-            DestinationAction::Build(spec) => Some(DestinationEvent::Built(self.build(spec))),
+            DestinationAction::Build { spec, machine } => {
+                Some(DestinationEvent::Built(self.build(spec, machine)))
+            }
             DestinationAction::AcceptLanes { codecs, lanes } => {
                 self.codecs = CodecSet::from_bits(codecs);
                 self.lanes_allowed = lanes;
@@ -301,7 +308,7 @@ impl<H: Host + 'static> Arriving<H> {
             DestinationAction::Hold => {
                 self.epoch += 1;
                 self.outgoing = None;
-                self.set_asks(None);
+                self.asks.close();
                 self.link = None;
                 if let Some(spec) = &self.spec {
                     let (name, who) = (spec.name.clone(), self.peer.identity.clone());
@@ -362,23 +369,13 @@ impl<H: Host + 'static> Arriving<H> {
         (self.server.tell)(ReceiveEvent::Waiting { name, missing, why });
     }
 
-    fn set_asks(&self, asks: Option<UnboundedSender<u64>>) {
-        *self.asks.lock().unwrap_or_else(PoisonError::into_inner) = asks;
-    }
-
     fn page(&mut self, owed: PageSet) -> Result<(), String> {
         let installer = self.installer.as_ref().ok_or("there is no machine")?;
         let door = self.door.clone();
         let asks = self.asks.clone();
         let notify = move |notice| match notice {
-            // Straight to the urgent lane. Without one, they are asked for when there is one again.
-            Notice::Ask(gfns) => {
-                if let Some(lane) = &*asks.lock().unwrap_or_else(PoisonError::into_inner) {
-                    for gfn in gfns {
-                        let _ = lane.send(gfn);
-                    }
-                }
-            }
+            // Straight to the urgent lane.
+            Notice::Ask(gfns) => asks.ask(gfns),
             other => drop(door.send(Message::Pager(other))),
         };
         installer.page(&self.runtime, owed, notify).map_err(|e| words(&e))
@@ -406,10 +403,8 @@ impl<H: Host + 'static> Arriving<H> {
             return self.handle(DestinationEvent::BadPages("more than one urgent lane".into()));
         }
         let (asks, wanted) = unbounded_channel();
-        self.set_asks(Some(asks.clone()));
-        for gfn in self.pager(Pager::outstanding).unwrap_or_default() {
-            let _ = asks.send(gfn);
-        }
+        self.asks.open(asks, &self.pager(Pager::missing).unwrap_or_default());
+        self.asks.ask(self.pager(Pager::outstanding).unwrap_or_default());
         let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
         let loading = self.loading.clone();
         self.runtime.spawn(async move {
@@ -421,16 +416,33 @@ impl<H: Host + 'static> Arriving<H> {
         });
     }
 
-    fn build(&mut self, spec: MachineSpec) -> Result<Option<String>, Vec<Refusal>> {
+    fn build(&mut self, spec: MachineSpec, machine: Option<u128>) -> Result<Built, Vec<Refusal>> {
         let name = spec.name.clone();
-        (self.server.tell)(ReceiveEvent::Arriving { name, peer: self.peer.to_string() });
+        let peer = self.peer.to_string();
+        (self.server.tell)(ReceiveEvent::Arriving { name: name.clone(), peer });
         let layout = spec.layout().map_err(|e| vec![Refusal::new("memory", e.to_string())])?;
         self.server.supersede(&spec.name, &self.peer.identity);
         let guest = self.server.host.prepare(&spec)?;
         self.installer = Some(Arc::new(Installer::new(guest.memory(), layout)));
         self.guest = Some(guest);
+        let mut recalled = Vec::new();
+        if let Some(machine) = machine {
+            let tell = |bundle: &Path, pages| {
+                let (name, bundle) = (name.clone(), bundle.to_owned());
+                (self.server.tell)(ReceiveEvent::Recalled { name, bundle, pages });
+            };
+            let places = &self.server.options.bundles;
+            let useless = |bundle: &Path, why| tell(bundle, Err(why));
+            let old = OldCopy::find(places, machine, &spec.extents, useless);
+            self.old = old.map(Arc::new);
+            if let Some(old) = &self.old {
+                recalled = old.recalled();
+                tell(old.dir(), Ok(old.pages().len()));
+            }
+        }
         self.spec = Some(spec);
-        Ok(MissingPages::available(Waiters::All).err().map(|e| words(&e)))
+        let no_post_copy = MissingPages::available(Waiters::All).err().map(|e| words(&e));
+        Ok(Built { no_post_copy, recalled })
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), String> {
@@ -451,6 +463,28 @@ impl<H: Host + 'static> Arriving<H> {
         }
     }
 
+    /// The old copy, for a lane of the present link, and what is done where it lacks pages.
+    fn recalls(&self, installer: &Arc<Installer>) -> Option<Recalls> {
+        let old = self.old.clone()?;
+        let (asks, server, installer) = (self.asks.clone(), self.server.clone(), installer.clone());
+        let (dir, door, epoch) = (old.dir().to_owned(), self.door.clone(), self.epoch);
+        let name = self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone());
+        let lacking = move |mut pages: PageSet, runs, first, why| {
+            if first {
+                let (name, bundle) = (name.clone(), dir.clone());
+                (server.tell)(ReceiveEvent::Recalled { name, bundle, pages: Err(why) });
+            }
+            if runs {
+                pages.intersect_with(&installer.pager(Pager::missing).unwrap_or_default());
+                asks.lacking(&pages);
+            } else {
+                let event = DestinationEvent::Lacking(pages);
+                let _ = door.send(Message::Link { epoch, event });
+            }
+        };
+        Some(Recalls { old, lacking: Arc::new(lacking) })
+    }
+
     fn lane(&mut self, reader: FrameReader, mut sink: Box<dyn ByteSink>) {
         let Some(installer) = self.installer.clone() else { return };
         if self.lanes_allowed == 0 {
@@ -458,6 +492,7 @@ impl<H: Host + 'static> Arriving<H> {
         }
         self.lanes_allowed -= 1;
         let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
+        let old = self.recalls(&installer);
         // A thread of its own: on the runtime's threads, the lane's connection would stand still while
         // pages are verified and written.
         let runtime = self.runtime.clone();
@@ -467,7 +502,7 @@ impl<H: Host + 'static> Arriving<H> {
                 let _ = door.send(Message::Link { epoch, event });
             };
             let acks = Some(&mut sink);
-            let ended = receive_lane::run(reader, acks, &installer, codecs, installed).await;
+            let ended = receive_lane::run(reader, acks, &installer, codecs, old, installed).await;
             let event = match ended {
                 LaneEnd::Finished => {
                     // The source is done with this lane, and may be gone.

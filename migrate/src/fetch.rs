@@ -3,20 +3,75 @@
 use bytes::Bytes;
 use ferry_codec::CodecSet;
 use ferry_pager::Waits;
+use ferry_pages::PageSet;
 use ferry_protocol::{DestinationEvent, Fetched};
 use ferry_transport::{ByteSink, FrameReader};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use crate::install::Installer;
 use crate::receive_lane::{self, LaneEnd};
+
+/// The way to the urgent lane.
+#[derive(Clone, Default)]
+pub(crate) struct Asks(Arc<Mutex<Asking>>);
+
+#[derive(Default)]
+struct Asking {
+    lane: Option<UnboundedSender<u64>>,
+    /// Owed pages that were named, and cannot be had from the old copy: they come only if they are asked for.
+    lacking: PageSet,
+}
+
+impl Asking {
+    fn ask(&self, gfns: impl IntoIterator<Item = u64>) {
+        // Without a lane, they are asked for when there is one again.
+        if let Some(lane) = &self.lane {
+            for gfn in gfns {
+                let _ = lane.send(gfn);
+            }
+        }
+    }
+}
+
+impl Asks {
+    fn lock(&self) -> MutexGuard<'_, Asking> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on to `lane`, and at once what of `missing` would not come otherwise.
+    pub(crate) fn open(&self, lane: UnboundedSender<u64>, missing: &PageSet) {
+        let mut asking = self.lock();
+        asking.lane = Some(lane);
+        asking.lacking.intersect_with(missing);
+        asking.ask(asking.lacking.runs().flat_map(|run| run.start..run.end()));
+    }
+
+    /// There is no lane any more.
+    pub(crate) fn close(&self) {
+        self.lock().lane = None;
+    }
+
+    /// Somebody waits for these pages.
+    pub(crate) fn ask(&self, gfns: impl IntoIterator<Item = u64>) {
+        self.lock().ask(gfns);
+    }
+
+    /// These pages, which are owed, were named and cannot be had.
+    pub(crate) fn lacking(&self, pages: &PageSet) {
+        let mut asking = self.lock();
+        asking.lacking.union_with(pages);
+        asking.ask(pages.runs().flat_map(|run| run.start..run.end()));
+    }
+}
 
 /// Asks for the pages in `wanted`, and installs what comes, until either ends; what is to be told of it.
 pub(crate) async fn run(
     reader: FrameReader,
     mut sink: Box<dyn ByteSink>,
     mut wanted: UnboundedReceiver<u64>,
-    installer: &Installer,
+    installer: &Arc<Installer>,
     codecs: CodecSet,
 ) -> Option<DestinationEvent> {
     let ask = async {
@@ -32,7 +87,7 @@ pub(crate) async fn run(
     };
     let ended = tokio::select! {
         ended = ask => ended,
-        ended = receive_lane::run(reader, None, installer, codecs, |_| {}) => ended,
+        ended = receive_lane::run(reader, None, installer, codecs, None, |_| {}) => ended,
     };
     match ended {
         LaneEnd::Finished => {

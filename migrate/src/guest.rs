@@ -40,6 +40,11 @@ impl GuestError {
 pub trait Guest: Send {
     /// What the destination must be able to host.
     fn spec(&self) -> MachineSpec;
+    /// Its lasting number, that of its permit. It finds an old bundle of the machine at its destination,
+    /// whose pages need not be sent; none, and all are.
+    fn machine(&self) -> Option<u128> {
+        None
+    }
     /// Its memory. Where it lies is constant for the life of the machine, and the view keeps the
     /// mapping alive: lanes may hold it a moment longer than the guest lives.
     fn memory(&self) -> GuestView;

@@ -12,6 +12,7 @@ mod fetching;
 mod guest;
 mod install;
 mod lazy;
+mod recall;
 mod receive;
 mod receive_lane;
 mod report;

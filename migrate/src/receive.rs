@@ -5,6 +5,7 @@
 //! or asks what became of one.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -30,17 +31,19 @@ const REMEMBERED: usize = 1024;
 const MAX_ARRIVING: usize = 32;
 
 /// How to receive.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ReceiveOptions {
     /// Codecs that may be used.
     pub codecs: CodecSet,
     /// Take in one machine; refuse others while it arrives and once it runs.
     pub once: bool,
+    /// Bundles, or directories of bundles: pages of an old one of the machine that comes are not sent.
+    pub bundles: Vec<PathBuf>,
 }
 
 impl Default for ReceiveOptions {
     fn default() -> Self {
-        Self { codecs: CodecSet::ALL, once: false }
+        Self { codecs: CodecSet::ALL, once: false, bundles: Vec::new() }
     }
 }
 
@@ -53,6 +56,15 @@ pub enum ReceiveEvent<G> {
         name: String,
         /// The source's identity and address.
         peer: String,
+    },
+    /// An old bundle of a machine that comes, or one of no use.
+    Recalled {
+        /// The machine's name at the source.
+        name: String,
+        /// The bundle.
+        bundle: PathBuf,
+        /// Pages of data that it has; or why it, or some of its pages, cannot be used: they are sent.
+        pages: Result<u64, String>,
     },
     /// A machine runs here now: it is the host's.
     Arrived {

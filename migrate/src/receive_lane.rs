@@ -1,10 +1,13 @@
 //! One lane of the destination: takes frames off the link, verifies them, installs their pages.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
-use ferry_codec::{CodecSet, Decoder, HEADER_BYTES, parse_header};
+use ferry_codec::{Codec, CodecSet, Decoder, HEADER_BYTES, parse_header};
 use ferry_transport::{ByteSink, FrameReader};
 
 use crate::install::{Installed, Installer};
+use crate::recall::{Lane, Recalls};
 use crate::serve::ACK;
 
 /// How a lane ended.
@@ -18,15 +21,18 @@ pub(crate) enum LaneEnd {
 }
 
 /// Runs a lane to its end; `installed` is told the round of each batch that came before the machine runs,
-/// and the source is told on `sink` of each that came after.
+/// and the source is told on `sink` of each that came after. Where there is an old copy, its pages may be named.
 pub(crate) async fn run(
     mut reader: FrameReader,
     mut sink: Option<&mut Box<dyn ByteSink>>,
-    installer: &Installer,
+    installer: &Arc<Installer>,
     codecs: CodecSet,
+    old: Option<Recalls>,
     installed: impl Fn(u32),
 ) -> LaneEnd {
-    let mut decoder = Decoder::new(installer.layout().clone(), codecs);
+    let allowed = if old.is_some() { codecs.and_same() } else { codecs };
+    let mut decoder = Decoder::new(installer.layout().clone(), allowed);
+    let mut old = old.map(|old| Lane::new(old, installer.clone()));
     loop {
         let header = match reader.fill(HEADER_BYTES).await {
             Ok(Some(bytes)) => parse_header(bytes),
@@ -49,7 +55,11 @@ pub(crate) async fn run(
             Err(e) => return LaneEnd::Bad(e.to_string()),
         };
         let round = batch.round;
-        match installer.install(&batch) {
+        let done = match (batch.codec, &mut old) {
+            (Codec::Same, Some(old)) => old.install(&batch),
+            _ => installer.install(&batch),
+        };
+        match done {
             Ok(Installed::Filled) => installed(round),
             Ok(Installed::Paged) => {
                 if let Some(sink) = &mut sink

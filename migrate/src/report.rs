@@ -46,6 +46,8 @@ pub struct PageCounts {
     pub lz4: u64,
     /// By zstd.
     pub zstd: u64,
+    /// Not sent: the destination had them in an old bundle of the machine.
+    pub same: u64,
 }
 
 impl PageCounts {
@@ -56,6 +58,7 @@ impl PageCounts {
             Codec::Raw => &mut self.raw,
             Codec::Lz4 => &mut self.lz4,
             Codec::Zstd => &mut self.zstd,
+            Codec::Same => &mut self.same,
         } += pages;
     }
 
@@ -65,6 +68,7 @@ impl PageCounts {
         self.raw += other.raw;
         self.lz4 += other.lz4;
         self.zstd += other.zstd;
+        self.same += other.same;
     }
 }
 

@@ -39,6 +39,12 @@ impl Round {
         Self { number, cursor: Mutex::new(Cursor { pages, next, armed_to: next }), trackers }
     }
 
+    /// Whether pages of it may be named instead of sent: what the destination lacks of them it says when it
+    /// acknowledges the round, and after the last ones it has no time to.
+    pub(crate) fn may_name(&self) -> bool {
+        self.trackers.is_some()
+    }
+
     /// Nothing more is handed out, and nothing is re-armed for this round once this returns: it was given up,
     /// and its pages are in later ones.
     pub(crate) fn end(&self) {

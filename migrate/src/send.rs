@@ -24,6 +24,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use crate::control::{self, ControlEvent};
+use crate::recall::Digests;
 use crate::report::{self, PageCounts, Report};
 use crate::round::{Round, Trackers};
 use crate::send_lane::{self, LaneEvent, LaneRound, Shared, Work};
@@ -164,7 +165,8 @@ pub fn send(
 ) -> Sent {
     let how = (options.goals, options.mode);
     let (codecs, lanes) = (options.codecs.bits(), options.lanes);
-    let machine = Source::new(guest.spec(), codecs, lanes, how, options.rejoin_for);
+    let (spec, number) = (guest.spec(), guest.machine());
+    let machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
     engine.connect(Hello::control());
     engine.run(&receiver)
@@ -229,6 +231,7 @@ struct Engine<'a> {
     /// Pages that the guest touched while it was sampled.
     touched: PageSet,
     record_pages: u64,
+    recalled: Arc<Digests>,
     lanes: Vec<Lane>,
     urgent: Option<JoinHandle<()>>,
     shared: Option<Arc<Shared>>,
@@ -283,6 +286,7 @@ impl<'a> Engine<'a> {
             look: None,
             touched: PageSet::new(),
             record_pages: 0,
+            recalled: Arc::default(),
             lanes: Vec::new(),
             urgent: None,
             shared: None,
@@ -397,6 +401,17 @@ impl<'a> Engine<'a> {
             SourceAction::OpenLanes { session, codecs } => {
                 self.open_lanes(session, codecs).err().map(SourceEvent::Failed)
             }
+            SourceAction::Recall { pages, digests } => {
+                // Nobody else has it before lanes are opened.
+                if let Some(recalled) = Arc::get_mut(&mut self.recalled) {
+                    recalled.add(&pages, &digests);
+                }
+                None
+            }
+            SourceAction::Forget => {
+                self.recalled.forget();
+                None
+            }
             SourceAction::StartTracking => Some(self.start_tracking()),
             SourceAction::Harvest => Some(self.harvest()),
             SourceAction::SendPages { round, pages } => {
@@ -489,6 +504,7 @@ impl<'a> Engine<'a> {
             bytes: AtomicU64::new(0),
             stop: watch::Sender::new(false),
             began: self.began,
+            recalled: self.recalled.clone(),
             serving: watch::Sender::new(None),
         });
         self.shared = Some(shared.clone());
@@ -534,6 +550,7 @@ impl<'a> Engine<'a> {
                 sent.lanes_left -= 1;
                 sent.total.batches += done.batches;
                 sent.total.bytes += done.bytes;
+                sent.total.pages.merge(done.pages);
                 self.pages.merge(done.pages);
                 if sent.lanes_left == 0 {
                     let total = sent.total;
@@ -542,6 +559,7 @@ impl<'a> Engine<'a> {
                         round,
                         batches: total.batches,
                         bytes: total.bytes,
+                        same: total.pages.same,
                     });
                 }
             }

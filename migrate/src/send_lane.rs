@@ -16,6 +16,7 @@ use ferry_transport::{ByteSink, Channel, Connector, LinkError, Pacer, send_messa
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
 
+use crate::recall::Digests;
 use crate::report::PageCounts;
 use crate::round::Round;
 use crate::serve::{self, Serving};
@@ -36,6 +37,8 @@ pub(crate) struct Shared {
     /// The migration is over: leave the round, even if the peer takes no more bytes.
     pub(crate) stop: watch::Sender<bool>,
     pub(crate) began: Instant,
+    /// What the destination has in an old copy.
+    pub(crate) recalled: Arc<Digests>,
     /// What is served after a post-copy hand-over, once it is known.
     pub(crate) serving: watch::Sender<Option<Arc<Serving>>>,
 }
@@ -200,7 +203,10 @@ impl<'a> Sender<'a> {
             if runs.is_empty() {
                 break;
             }
-            self.send_batch(round.number, &runs, sink).await?;
+            for (frame, codec, pages) in self.encode(round.number, &runs, round.may_name())? {
+                self.done.pages.add(codec, pages);
+                self.put(frame, sink).await?;
+            }
         }
         let zeros = std::mem::take(&mut self.zeros);
         for frame in zero_frames(round.number, &zeros) {
@@ -213,48 +219,40 @@ impl<'a> Sender<'a> {
         Ok(self.done)
     }
 
-    async fn send_batch(
-        &mut self,
-        round: u32,
-        runs: &[Run],
-        sink: &mut dyn ByteSink,
-    ) -> Result<(), LaneEvent> {
-        let (frame, codec, pages) = self.encode(round, runs)?;
-        if let Some(frame) = frame {
-            self.done.pages.add(codec, pages);
-            self.put(frame, sink).await?;
-        }
-        Ok(())
-    }
-
     /// The link takes so many bytes a second, as far as is known.
     pub(crate) fn set_link_rate(&mut self, bytes_per_s: u64) {
         self.chooser.set_link_rate(bytes_per_s.max(1) as f64);
     }
 
-    /// Frames of pages that no longer change: data and zeros.
+    /// Frames of pages that no longer change: data, names and zeros, each with its codec.
     pub(crate) fn build(
         &mut self,
         round: u32,
         runs: &[Run],
-    ) -> Result<(Vec<Bytes>, PageCounts), LaneEvent> {
+    ) -> Result<(Vec<(Bytes, Codec)>, PageCounts), LaneEvent> {
         let mut counts = PageCounts::default();
-        let (frame, codec, pages) = self.encode(round, runs)?;
-        counts.add(codec, pages);
+        let mut frames = Vec::new();
+        for (frame, codec, pages) in self.encode(round, runs, true)? {
+            counts.add(codec, pages);
+            frames.push((frame, codec));
+        }
         counts.add(Codec::Zero, self.zeros.iter().map(|run| run.pages).sum());
-        let frames = frame.into_iter().chain(zero_frames(round, &self.zeros)).collect();
+        frames.extend(zero_frames(round, &self.zeros).map(|frame| (frame, Codec::Zero)));
         self.zeros.clear();
         Ok((frames, counts))
     }
 
-    /// The frame of the data pages of `runs`, if there are any, with its codec and their number. Zero pages
-    /// are added to `zeros`.
+    /// The frames of the data pages of `runs`, if there are any, each with its codec and their number: of
+    /// those that the destination has, if they `may` be `named`, and of those that it has not. Zero pages are
+    /// added to `zeros`.
     fn encode(
         &mut self,
         round: u32,
         runs: &[Run],
-    ) -> Result<(Option<Bytes>, Codec, u64), LaneEvent> {
+        may_name: bool,
+    ) -> Result<impl Iterator<Item = (Bytes, Codec, u64)> + use<>, LaneEvent> {
         self.builder.begin(round);
+        let has = |gfn, digest| may_name && self.shared.recalled.has(gfn, digest);
         for gfn in runs.iter().flat_map(|r| r.start..r.end()) {
             let view = &self.shared.view;
             let fail = |e: MemoryError| LaneEvent::Failed(e.to_string());
@@ -262,7 +260,8 @@ impl<'a> Sender<'a> {
             let taken = if view.is_zero(gfn).map_err(fail)? {
                 self.builder.push_zero(gfn)
             } else {
-                self.builder.push(gfn, |page| read = view.read(gfn, page))
+                let fill = |page: &mut [u8]| read = view.read(gfn, page);
+                self.builder.push_unless(gfn, fill, |digest| has(gfn, digest))
             };
             read.map_err(fail)?;
             // A round hands out ascending pages, no more than a batch takes.
@@ -277,7 +276,9 @@ impl<'a> Sender<'a> {
             }
         }
         let pages = built.runs.iter().map(|r| r.pages).sum();
-        Ok((built.frame, built.codec, pages))
+        let data = built.frame.map(|frame| (frame, built.codec, pages));
+        let same = built.same.map(|(frame, pages)| (frame, Codec::Same, pages));
+        Ok(data.into_iter().chain(same))
     }
 
     async fn put(&mut self, frame: Bytes, sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {

@@ -112,12 +112,17 @@ pub(crate) async fn push(
             continue;
         }
         let (frames, counts) = sender.build(serving.round, &runs)?;
-        let bytes: u64 = frames.iter().map(|frame| frame.len() as u64).sum();
-        for frame in frames {
-            pushing.send(frame, channel).await?;
+        let mut bytes = 0;
+        for (frame, codec) in frames {
+            // What is only named says nothing of the link.
+            let weighs = if codec == Codec::Same { 0 } else { frame.len() as u64 };
+            bytes += weighs;
+            pushing.send(frame, weighs, channel).await?;
         }
-        let pages: u64 = runs.iter().map(|run| run.pages).sum();
-        bytes_per_page = (bytes_per_page * 7 + bytes / pages) / 8;
+        let pages = runs.iter().map(|run| run.pages).sum::<u64>() - counts.same;
+        if let Some(each) = bytes.checked_div(pages) {
+            bytes_per_page = (bytes_per_page * 7 + each) / 8;
+        }
         lock(&serving.sent).merge(counts);
         while let Some(acks) = channel.source.ready() {
             pushing.acknowledged(acks.len());
@@ -129,7 +134,7 @@ pub(crate) async fn push(
 struct Pushing<'a> {
     shared: &'a Shared,
     serving: &'a Serving,
-    /// Frames that are not acknowledged: when each was handed to the link, and its bytes.
+    /// Frames that are not acknowledged: when each was handed to the link, and its bytes for the pace.
     on_the_way: VecDeque<(Duration, u64)>,
 }
 
@@ -140,11 +145,18 @@ impl Pushing<'_> {
 
     /// Hands `frame` to the link, and hears acknowledgements meanwhile: a peer that waits until they are read
     /// takes no more frames.
-    async fn send(&mut self, frame: Bytes, channel: &mut Channel) -> Result<(), LaneEvent> {
-        let (now, bytes) = (self.now(), frame.len() as u64);
-        lock(&self.serving.pace).sent(now, bytes);
-        self.on_the_way.push_back((now, bytes));
-        self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+    async fn send(
+        &mut self,
+        frame: Bytes,
+        weighs: u64,
+        channel: &mut Channel,
+    ) -> Result<(), LaneEvent> {
+        let now = self.now();
+        if weighs > 0 {
+            lock(&self.serving.pace).sent(now, weighs);
+        }
+        self.on_the_way.push_back((now, weighs));
+        self.shared.bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
         let Channel { sink, source, remote, .. } = channel;
         let mut sending = sink.send(frame);
         loop {
@@ -170,7 +182,7 @@ impl Pushing<'_> {
     fn acknowledged(&mut self, frames: usize) {
         let (now, frames) = (self.now(), frames.min(self.on_the_way.len()));
         let mut pace = lock(&self.serving.pace);
-        for (at, bytes) in self.on_the_way.drain(..frames) {
+        for (at, bytes) in self.on_the_way.drain(..frames).filter(|(_, bytes)| *bytes > 0) {
             pace.acked(now, bytes, now.saturating_sub(at));
         }
     }

@@ -20,7 +20,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, Verdict};
+use crate::messages::{MAX_LANES, Recalled, ToDestination, ToSource, VERSION_MAX, Verdict};
 use crate::{Fetched, MachineSpec, PackedPages, Refusal, RunPermit};
 use ferry_pages::{Layout, PageSet};
 
@@ -30,6 +30,9 @@ const MAX_ROUNDS: u32 = 1 << 20;
 /// No machine that has not run is kept for longer without its source.
 const MAX_KEEP: Duration = Duration::from_secs(3600);
 
+/// Pages of the last rounds come in full: nobody could send them again.
+const NAMED_LAST: &str = "the source named pages that the old copy here lacks, and committed";
+
 /// What happened, told to the destination.
 #[derive(Debug)]
 pub enum DestinationEvent {
@@ -37,8 +40,8 @@ pub enum DestinationEvent {
     Message(ToDestination),
     /// The control channel or a lane broke.
     LinkLost(String),
-    /// Answer to `Build`; why pages cannot come after the hand-over, if so.
-    Built(Result<Option<String>, Vec<Refusal>>),
+    /// Answer to `Build`.
+    Built(Result<Built, Vec<Refusal>>),
     /// Answer to `Page`.
     Paging(Result<(), String>),
     /// The last owed page came.
@@ -59,6 +62,9 @@ pub enum DestinationEvent {
     Superseded,
     /// The deadline passed.
     Tick,
+    /// Pages that the source named cannot be had from the old copy after all; `Installed` follows for their
+    /// batch.
+    Lacking(PageSet),
     /// A batch of a round was verified and installed.
     Installed {
         /// Which round.
@@ -74,13 +80,27 @@ pub enum DestinationEvent {
     Digest(Option<u64>),
 }
 
+/// A machine that was built, empty and paused.
+#[derive(Debug, Default)]
+pub struct Built {
+    /// Why pages cannot come after the hand-over, if so.
+    pub no_post_copy: Option<String>,
+    /// What an old copy of it has.
+    pub recalled: Vec<Recalled>,
+}
+
 /// What the engine does next.
 #[derive(Debug, PartialEq, Eq)]
 pub enum DestinationAction {
     /// Send on the control channel.
     Send(ToSource),
-    /// Build the machine, empty and paused.
-    Build(MachineSpec),
+    /// Build the machine, empty and paused, and look for an old copy of it.
+    Build {
+        /// What it is.
+        spec: MachineSpec,
+        /// Its lasting number, if an old copy is wanted.
+        machine: Option<u128>,
+    },
     /// Let `lanes` lanes join the session.
     AcceptLanes {
         /// Codecs that both sides have.
@@ -167,6 +187,8 @@ pub struct Destination {
     /// The source can be told, as far as is known.
     linked: bool,
     prepare_asked: bool,
+    /// Of rounds that are not done: named, and not to be had.
+    lacking: PageSet,
     /// Batches installed, by round, of rounds that are not done.
     installed: BTreeMap<u32, u64>,
     /// The round whose end was announced and is not complete.
@@ -192,6 +214,7 @@ impl Destination {
             paging_broken: None,
             linked: true,
             prepare_asked: false,
+            lacking: PageSet::new(),
             installed: BTreeMap::new(),
             ending: None,
             done_through: 0,
@@ -229,6 +252,7 @@ impl Destination {
             DestinationEvent::LinkLost(why) => self.link_lost(now, why),
             DestinationEvent::BadPages(why) => self.give_up(why),
             DestinationEvent::Built(result) => self.built(result),
+            DestinationEvent::Lacking(pages) => self.lacks(&pages),
             DestinationEvent::Installed { round } => self.installed(now, round),
             DestinationEvent::Paging(result) => self.paging(now, result),
             DestinationEvent::AllHere(fetched) => {
@@ -272,7 +296,7 @@ impl Destination {
     fn message(&mut self, now: Duration, message: ToDestination) {
         match (&mut self.phase, message) {
             (Phase::Done(_), _) => {}
-            (Phase::Waiting, ToDestination::Offer { spec, codecs, lanes, keep }) => {
+            (Phase::Waiting, ToDestination::Offer { spec, codecs, lanes, keep, machine }) => {
                 let common = codecs & self.codecs;
                 if common == 0 || lanes == 0 || lanes > MAX_LANES {
                     let why = format!(
@@ -287,7 +311,7 @@ impl Destination {
                 self.keep = keep.min(MAX_KEEP);
                 self.layout = spec.layout().ok();
                 self.phase = Phase::Building;
-                self.actions.push_back(DestinationAction::Build(spec));
+                self.actions.push_back(DestinationAction::Build { spec, machine });
             }
             (Phase::Building, ToDestination::Prepare) => self.prepare_asked = true,
             (Phase::Receiving, ToDestination::Prepare) => self.send(ToSource::Ready),
@@ -306,6 +330,9 @@ impl Destination {
                 let fresh = rounds.first().is_none_or(|r| r.0 > self.done_through);
                 if !ascending || !fresh || self.ending.is_some() {
                     return self.give_up("the source committed rounds out of order".into());
+                }
+                if !self.lacking.is_empty() {
+                    return self.refuse_commit(NAMED_LAST.into());
                 }
                 let owed = match self.unpack(&owed) {
                     Ok(owed) => owed,
@@ -343,20 +370,31 @@ impl Destination {
         owed.unpack(layout).map_err(|why| format!("owed pages: {why}"))
     }
 
-    fn built(&mut self, result: Result<Option<String>, Vec<Refusal>>) {
+    fn built(&mut self, result: Result<Built, Vec<Refusal>>) {
         if !matches!(self.phase, Phase::Building) {
             return;
         }
-        let no_post_copy = match result {
-            Ok(no_post_copy) => no_post_copy,
+        let Built { no_post_copy, recalled } = match result {
+            Ok(built) => built,
             Err(reasons) => return self.refuse(reasons),
         };
         self.phase = Phase::Receiving;
         self.accept_lanes();
+        for old in recalled {
+            self.send(ToSource::Recalls(old));
+        }
         let (version, session, codecs) = (VERSION_MAX, self.session, self.codecs);
         self.send(ToSource::Accepted { version, session, codecs, no_post_copy });
         if self.prepare_asked {
             self.send(ToSource::Ready);
+        }
+    }
+
+    fn lacks(&mut self, pages: &PageSet) {
+        match self.phase {
+            Phase::Receiving => self.lacking.union_with(pages),
+            Phase::Committed { .. } => self.refuse_commit(NAMED_LAST.into()),
+            _ => {}
         }
     }
 
@@ -383,7 +421,8 @@ impl Destination {
             self.ending = None;
             self.done_through = round;
             self.installed = self.installed.split_off(&(round + 1));
-            self.send(ToSource::RoundDone { round });
+            let lacking = PackedPages::pack(&std::mem::take(&mut self.lacking));
+            self.send(ToSource::RoundDone { round, lacking });
         }
     }
 
@@ -485,6 +524,7 @@ impl Destination {
     fn forget_commit(&mut self) {
         self.permit = None;
         self.ending = None;
+        self.lacking.clear();
         self.installed.clear();
     }
 

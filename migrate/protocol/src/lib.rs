@@ -17,14 +17,14 @@ mod spec;
 mod state;
 pub mod wire;
 
-pub use destination::{Arrival, Destination, DestinationAction, DestinationEvent};
+pub use destination::{Arrival, Built, Destination, DestinationAction, DestinationEvent};
 pub use lending::{
     LENDING_VERSION, MAX_OPEN_FILES, MAX_PATH_BYTES, MAX_READ_BYTES, MAX_TO_DEPOT_BYTES,
     MAX_TO_READER_BYTES, ToDepot, ToReader,
 };
 pub use messages::{
-    Hello, MAX_HELLO_BYTES, MAX_LANES, NotFerry, ToDestination, ToSource, VERSION_MAX, VERSION_MIN,
-    Verdict,
+    Hello, MAX_HELLO_BYTES, MAX_LANES, NotFerry, Recalled, ToDestination, ToSource, VERSION_MAX,
+    VERSION_MIN, Verdict,
 };
 pub use outcome::{Fetched, Outcome, Progress, Switchover};
 pub use packed::PackedPages;

@@ -4,13 +4,14 @@
 //!   source                                  destination
 //!     Hello::Control ────────────────────────▶
 //!     Offer{spec, codecs} ───────────────────▶  builds the machine, paused and empty
+//!     ◀──────────────────────── Recalls{pages, digests}, if it has an old copy of it
 //!     ◀──────────────── Accepted{session}  or  Refused{reasons}
 //!     Hello::Lane{session} on each lane ─────▶
 //!     Prepare ───────────────────────────────▶
 //!     ◀──────────────────────────────── Ready
 //!     (pages of round n on the lanes)
 //!     RoundEnd{n, batches} ──────────────────▶  all batches of round n installed?
-//!     ◀──────────────────────── RoundDone{n}
+//!     ◀──────────────── RoundDone{n, lacking}
 //!     … pause, last pages …
 //!     Commit{permit, state, rounds} ─────────▶  the commit point: the permit has left the source
 //!     ◀──────────────── Running  or  CommitRefused{reason}
@@ -25,12 +26,17 @@
 //!     Hello::Lane on each lane ──────────────▶  and on with the next round
 //! ```
 //!
+//! Pages that the destination recalls are named on the lanes and not sent, where their content still has that
+//! digest. The destination takes each out of its old copy as it is named, under its round's number: nothing of
+//! an old copy is ever in memory that the source did not name. What it cannot read after all, it lacks.
+//!
 //! In post-copy the commit names the pages that are still *owed*; the machine runs without them. They are
 //! pushed on the lanes, and sent on the urgent lane as the destination asks for them; `Digest` says that
 //! all came. To a source that comes back meanwhile, `Lacks{owed}` says what is still owed.
 
 use std::time::Duration;
 
+use ferry_pages::PageSet;
 use serde::{Deserialize, Serialize};
 
 use crate::{Fetched, MachineSpec, PackedPages, Refusal, RunPermit, wire};
@@ -121,6 +127,35 @@ impl Hello {
     }
 }
 
+/// Pages of an old copy of a machine, each with its digest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recalled {
+    /// The pages.
+    pub pages: PackedPages,
+    /// The digest of each, in their order.
+    pub digests: Vec<u64>,
+}
+
+impl Recalled {
+    /// No message has more pages.
+    const MAX_PAGES: usize = 1 << 18;
+
+    /// `pages`, ascending, with their digests, in as many messages as they need.
+    pub fn pack(pages: impl IntoIterator<Item = (u64, u64)>) -> Vec<Self> {
+        let mut pages = pages.into_iter().peekable();
+        let mut all = Vec::new();
+        while pages.peek().is_some() {
+            let (mut set, mut digests) = (PageSet::new(), Vec::new());
+            for (gfn, digest) in pages.by_ref().take(Self::MAX_PAGES) {
+                set.insert(gfn);
+                digests.push(digest);
+            }
+            all.push(Self { pages: PackedPages::pack(&set), digests });
+        }
+        all
+    }
+}
+
 /// From source to destination.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToDestination {
@@ -134,6 +169,9 @@ pub enum ToDestination {
         lanes: u16,
         /// How long to keep what came when the link is lost.
         keep: Duration,
+        /// The machine's lasting number: by it, and by nothing less, an old copy of its memory is found. None
+        /// where the source does not want one to be looked for.
+        machine: Option<u128>,
     },
     /// Be ready to run at once.
     Prepare,
@@ -181,6 +219,8 @@ pub enum ToSource {
         /// Why the machine cannot run here before all its pages are here; none if it can.
         no_post_copy: Option<String>,
     },
+    /// Before `Accepted`: pages that the destination has in an old copy of the machine.
+    Recalls(Recalled),
     /// The machine does not fit.
     Refused {
         /// Every reason.
@@ -192,6 +232,8 @@ pub enum ToSource {
     RoundDone {
         /// Which.
         round: u32,
+        /// Pages of it that were named only, and could not be had from the old copy after all.
+        lacking: PackedPages,
     },
     /// The destination cannot go on, and has not run the machine.
     Failed {

@@ -64,6 +64,8 @@ pub struct RoundFacts {
     pub pages: u64,
     /// Bytes that it put on the wire.
     pub bytes: u64,
+    /// Pages that were only named, as the destination had them.
+    pub same: u64,
     /// Pages that are dirty after it.
     pub dirty: u64,
     /// From its last page on the link to its acknowledgement: no less than the round trip.
@@ -255,9 +257,9 @@ impl Policy {
         let rate = facts.bytes.max(1) as f64 / took;
         // A small round is mostly waiting: the link carries that much at least.
         self.rate = if facts.bytes >= TELLING_BYTES { rate } else { self.rate.max(rate) };
-        if facts.pages > 0 {
-            self.bytes_per_page =
-                (facts.bytes as f64 / facts.pages as f64).max(LEAST_BYTES_PER_PAGE);
+        let sent = facts.pages.saturating_sub(facts.same);
+        if sent > 0 {
+            self.bytes_per_page = (facts.bytes as f64 / sent as f64).max(LEAST_BYTES_PER_PAGE);
         }
         self.round_trip = self.round_trip.min(facts.acknowledged_in);
         self.dirty_pages_per_s = facts.dirty as f64 / took;
@@ -279,6 +281,7 @@ mod tests {
             took: Duration::from_secs_f64(bytes as f64 / 1e9),
             pages,
             bytes,
+            same: 0,
             dirty,
             acknowledged_in: Duration::from_millis(1),
             elapsed: Duration::from_secs(elapsed_s),
@@ -353,6 +356,16 @@ mod tests {
         assert!(matches!(p.after_round(empty), Decision::Round(_)));
         let next = RoundFacts { took: Duration::from_millis(1), ..facts(2, 60, 60, 1) };
         assert!(matches!(p.after_round(next), Decision::SwitchOver(_)), "{p:?}");
+    }
+
+    #[test]
+    fn pages_that_were_there_do_not_make_the_others_look_cheap() {
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+        // 1,000 of 100,000 pages were sent, at 40 MB/s as it seems: 1,000 more are not within the goal.
+        let took = Duration::from_millis(100);
+        let facts =
+            RoundFacts { bytes: 4_096_000, same: 99_000, took, ..facts(1, 100_000, 1000, 1) };
+        assert!(matches!(p.after_round(facts), Decision::Round(_)), "{p:?}");
     }
 
     #[test]

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use ferry_pages::{PageSet, Run};
 use ferry_protocol::{
-    Arrival, Destination, DestinationAction, DestinationEvent, Goals, MachineSpec, Mode, Outcome,
-    PackedPages, Refusal, RunPermit, Source, SourceAction, SourceEvent, ToDestination, ToSource,
-    Verdict,
+    Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, MachineSpec, Mode,
+    Outcome, PackedPages, Recalled, Refusal, RunPermit, Source, SourceAction, SourceEvent,
+    ToDestination, ToSource, Verdict,
 };
 
 const RUNNING: ToSource = ToSource::Running { pages_us: 0, load_us: 0, resume_us: 0 };
@@ -36,7 +36,7 @@ fn spec() -> MachineSpec {
 /// A source that serves pages 0 to 9 to a machine that runs at the destination.
 fn serving() -> Source {
     let mode = (Goals::default(), Mode::PostCopy);
-    let mut source = Source::new(spec(), 1, 1, mode, Duration::from_secs(60));
+    let mut source = Source::new(spec(), None, 1, 1, mode, Duration::from_secs(60));
     let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
     let mut last = Vec::new();
     for event in [
@@ -63,7 +63,8 @@ fn out_of_place() -> Vec<ToSource> {
         ToSource::Accepted { version: 2, session: 8, codecs: 1, no_post_copy: None },
         ToSource::Refused { reasons: vec![Refusal::new("memory", "none")] },
         ToSource::Ready,
-        ToSource::RoundDone { round: 1 },
+        ToSource::RoundDone { round: 1, lacking: PackedPages::default() },
+        ToSource::Recalls(old(pages(0, 10), 10)),
         ToSource::Failed { reason: "no userfaultfd".into() },
         RUNNING,
         ToSource::CommitRefused { reason: "changed its mind".into() },
@@ -73,6 +74,10 @@ fn out_of_place() -> Vec<ToSource> {
         ToSource::Verdict(Verdict::NeverRan),
         ToSource::Verdict(Verdict::Unknown),
     ]
+}
+
+fn old(pages: PageSet, digests: usize) -> Recalled {
+    Recalled { pages: PackedPages::pack(&pages), digests: vec![5; digests] }
 }
 
 /// In `source` nothing is forgotten: it goes on, or has ended with all that it takes to go on.
@@ -164,11 +169,16 @@ fn what_breaks_before_an_owing_machine_runs_gives_it_back() {
                 rounds: Vec::new(),
                 owed: PackedPages::pack(&pages(0, 10)),
             };
-            let offer =
-                ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1, keep: Duration::ZERO };
+            let offer = ToDestination::Offer {
+                spec: spec(),
+                codecs: 1,
+                lanes: 1,
+                keep: Duration::ZERO,
+                machine: None,
+            };
             let mut events = vec![
                 DestinationEvent::Message(offer),
-                DestinationEvent::Built(Ok(None)),
+                DestinationEvent::Built(Ok(Built::default())),
                 DestinationEvent::Message(commit),
             ];
             if loading {
@@ -234,5 +244,109 @@ fn an_operator_ends_the_attempts_to_come_back_at_any_point_and_can_go_on() {
         let mut source = Source::reattach(reattach, Goals::default(), Duration::from_secs(1));
         let again = feed(&mut source, 0, SourceEvent::Tick);
         assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 1 }]);
+    }
+}
+
+#[test]
+fn an_old_copy_that_cannot_be_this_machines_ends_the_migration_before_it_began() {
+    for (offers, fits) in [
+        (vec![old(pages(0, 64), 64)], true),
+        (vec![old(pages(0, 10), 10), old(pages(10, 54), 54)], true),
+        (vec![old(pages(60, 5), 5)], false),
+        (vec![old(pages(0, 10), 9)], false),
+        (vec![old(pages(0, 10), 11)], false),
+        (vec![old(pages(0, 10), 10), old(pages(9, 2), 2)], false),
+        (vec![old(PageSet::new(), 0)], false),
+    ] {
+        let how = (Goals::default(), Mode::PreCopy);
+        let mut source = Source::new(spec(), Some(1), 1, 1, how, Duration::from_secs(60));
+        let mut last = feed(&mut source, 1, SourceEvent::Connected);
+        for offer in &offers {
+            last = feed(&mut source, 1, SourceEvent::Message(ToSource::Recalls(offer.clone())));
+        }
+        let ended = |a: &SourceAction| match a {
+            SourceAction::Finish(Outcome::Failed(why)) => why.contains("old copy"),
+            _ => false,
+        };
+        assert_eq!(last.iter().any(ended), !fits, "{offers:?}: {last:?}");
+        let recalled = last.iter().any(|a| matches!(a, SourceAction::Recall { .. }));
+        assert_eq!(recalled, fits, "{offers:?}: {last:?}");
+    }
+}
+
+/// A source that was told that pages 0 to 9 are there, named them in round 1, and hears `lacking`.
+fn named_and_lacks(lacking: &PageSet) -> Vec<SourceAction> {
+    let how = (Goals::default(), Mode::PreCopy);
+    let mut source = Source::new(spec(), Some(1), 1, 1, how, Duration::from_secs(60));
+    let lacking = PackedPages::pack(lacking);
+    let mut all = Vec::new();
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Message(ToSource::Recalls(old(pages(0, 10), 10))),
+        SourceEvent::Message(ToSource::Accepted {
+            version: 2,
+            session: 7,
+            codecs: 1,
+            no_post_copy: None,
+        }),
+        SourceEvent::LanesOpen,
+        SourceEvent::TrackingStarted(pages(0, 10)),
+        SourceEvent::RoundSent { round: 1, batches: 1, bytes: 100, same: 10 },
+        SourceEvent::Message(ToSource::RoundDone { round: 1, lacking }),
+        SourceEvent::Harvested(PageSet::new()),
+        SourceEvent::Message(ToSource::Ready),
+        SourceEvent::Paused(RunPermit::for_new_machine(1)),
+        SourceEvent::Harvested(PageSet::new()),
+    ] {
+        all.extend(feed(&mut source, 1, event));
+    }
+    all
+}
+
+#[test]
+fn what_the_destination_cannot_read_after_all_is_sent_and_no_more_is_named() {
+    let all = named_and_lacks(&pages(3, 2));
+    let forgets = all.iter().position(|a| *a == SourceAction::Forget).unwrap();
+    let sends = |a: &SourceAction| match a {
+        SourceAction::SendPages { pages: sent, .. } => *sent == pages(3, 2),
+        _ => false,
+    };
+    assert!(all[forgets..].iter().any(sends), "{all:?}");
+    assert!(!named_and_lacks(&PageSet::new()).contains(&SourceAction::Forget));
+    let failed = |a: &SourceAction| matches!(a, SourceAction::Finish(Outcome::Failed(_)));
+    assert!(named_and_lacks(&pages(9, 2)).iter().any(failed), "pages that were not sent");
+}
+
+#[test]
+fn a_commit_that_names_pages_which_cannot_be_had_is_refused() {
+    for late in [false, true] {
+        let mut destination = Destination::new(7, 1);
+        let commit = ToDestination::Commit {
+            permit: RunPermit::for_new_machine(1),
+            state: vec![1],
+            rounds: vec![(1, 1)],
+            owed: PackedPages::default(),
+        };
+        let offer = ToDestination::Offer {
+            spec: spec(),
+            codecs: 1,
+            lanes: 1,
+            keep: Duration::ZERO,
+            machine: Some(1),
+        };
+        let mut events =
+            vec![DestinationEvent::Lacking(pages(0, 1)), DestinationEvent::Installed { round: 1 }];
+        events.insert(if late { 0 } else { 2 }, DestinationEvent::Message(commit));
+        events.insert(0, DestinationEvent::Built(Ok(Built::default())));
+        events.insert(0, DestinationEvent::Message(offer));
+        for event in events {
+            destination.handle(Duration::ZERO, event);
+        }
+        let actions: Vec<_> = std::iter::from_fn(|| destination.poll()).collect();
+        let refused = |a: &DestinationAction| {
+            matches!(a, DestinationAction::Send(ToSource::CommitRefused { .. }))
+        };
+        assert!(actions.iter().any(refused), "late: {late}: {actions:?}");
+        assert!(!actions.iter().any(|a| matches!(a, DestinationAction::Load(_))), "{actions:?}");
     }
 }

@@ -108,6 +108,7 @@ impl<G: Guest + 'static> Destination<G> {
                 ReceiveEvent::Ended { .. } => break,
                 ReceiveEvent::Arriving { .. }
                 | ReceiveEvent::Waiting { .. }
+                | ReceiveEvent::Recalled { .. }
                 | ReceiveEvent::Turned(_) => {}
             }
         }

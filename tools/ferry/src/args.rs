@@ -242,6 +242,10 @@ pub(crate) struct Receive {
     /// Append the serial console to FILE instead of standard output.
     #[arg(long, value_name = "FILE")]
     pub(crate) serial: Option<PathBuf>,
+    /// A bundle, or a directory of bundles: of a machine that comes back, only the pages that differ from its
+    /// newest bundle there are sent. May be given more than once.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) bundles: Vec<PathBuf>,
     /// Take in one machine, and exit when it ends.
     #[arg(long)]
     pub(crate) once: bool,

@@ -132,6 +132,9 @@ impl Guest for AnyMachine {
     fn spec(&self) -> MachineSpec {
         self.clone().with(|g| g.spec())
     }
+    fn machine(&self) -> Option<u128> {
+        self.clone().with(|g| g.machine())
+    }
     fn memory(&self) -> GuestView {
         self.clone().with(|g| g.memory())
     }

@@ -11,6 +11,7 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
 use crate::args::{Migrate, ServeSpool};
+use crate::machine::PAGE_BYTES;
 use crate::protocol::{Conversation, MigrateRequest, Progress, Reply, Request};
 use crate::runtime_dir::RuntimeDir;
 
@@ -249,6 +250,14 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         let _ = writeln!(out, "  link      lost {} times on the way", r.links_lost);
     }
     let n = |count| HumanCount(count).to_string();
+    if r.pages.same > 0 {
+        let _ = writeln!(
+            out,
+            "  recalled  {} pages ({}) were in a bundle at the destination, and not sent",
+            n(r.pages.same),
+            HumanBytes(r.pages.same * PAGE_BYTES)
+        );
+    }
     let _ = writeln!(
         out,
         "  pages     raw {}, lz4 {}, zstd {}, zero {}",

@@ -88,6 +88,12 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             Failure::words(format!("cannot open serial output {}: {e}", path.display()))
         })?;
     }
+    for place in &args.bundles {
+        // As above.
+        place.read_dir().map_err(|e| {
+            Failure::words(format!("cannot read bundles in {} (--bundles): {e}", place.display()))
+        })?;
+    }
     let host = Arc::new(AnyHost {
         runtime,
         name: args.name.clone(),
@@ -114,7 +120,8 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
         let host = host.clone();
         move |event| arrival_event(&host, event, &notices)
     };
-    let options = ReceiveOptions { once: args.once, ..ReceiveOptions::default() };
+    let (once, bundles) = (args.once, args.bundles.clone());
+    let options = ReceiveOptions { once, bundles, ..ReceiveOptions::default() };
     tokio.spawn(receive(Box::new(listener), host, options, tell));
     for notice in noticed {
         match notice {
@@ -138,6 +145,14 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
         ReceiveEvent::Arriving { name, peer } => {
             eprintln!("ferry: machine `{name}` is coming from {peer}")
         }
+        ReceiveEvent::Recalled { name, bundle, pages: Ok(pages) } => eprintln!(
+            "ferry: machine `{name}`: {pages} of its pages are in {} as they were: only what differs is sent",
+            bundle.display()
+        ),
+        ReceiveEvent::Recalled { name, bundle, pages: Err(why) } => eprintln!(
+            "ferry: machine `{name}`: {} is of no use, and its pages are sent: {why}",
+            bundle.display()
+        ),
         ReceiveEvent::Arrived { guest, spec, fetching } => {
             let Some(reservation) = host.take_reservation(&spec.name) else { return };
             let name = reservation.name().to_owned();

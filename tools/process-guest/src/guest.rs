@@ -174,6 +174,10 @@ impl Guest for ProcessGuest {
         }
     }
 
+    fn machine(&self) -> Option<u128> {
+        self.permit.as_ref().map(RunPermit::machine)
+    }
+
     fn memory(&self) -> GuestView {
         self.workers.memory().view()
     }

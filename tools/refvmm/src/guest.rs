@@ -65,6 +65,10 @@ impl Guest for Machine {
         }
     }
 
+    fn machine(&self) -> Option<u128> {
+        self.0.control().id
+    }
+
     fn memory(&self) -> GuestView {
         self.0.board.view.clone()
     }

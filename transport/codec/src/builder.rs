@@ -23,7 +23,8 @@ use ferry_pages::{PAGE_BYTES, Run};
 use crate::compress::Compressor;
 use crate::frame::{HEADER_BYTES, Preamble, RUN_BYTES};
 use crate::{
-    Codec, CodecChooser, MAX_BATCH_BYTES, MAX_BATCH_PAGES, MAX_ZERO_RUNS, is_zero, page_digest,
+    Codec, CodecChooser, MAX_BATCH_BYTES, MAX_BATCH_PAGES, MAX_ZERO_RUNS, is_zero, page_check,
+    page_digest,
 };
 
 /// Where the pages begin in a buffer: room for the longest run table.
@@ -47,6 +48,8 @@ pub enum NotTaken {
 pub struct Built<'a> {
     /// The data pages, ready for the link; none when every page was zero.
     pub frame: Option<Bytes>,
+    /// The pages that the destination has, if there are any: ready for the link, and how many.
+    pub same: Option<(Bytes, u64)>,
     /// How they are written: raw where compression did not make them smaller.
     pub codec: Codec,
     /// The data pages.
@@ -68,6 +71,9 @@ pub struct BatchBuilder {
     runs: Vec<Run>,
     digests: Vec<u64>,
     zeros: Vec<Run>,
+    same: Vec<Run>,
+    /// Wrapping sum of the checks of `same`.
+    checks: u64,
     samples: usize,
 }
 
@@ -84,11 +90,17 @@ impl BatchBuilder {
         self.runs.clear();
         self.digests.clear();
         self.zeros.clear();
+        self.same.clear();
+        self.checks = 0;
     }
 
     /// Data pages that the batch still has room for.
     pub fn room(&self) -> usize {
         MAX_BATCH_PAGES - self.digests.len()
+    }
+
+    fn same_pages(&self) -> u64 {
+        self.same.iter().map(|run| run.pages).sum()
     }
 
     /// Data pages in the batch.
@@ -102,10 +114,24 @@ impl BatchBuilder {
     /// # Errors
     /// `fill` was not called, and the batch is as it was: finish it and begin the next.
     pub fn push(&mut self, gfn: u64, fill: impl FnOnce(&mut [u8])) -> Result<(), NotTaken> {
+        self.push_unless(gfn, fill, |_| false)
+    }
+
+    /// The same, but the page is only named if `has` says that the destination has one with that digest.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push).
+    pub fn push_unless(
+        &mut self,
+        gfn: u64,
+        fill: impl FnOnce(&mut [u8]),
+        has: impl FnOnce(u64) -> bool,
+    ) -> Result<(), NotTaken> {
         if gfn < self.next_gfn {
             return Err(NotTaken::NotAscending);
         }
-        if self.room() == 0 || self.zeros.len() == MAX_ZERO_RUNS {
+        let full = self.room() == 0 || self.same_pages() == MAX_BATCH_PAGES as u64;
+        if full || self.zeros.len() == MAX_ZERO_RUNS {
             return Err(NotTaken::Full);
         }
         if self.buffer.is_empty() {
@@ -117,8 +143,14 @@ impl BatchBuilder {
         if is_zero(page) {
             append(&mut self.zeros, gfn);
         } else {
-            self.digests.push(page_digest(gfn, page));
-            append(&mut self.runs, gfn);
+            let digest = page_digest(gfn, page);
+            if has(digest) {
+                self.checks = self.checks.wrapping_add(page_check(gfn, page));
+                append(&mut self.same, gfn);
+            } else {
+                self.digests.push(digest);
+                append(&mut self.runs, gfn);
+            }
         }
         self.next_gfn = gfn.saturating_add(1);
         Ok(())
@@ -183,7 +215,14 @@ impl BatchBuilder {
             };
             (Some(frame), Codec::Raw)
         };
-        Built { frame, codec, runs: &self.runs, digests: &self.digests, zeros: &self.zeros }
+        let same = (!self.same.is_empty()).then(|| {
+            let preamble = Preamble { round: self.round, runs: &self.same, digest: self.checks };
+            let mut frame = vec![0; preamble.bytes()];
+            preamble.write(Codec::Same, 0, &mut frame);
+            (frame.into(), self.same_pages())
+        });
+        let (runs, digests, zeros) = (&self.runs, &self.digests, &self.zeros);
+        Built { frame, same, codec, runs, digests, zeros }
     }
 
     /// Finishes the batch by the codec that `chooser` chooses, and tells it what that took by the

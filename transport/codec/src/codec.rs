@@ -14,11 +14,14 @@ pub enum Codec {
     Lz4 = 2,
     /// One zstd frame (level 1) for the whole batch.
     Zstd = 3,
+    /// Pages of which the destination said before that it has them: no payload. In no set that is negotiated,
+    /// see [`CodecSet::and_same`].
+    Same = 4,
 }
 
 impl Codec {
     /// Every codec, by its number.
-    pub const ALL: [Self; 4] = [Self::Zero, Self::Raw, Self::Lz4, Self::Zstd];
+    pub const ALL: [Self; 5] = [Self::Zero, Self::Raw, Self::Lz4, Self::Zstd, Self::Same];
 
     /// The codec that the wire calls `number`.
     pub fn from_wire(number: u8) -> Option<Self> {
@@ -37,6 +40,7 @@ impl Codec {
             Self::Raw => "raw",
             Self::Lz4 => "lz4",
             Self::Zstd => "zstd",
+            Self::Same => "same",
         }
     }
 
@@ -59,13 +63,19 @@ pub struct CodecSet(u8);
 impl CodecSet {
     /// Zero and raw only.
     pub const BASE: Self = Self(0b0011);
-    /// Everything that this version reads and writes.
+    /// Everything that this version reads and writes anywhere.
     pub const ALL: Self = Self(0b1111);
 
     /// From bits, bit `n` for the codec with number `n`. Bits that this version does not know are
     /// dropped: a newer peer may offer more.
     pub fn from_bits(bits: u8) -> Self {
         Self(bits & Self::ALL.0 | Self::BASE.0)
+    }
+
+    /// With [`Codec::Same`]: for a decoder of a destination that said which pages it has.
+    #[must_use]
+    pub fn and_same(self) -> Self {
+        Self(self.0 | 1 << Codec::Same.to_wire())
     }
 
     /// Bit `n` for the codec with number `n`.
@@ -144,6 +154,7 @@ mod tests {
     fn bits_of_a_newer_peer_are_dropped() {
         assert_eq!(CodecSet::from_bits(0xff), CodecSet::ALL);
         assert_eq!(CodecSet::from_bits(0), CodecSet::BASE);
+        assert!(!CodecSet::from_bits(0xff).contains(Codec::Same));
     }
 
     #[test]
@@ -152,6 +163,6 @@ mod tests {
             assert_eq!(Codec::from_wire(codec.to_wire()), Some(codec));
             assert_eq!(Codec::from_name(codec.name()), Some(codec));
         }
-        assert_eq!(Codec::from_wire(4), None);
+        assert_eq!(Codec::from_wire(5), None);
     }
 }

@@ -22,7 +22,7 @@ impl Compressor {
     pub(crate) fn compress(&mut self, codec: Codec, raw: &[u8]) -> Option<&[u8]> {
         self.out.resize(get_maximum_output_size(MAX_BATCH_BYTES), 0);
         let written = match codec {
-            Codec::Zero | Codec::Raw => None,
+            Codec::Zero | Codec::Raw | Codec::Same => None,
             Codec::Lz4 => compress_into_with_table(raw, &mut self.out, &mut self.lz4).ok(),
             Codec::Zstd => {
                 // Room for less than the input: zstd gives up where it would grow. Without memory
@@ -55,7 +55,9 @@ impl Decompressor {
     ) -> Result<(), String> {
         let words = |e: io::Error| e.to_string();
         let written = match codec {
-            Codec::Zero | Codec::Raw => return Err("not a compressed batch".to_owned()),
+            Codec::Zero | Codec::Raw | Codec::Same => {
+                return Err("not a compressed batch".to_owned());
+            }
             Codec::Lz4 => {
                 lz4_flex::block::decompress_into(payload, out).map_err(|e| e.to_string())?
             }

@@ -6,7 +6,7 @@ use crate::compress::Decompressor;
 use crate::frame::read_table;
 use crate::{BatchHeader, Codec, CodecSet, FrameError, MAX_BATCH_BYTES, RUN_BYTES, page_digest};
 
-/// A batch whose pages were verified.
+/// A batch whose pages were verified, or are named only ([`Codec::Same`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Batch<'a> {
     /// The round in which the pages were read at the source.
@@ -15,18 +15,21 @@ pub struct Batch<'a> {
     pub codec: Codec,
     /// Which pages: ascending, disjoint, inside the layout.
     pub runs: &'a [Run],
-    /// The bytes of the pages, one after the other in the order of `runs`; empty for [`Codec::Zero`].
+    /// The bytes of the pages, one after the other in the order of `runs`; empty for [`Codec::Zero`] and
+    /// [`Codec::Same`].
     pub raw: &'a [u8],
-    /// The digest of each page of `raw`; empty for [`Codec::Zero`].
+    /// The digest of each page of `raw`.
     pub digests: &'a [u64],
+    /// Of [`Codec::Same`], the wrapping sum of the [`page_check`](crate::page_check)s that the pages must have.
+    pub checks: u64,
 }
 
 impl<'a> Batch<'a> {
-    /// Each run with its bytes (none for [`Codec::Zero`]).
+    /// Each run with its bytes (none where there is no `raw`).
     pub fn run_bytes(&self) -> impl Iterator<Item = (Run, &'a [u8])> + use<'a> {
         let mut rest = self.raw;
         self.runs.iter().map(move |run| {
-            // A data batch is no longer than MAX_BATCH_BYTES; a zero batch has no bytes to take.
+            // A data batch is no longer than MAX_BATCH_BYTES; others have no bytes to take.
             let bytes = usize::try_from(run.pages).unwrap_or(0).saturating_mul(PAGE_BYTES);
             let (these, after) = rest.split_at(bytes.min(rest.len()));
             rest = after;
@@ -84,7 +87,7 @@ impl Decoder {
         read_table(header, table, &self.layout, &mut self.runs)?;
 
         let raw = match codec {
-            Codec::Zero => &[],
+            Codec::Zero | Codec::Same => &[],
             Codec::Raw => payload,
             Codec::Lz4 | Codec::Zstd => {
                 self.pages.resize(MAX_BATCH_BYTES, 0);
@@ -106,10 +109,11 @@ impl Decoder {
         let (pages, _) = raw.as_chunks::<PAGE_BYTES>();
         self.digests.extend(gfns.zip(pages).map(|(gfn, page)| page_digest(gfn, page)));
         let found = self.digests.iter().fold(0u64, |sum, digest| sum.wrapping_add(*digest));
-        if found != header.digest {
+        let checks = if codec == Codec::Same { header.digest } else { 0 };
+        if found != header.digest && codec != Codec::Same {
             let start = self.runs.first().map_or(0, |run| run.start);
             return Err(FrameError::Digest { start, found, expected: header.digest });
         }
-        Ok(Batch { round, codec, runs: &self.runs, raw, digests: &self.digests })
+        Ok(Batch { round, codec, runs: &self.runs, raw, digests: &self.digests, checks })
     }
 }

@@ -7,10 +7,11 @@
 //!    payload
 //! ```
 //! All little endian. `digest` is the wrapping sum of the pages' digests ([`page_digest`]), 0 for zero
-//! pages; `check` is xxh3 of the 32 bytes before it and of the run table. Between them they cover every
+//! pages, and of their [`page_check`]s where they are the same as at the destination; `check` is xxh3 of the 32 bytes before it and of the run table. Between them they cover every
 //! byte of a frame.
 //!
 //! [`page_digest`]: crate::page_digest
+//! [`page_check`]: crate::page_check
 
 use ferry_pages::{Layout, PAGE_BYTES, Run};
 use xxhash_rust::xxh3::Xxh3Default;
@@ -160,7 +161,7 @@ pub struct BatchHeader {
     pub pages: u64,
     /// Bytes after the run table.
     pub payload_bytes: u32,
-    /// Wrapping sum of the pages' digests.
+    /// Wrapping sum of the pages' digests, or checks.
     pub digest: u64,
     /// xxh3 of the header up to here and of the run table.
     pub check: u64,
@@ -199,7 +200,9 @@ impl BatchHeader {
         let runs = usize::from(self.runs);
         let (max_runs, max_pages) = match codec {
             Codec::Zero => (MAX_ZERO_RUNS, Layout::MAX_FRAME),
-            Codec::Raw | Codec::Lz4 | Codec::Zstd => (MAX_BATCH_PAGES, MAX_BATCH_PAGES as u64),
+            Codec::Raw | Codec::Lz4 | Codec::Zstd | Codec::Same => {
+                (MAX_BATCH_PAGES, MAX_BATCH_PAGES as u64)
+            }
         };
         if runs == 0 || runs > max_runs {
             return Err(FrameError::Runs { codec, runs, max: max_runs });
@@ -210,7 +213,7 @@ impl BatchHeader {
         let raw = pages * PAGE_BYTES as u64;
         let payload = u64::from(payload_bytes);
         let fits = match codec {
-            Codec::Zero => payload == 0,
+            Codec::Zero | Codec::Same => payload == 0,
             Codec::Raw => payload == raw,
             Codec::Lz4 | Codec::Zstd => payload > 0 && payload < raw,
         };

@@ -21,7 +21,7 @@ pub use chooser::CodecChooser;
 pub use codec::{Codec, CodecSet};
 pub use decoder::{Batch, Decoder};
 pub use frame::{BatchHeader, FrameError, HEADER_BYTES, RUN_BYTES, parse_header};
-pub use page::{is_zero, page_digest};
+pub use page::{is_zero, page_check, page_digest};
 
 use ferry_pages::PAGE_BYTES;
 

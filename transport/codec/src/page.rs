@@ -1,6 +1,6 @@
 //! What is looked at in every page: is it zero, and what is its digest.
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128_with_seed};
 
 /// The digest of the page at frame `gfn`, which is not zero.
 ///
@@ -9,6 +9,12 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// definition, so untouched memory needs no look; no other page has (a computed 0 becomes 1).
 pub fn page_digest(gfn: u64, page: &[u8]) -> u64 {
     xxh3_64_with_seed(page, gfn).max(1)
+}
+
+/// Another 64 bits of a page: a page that is not sent because the destination has one with the same
+/// [`page_digest`] must have the same check as well, so that no accident makes two pages the same.
+pub fn page_check(gfn: u64, page: &[u8]) -> u64 {
+    (xxh3_128_with_seed(page, !gfn) >> 64) as u64
 }
 
 /// Whether every byte of `page` is zero; returns at the first block that is not.

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use ferry_codec::{
     Batch, BatchBuilder, BatchHeader, Codec, CodecSet, Decoder, FrameError, HEADER_BYTES,
-    MAX_BATCH_PAGES, MAX_FRAME_BYTES, MAX_ZERO_RUNS, NotTaken, RUN_BYTES, is_zero, page_digest,
-    parse_header, zero_frames,
+    MAX_BATCH_PAGES, MAX_FRAME_BYTES, MAX_ZERO_RUNS, NotTaken, RUN_BYTES, is_zero, page_check,
+    page_digest, parse_header, zero_frames,
 };
 use ferry_pages::{Layout, PAGE_BYTES, Run};
 use proptest::prelude::*;
@@ -265,9 +265,36 @@ fn counts_and_lengths_out_of_bounds_are_refused_from_the_header_alone() {
     assert!(matches!(header(Codec::Lz4, 1, max as u64 + 1, 9), Err(FrameError::Pages { .. })));
     assert!(matches!(header(Codec::Zero, 1, u64::MAX, 0), Err(FrameError::Pages { .. })));
     assert!(matches!(header(Codec::Zero, 1, 1, 1), Err(FrameError::Payload { .. })));
+    assert!(matches!(header(Codec::Same, 1, 1, 1), Err(FrameError::Payload { .. })));
+    assert!(matches!(header(Codec::Same, 1, max as u64 + 1, 0), Err(FrameError::Pages { .. })));
     assert!(matches!(header(Codec::Raw, 1, 2, PAGE_BYTES), Err(FrameError::Payload { .. })));
     assert!(matches!(header(Codec::Zstd, 1, 1, PAGE_BYTES), Err(FrameError::Payload { .. })));
     assert!(matches!(header(Codec::Zstd, 1, 1, 0), Err(FrameError::Payload { .. })));
+}
+
+#[test]
+fn pages_that_the_destination_has_are_named_and_only_where_that_was_arranged() {
+    let mut builder = BatchBuilder::new();
+    builder.begin(3);
+    for gfn in 1..14 {
+        let has = |digest| gfn % 2 == 0 && digest == page_digest(gfn, &page(gfn));
+        builder.push_unless(gfn, |to| to.copy_from_slice(&page(gfn)), has).unwrap();
+    }
+    let built = builder.finish(Codec::Raw);
+    assert_eq!(built.runs.iter().map(|run| run.pages).sum::<u64>(), 6);
+    assert_eq!(built.zeros, [Run::new(7, 1)]);
+    let (frame, pages) = built.same.unwrap();
+    assert_eq!((pages, frame.len()), (6, HEADER_BYTES + 6 * RUN_BYTES));
+    let mut arranged = Decoder::new(layout(), CodecSet::BASE.and_same());
+    let batch = decode(&mut arranged, &frame).unwrap();
+    assert_eq!((batch.codec, batch.round, batch.raw.len()), (Codec::Same, 3, 0));
+    assert!(batch.runs.iter().map(|run| run.start).eq([2, 4, 6, 8, 10, 12]));
+    let checks = batch.runs.iter().map(|run| page_check(run.start, &page(run.start)));
+    assert_eq!(batch.checks, checks.fold(0, u64::wrapping_add));
+    let refused = decode(&mut decoder(), &frame).unwrap_err();
+    assert_eq!(refused, FrameError::CodecNotAllowed(Codec::Same));
+    builder.begin(4);
+    assert!(builder.finish(Codec::Raw).same.is_none(), "of a batch before");
 }
 
 #[test]

@@ -29,6 +29,8 @@ pub enum SourceEvent {
         batches: u64,
         /// Bytes sent.
         bytes: u64,
+        /// Pages that were named only: the destination has them.
+        same: u64,
     },
     /// Answer to `Pause`.
     Paused(RunPermit),
@@ -56,6 +58,17 @@ pub enum SourceAction {
         /// Codecs that may be used, a bit each.
         codecs: u8,
     },
+    /// The destination has these pages in an old copy, with these digests in their order: in rounds while the
+    /// guest runs, and after the hand-over, a page is named and not sent where its content has that digest.
+    /// The page is re-armed before it is read for that, as for sending.
+    Recall {
+        /// The pages.
+        pages: PageSet,
+        /// As many as there are pages.
+        digests: Vec<u64>,
+    },
+    /// The old copy cannot be read: name no more pages of it.
+    Forget,
     /// Start the trackers, then find the pages that hold data.
     StartTracking,
     /// Re-arm these pages without sending them, so that the next harvest says which are written.

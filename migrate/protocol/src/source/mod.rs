@@ -44,7 +44,7 @@ use std::time::Duration;
 use ferry_pages::{Layout, PageSet};
 use serde::{Deserialize, Serialize};
 
-use crate::messages::{MAX_LANES, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
+use crate::messages::{MAX_LANES, Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
@@ -68,7 +68,7 @@ enum Phase {
     Negotiating,
     Starting { lanes: bool },
     Sending { began: Duration, pages: u64 },
-    Acknowledging { began: Duration, sent: Duration, pages: u64, bytes: u64 },
+    Acknowledging { began: Duration, sent: Duration, pages: u64, bytes: u64, same: u64 },
     Harvesting { facts: RoundFacts },
     Sampling,
     WaitingReady,
@@ -142,6 +142,9 @@ pub struct Source {
     phase: Phase,
     policy: Policy,
     offer: Option<ToDestination>,
+    layout: Layout,
+    /// What the destination has in an old copy.
+    recalled: PageSet,
     session: u128,
     codecs: u8,
     ready: bool,
@@ -176,10 +179,11 @@ pub struct Source {
 }
 
 impl Source {
-    /// A migration of the machine `spec` over `lanes` lanes with `codecs` (a bit each), by `mode` to reach
-    /// `goals`. When the link is lost, it tries for `rejoin_for` to come back.
+    /// A migration of the machine `spec`, whose lasting number is `machine` where it is known, over `lanes`
+    /// lanes with `codecs` (a bit each), by `mode` to reach `goals`. When the link is lost, it tries for `rejoin_for` to come back.
     pub fn new(
         spec: MachineSpec,
+        machine: Option<u128>,
         codecs: u8,
         lanes: u16,
         (goals, mode): (Goals, Mode),
@@ -189,7 +193,9 @@ impl Source {
         Self {
             phase: Phase::Connecting,
             policy: Policy::new(goals, mode),
-            offer: Some(ToDestination::Offer { spec, codecs, lanes, keep: rejoin_for }),
+            layout: spec.layout().unwrap_or_default(),
+            recalled: PageSet::new(),
+            offer: Some(ToDestination::Offer { spec, codecs, lanes, keep: rejoin_for, machine }),
             session: 0,
             codecs,
             ready: false,
@@ -227,7 +233,7 @@ impl Source {
             devices: Vec::new(),
             config: Vec::new(),
         };
-        let mut source = Self::new(nobody, codecs, 1, (goals, Mode::PostCopy), rejoin_for);
+        let mut source = Self::new(nobody, None, codecs, 1, (goals, Mode::PostCopy), rejoin_for);
         source.offer = None;
         source.session = session;
         source.round = round;
@@ -322,11 +328,12 @@ impl Source {
                 *lanes = true;
                 self.begin_if_started(now);
             }
-            (Phase::Sending { began, pages }, SourceEvent::RoundSent { round, batches, bytes })
-                if round == self.round =>
-            {
+            (
+                Phase::Sending { began, pages },
+                SourceEvent::RoundSent { round, batches, bytes, same },
+            ) if round == self.round => {
                 self.phase =
-                    Phase::Acknowledging { began: *began, sent: now, pages: *pages, bytes };
+                    Phase::Acknowledging { began: *began, sent: now, pages: *pages, bytes, same };
                 self.send(ToDestination::RoundEnd { round, batches });
                 self.expect_answer(now);
             }
@@ -425,6 +432,7 @@ impl Source {
                 self.send(ToDestination::Prepare);
                 self.expect_answer(now);
             }
+            (Phase::Negotiating, ToSource::Recalls(old)) => self.recalls(now, old),
             (Phase::Negotiating, ToSource::Refused { reasons }) => {
                 self.phase = Phase::Done;
                 self.actions.push_back(SourceAction::Finish(Outcome::Refused(reasons)));
@@ -435,19 +443,32 @@ impl Source {
                     self.pause(now);
                 }
             }
-            (Phase::Acknowledging { began, sent, pages, bytes }, ToSource::RoundDone { round })
-                if round == self.round =>
-            {
+            (
+                Phase::Acknowledging { began, sent, pages, bytes, same },
+                ToSource::RoundDone { round, lacking },
+            ) if round == self.round => {
+                let lacking = match lacking.unpack_within(&self.in_flight) {
+                    Ok(lacking) => lacking,
+                    Err(why) => {
+                        let why = format!("the destination lacks pages that were not sent: {why}");
+                        return self.fail_before_commit(why);
+                    }
+                };
                 let facts = RoundFacts {
                     round,
                     took: now.saturating_sub(*began),
                     pages: *pages,
                     bytes: *bytes,
+                    same: *same,
                     dirty: 0,
                     acknowledged_in: now.saturating_sub(*sent),
                     elapsed: now,
                 };
                 self.in_flight.clear();
+                if !lacking.is_empty() {
+                    self.pending.union_with(&lacking);
+                    self.actions.push_back(SourceAction::Forget);
+                }
                 self.phase = Phase::Harvesting { facts };
                 self.ask(SourceAction::Harvest);
             }
@@ -461,6 +482,34 @@ impl Source {
             (_, other) => self.fail_before_commit(format!(
                 "the destination broke the protocol: {} was not expected now",
                 name(&other)
+            )),
+        }
+    }
+
+    /// The destination has pages of an old copy: at most all, each once.
+    fn recalls(&mut self, now: Duration, old: Recalled) {
+        let Recalled { pages, digests } = old;
+        let before = self.recalled.len();
+        let pages = pages.unpack(&self.layout).and_then(|pages| {
+            self.recalled.union_with(&pages);
+            let fresh = self.recalled.len() - before;
+            if fresh == pages.len() && fresh == digests.len() as u64 && fresh > 0 {
+                Ok(pages)
+            } else {
+                Err(format!(
+                    "{} digests of {} pages, {fresh} of them new",
+                    digests.len(),
+                    pages.len()
+                ))
+            }
+        });
+        match pages {
+            Ok(pages) => {
+                self.actions.push_back(SourceAction::Recall { pages, digests });
+                self.expect_answer(now);
+            }
+            Err(why) => self.fail_before_commit(format!(
+                "the destination broke the protocol: it offers an old copy of {why}"
             )),
         }
     }
@@ -761,6 +810,7 @@ impl Source {
 fn name(message: &ToSource) -> &'static str {
     match message {
         ToSource::Accepted { .. } => "Accepted",
+        ToSource::Recalls(_) => "Recalls",
         ToSource::Refused { .. } => "Refused",
         ToSource::Ready => "Ready",
         ToSource::RoundDone { .. } => "RoundDone",

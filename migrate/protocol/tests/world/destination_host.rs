@@ -1,18 +1,19 @@
 //! The destination's host: memory that fills, missing pages that come on demand, and a guest that reads and
 //! writes them.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use ferry_pages::{PageSet, Run};
 use ferry_postcopy::{Admission, Admit, ChunkLedger, Demand, Fault};
 use ferry_protocol::{
-    Arrival, Destination, DestinationAction, DestinationEvent, Fetched, ToSource, Verdict,
+    Arrival, Built, Destination, DestinationAction, DestinationEvent, Fetched, Recalled, ToSource,
+    Verdict,
 };
 use rand::RngExt;
 
 use super::network::{CONTROL, Fate, Packet, Pages, URGENT};
-use super::{PAGES, Plan, Plant, SESSION, World, digest, run_pages};
+use super::{PAGES, Plan, Plant, SAME, SESSION, World, digest, run_pages};
 
 const VCPUS: usize = 2;
 /// The thread that loads state waits for pages as a vCPU does.
@@ -28,6 +29,10 @@ struct Touch {
 pub(crate) struct DestinationHost {
     pub(crate) machine: Destination,
     pub(crate) copy: Vec<u64>,
+    /// What a bundle has of the machine.
+    old: BTreeMap<u64, u64>,
+    /// Owed, named, and not to be had from it.
+    lacking: PageSet,
     /// What the guest finds in its memory if all is well; none before it runs.
     pub(crate) expected: Option<Vec<u64>>,
     /// Pages that are absent fault, once it is so arranged.
@@ -60,10 +65,12 @@ pub(crate) struct DestinationHost {
 }
 
 impl DestinationHost {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(old: BTreeMap<u64, u64>) -> Self {
         Self {
             machine: Destination::new(SESSION, 0b0111),
             copy: vec![0; PAGES as usize],
+            old,
+            lacking: PageSet::new(),
             expected: None,
             absent: PageSet::new(),
             ledger: ChunkLedger::default(),
@@ -172,9 +179,12 @@ impl World {
                 }
                 return Ok(None);
             }
-            DestinationAction::Build(_) => {
-                let why = self.plan.no_post_copy.then(|| "no userfaultfd".to_owned());
-                DestinationEvent::Built(Ok(why))
+            DestinationAction::Build { .. } => {
+                let no_post_copy = self.plan.no_post_copy.then(|| "no userfaultfd".to_owned());
+                let old =
+                    self.destination.old.iter().map(|(p, content)| (*p, digest(*p, *content)));
+                let recalled = Recalled::pack(old);
+                DestinationEvent::Built(Ok(Built { no_post_copy, recalled }))
             }
             DestinationAction::AcceptLanes { .. } => return Ok(None),
             DestinationAction::Hold => {
@@ -338,11 +348,22 @@ impl World {
         Ok(())
     }
 
+    /// A page that will not come out of the old copy, whether or not a thread waits for it.
+    fn ask_for_lacking(&mut self, page: u64) {
+        if self.destination.urgent {
+            self.net.send(self.now, &mut self.rng, URGENT, Packet::Request(page));
+        }
+    }
+
     pub(crate) fn urgent_open(&mut self) -> Result<(), String> {
         self.destination.urgent = true;
-        let outstanding: Vec<u64> =
-            self.destination.demand.iter().flat_map(Demand::outstanding).collect();
-        outstanding.into_iter().try_for_each(|page| self.ask_for(page))
+        let d = &self.destination;
+        let outstanding: Vec<u64> = d.demand.iter().flat_map(Demand::outstanding).collect();
+        let mut lacking = d.lacking.clone();
+        lacking.intersect_with(&d.missing());
+        outstanding.into_iter().try_for_each(|page| self.ask_for(page))?;
+        run_pages(&lacking).for_each(|page| self.ask_for_lacking(page));
+        Ok(())
     }
 
     /// All that wait for `page` go on.
@@ -367,13 +388,19 @@ impl World {
         if self.destination.dead || self.destination.arrival.is_some() {
             return Ok(());
         }
+        let pages = &self.recall(pages);
         if self.destination.demand.is_some() {
             return self.owed_pages_came(round, pages);
+        }
+        let lacking: PageSet =
+            pages.iter().filter(|(_, c)| *c == SAME).map(|(p, _)| Run::new(*p, 1)).collect();
+        if announced && !lacking.is_empty() && self.plant != Plant::SilentlyLacking {
+            self.feed_destination(DestinationEvent::Lacking(lacking))?;
         }
         let d = &mut self.destination;
         if !d.closed {
             d.last_round = d.last_round.max(round);
-            for &(page, content) in pages {
+            for &(page, content) in pages.iter().filter(|(_, content)| *content != SAME) {
                 let admission = d.ledger.admit(page as usize, round, digest(page, content));
                 if admission != Admission::Late || self.plant == Plant::NoLedger {
                     d.copy[page as usize] = content;
@@ -388,11 +415,32 @@ impl World {
         }
     }
 
+    /// Pages that are only named, out of the old copy; those that cannot be read stay named.
+    fn recall(&self, pages: &Pages) -> Pages {
+        let d = &self.destination;
+        let read = |page: u64| match self.plant {
+            _ if self.plan.old_copy_damaged && page.is_multiple_of(3) => SAME,
+            Plant::StaleCopy => d.old[&page] + 3,
+            _ => d.old[&page],
+        };
+        pages
+            .iter()
+            .map(|&(p, content)| (p, if content == SAME { read(p) } else { content }))
+            .collect()
+    }
+
     fn owed_pages_came(&mut self, round: u32, pages: &Pages) -> Result<(), String> {
         for &(page, content) in pages {
             let d = &mut self.destination;
             let Some(demand) = d.demand.as_mut().filter(|_| !d.paging_broken) else { break };
             if round <= d.last_round {
+                continue;
+            }
+            if content == SAME {
+                if demand.missing().contains(page) {
+                    d.lacking.insert(page);
+                    self.ask_for_lacking(page);
+                }
                 continue;
             }
             if self.plant == Plant::NoDemand {

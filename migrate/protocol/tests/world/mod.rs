@@ -41,7 +41,16 @@ pub(crate) enum Plant {
     ClaimOldPages,
     /// The destination takes a commit that an old link brings after the source came back.
     TakeLateCommit,
+    /// The destination's old copy is not the one that it told the digests of.
+    StaleCopy,
+    /// The source compares pages with the old copy as they were before they were re-armed.
+    CompareBeforeRearm,
+    /// The destination does not say that it lacks pages of its old copy.
+    SilentlyLacking,
 }
+
+/// In place of what a page holds: what the destination's old copy has.
+const SAME: u64 = u64::MAX;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +94,8 @@ struct Plan {
     paging_breaks: bool,
     abandons: bool,
     discards: bool,
+    /// Pages of the old copy cannot be read.
+    old_copy_damaged: bool,
 }
 
 pub(crate) struct World {
@@ -133,6 +144,7 @@ impl World {
             paging_breaks: rng.random_bool(0.04),
             abandons: rng.random_bool(0.04),
             discards: rng.random_bool(0.1),
+            old_copy_damaged: rng.random_bool(0.2),
         };
         w
     }
@@ -149,9 +161,11 @@ impl World {
             goals.max_total = Duration::from_secs(2);
         }
         let latency_us = rng.random_range(10..3000);
+        let source = SourceHost::new(&mut rng, (goals, mode));
+        let destination = DestinationHost::new(source.old_copy(&mut rng));
         Self {
-            source: SourceHost::new(&mut rng, (goals, mode)),
-            destination: DestinationHost::new(),
+            source,
+            destination,
             net: Network::new(latency_us),
             plant: Plant::Nothing,
             plan: Plan::default(),

@@ -1,5 +1,6 @@
 //! The source's host: a guest that writes, its dirty log, and what the engine does for `Source`.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ferry_pages::{PageSet, Run};
@@ -12,7 +13,7 @@ use rand::RngExt;
 use rand::rngs::SmallRng;
 
 use super::network::{CONTROL, Fate, LANES, Packet, Pages, URGENT};
-use super::{NEVER, PAGES, Plant, SESSION, World, digest, run_pages};
+use super::{NEVER, PAGES, Plant, SAME, SESSION, World, digest, run_pages};
 
 /// Owed pages that are being sent.
 struct Serving {
@@ -29,6 +30,10 @@ pub(crate) struct SourceHost {
     goals: Goals,
     rejoin_for: Duration,
     memory: Vec<u64>,
+    /// Digests of the destination's old copy.
+    recalled: BTreeMap<u64, u64>,
+    /// Memory when tracking started.
+    at_start: Vec<u64>,
     dirty: PageSet,
     pub(crate) tracking: bool,
     writes_per_ms: u64,
@@ -69,11 +74,13 @@ impl SourceHost {
         };
         let rejoin_for = Duration::from_millis(rng.random_range(100..60_000));
         Self {
-            machine: Source::new(spec, 0b1111, 3, (goals, mode), rejoin_for),
+            machine: Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for),
             began: 0,
             goals,
             rejoin_for,
             memory: (0..PAGES).map(|p| if rng.random_bool(0.7) { p + 1 } else { 0 }).collect(),
+            recalled: BTreeMap::new(),
+            at_start: Vec::new(),
             dirty: PageSet::new(),
             tracking: false,
             writes_per_ms: rng.random_range(0..4),
@@ -105,14 +112,37 @@ impl SourceHost {
     fn write_page(&mut self, rng: &mut SmallRng) {
         let page = rng.random_range(0..PAGES);
         let content = &mut self.memory[page as usize];
-        *content = if rng.random_bool(0.1) { 0 } else { *content + 1000 };
+        *content = match rng.random_range(0..20) {
+            0 | 1 => 0,
+            // As it was once.
+            2 => page + 1,
+            _ => *content + 1000,
+        };
         if self.tracking {
             self.dirty.insert(page);
         }
     }
 
+    /// Some pages as they once were, some as they never were, if there is an old copy at all.
+    pub(crate) fn old_copy(&self, rng: &mut SmallRng) -> BTreeMap<u64, u64> {
+        let share = [0.0, 0.9][rng.random_range(0..2)];
+        let pages = (0..PAGES).filter(|_| rng.random_bool(share)).collect::<Vec<_>>();
+        pages.into_iter().map(|p| (p, if rng.random_bool(0.7) { p + 1 } else { p + 7 })).collect()
+    }
+
     fn contents(&self, pages: impl Iterator<Item = u64>) -> Pages {
         pages.map(|p| (p, self.memory[p as usize])).collect()
+    }
+
+    /// The same, but pages that the destination has are only named.
+    fn named(&self, pages: impl Iterator<Item = u64>, plant: Plant) -> Pages {
+        let compared = |p: u64| match plant {
+            Plant::CompareBeforeRearm => self.at_start[p as usize],
+            _ => self.memory[p as usize],
+        };
+        let has = |p: u64| self.recalled.get(&p).is_some_and(|d| *d == digest(p, compared(p)));
+        let content = |p: u64| if has(p) { SAME } else { self.memory[p as usize] };
+        pages.map(|p| (p, content(p))).collect()
     }
 }
 
@@ -165,14 +195,18 @@ impl World {
                 let at = self.now + self.rng.random_range(1..800 + self.net.latency_us * 4);
                 self.net.at_on_link(at, Packet::Event(SourceEvent::LanesOpen));
             }
+            SourceAction::Recall { pages, digests } => {
+                self.source.recalled.extend(run_pages(&pages).zip(digests));
+            }
+            SourceAction::Forget => self.source.recalled.clear(),
             SourceAction::StartTracking => {
+                self.source.at_start.clone_from(&self.source.memory);
                 self.source.tracking = true;
                 let holds_data = |p: &u64| self.source.memory[*p as usize] != 0;
                 let resident = (0..PAGES).filter(holds_data).map(|p| Run::new(p, 1)).collect();
                 self.later(SourceEvent::TrackingStarted(resident));
             }
-            // Every write since the start of tracking is reported here anyway.
-            SourceAction::Sample(_) => {}
+            SourceAction::Sample(pages) => self.source.dirty.subtract(&pages),
             SourceAction::Harvest => self.harvest(),
             SourceAction::SendPages { round, pages } => self.send_pages(round, &pages),
             SourceAction::Pause => {
@@ -228,12 +262,23 @@ impl World {
     fn send_pages(&mut self, round: u32, pages: &PageSet) {
         self.source.last_round.clone_from(pages);
         let all: Vec<u64> = run_pages(pages).collect();
+        if self.source.runs {
+            // Re-armed: what was written until now is reported no more.
+            self.source.dirty.subtract(pages);
+        }
+        let mut same = 0;
         for batch in all.chunks(5) {
-            let pages = self.source.contents(batch.iter().copied());
+            let batch = batch.iter().copied();
+            let pages = if self.source.runs {
+                self.source.named(batch, self.plant)
+            } else {
+                self.source.contents(batch)
+            };
+            same += pages.iter().filter(|(_, content)| *content == SAME).count() as u64;
             self.send_batch(round, pages);
         }
         let batches = all.len().div_ceil(5) as u64;
-        self.later(SourceEvent::RoundSent { round, batches, bytes: pages.len() * 4096 });
+        self.later(SourceEvent::RoundSent { round, batches, bytes: pages.len() * 4096, same });
     }
 
     fn send_batch(&mut self, round: u32, pages: Pages) {
@@ -275,7 +320,8 @@ impl World {
         if runs.is_empty() || self.source.dead {
             return;
         }
-        let pages = self.source.contents(runs.iter().flat_map(|r| r.start..r.end()));
+        let pages = runs.iter().flat_map(|r| r.start..r.end());
+        let pages = self.source.named(pages, Plant::Nothing);
         self.send_batch(round, pages);
         let at = self.now + self.rng.random_range(0..self.net.latency_us * 2);
         self.net.at(at, Packet::PushTurn(turn));
@@ -285,12 +331,12 @@ impl World {
         let Some(serving) = &mut self.source.serving else {
             return self.source.early_requests.push(page);
         };
-        if serving.queue.fault(page) {
-            let round = serving.round;
-            let pages = self.source.contents(std::iter::once(page));
-            let batch = Packet::Batch { link: self.net.link, round, pages };
-            self.net.send(self.now, &mut self.rng, URGENT, batch);
-        }
+        // Sent even if it was pushed a moment ago.
+        serving.queue.fault(page);
+        let round = serving.round;
+        let pages = self.source.contents(std::iter::once(page));
+        let batch = Packet::Batch { link: self.net.link, round, pages };
+        self.net.send(self.now, &mut self.rng, URGENT, batch);
     }
 
     fn stop_serving(&mut self) {

@@ -171,7 +171,7 @@ fn the_record_comes_before_all_that_nobody_touches() {
 }
 
 /// Flips a bit of the memory file of the bundle at `dir`.
-fn flip(dir: &Path, at: u64) -> PathBuf {
+pub(crate) fn flip(dir: &Path, at: u64) -> PathBuf {
     let mut files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     let is_memory = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with("mem");
     let path = files.find(is_memory).unwrap();
@@ -183,7 +183,7 @@ fn flip(dir: &Path, at: u64) -> PathBuf {
 }
 
 /// A page of the arena, in the middle.
-fn victim(chain: &Chain) -> u64 {
+pub(crate) fn victim(chain: &Chain) -> u64 {
     let gfns: Vec<u64> = chain.data_pages().runs().flat_map(|run| run.start..run.end()).collect();
     gfns[gfns.len() / 2]
 }

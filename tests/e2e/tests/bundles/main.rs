@@ -4,6 +4,7 @@ mod command;
 mod engine;
 mod lazy;
 mod lent;
+mod recall;
 #[path = "../stage/mod.rs"]
 mod stage;
 #[path = "../../../../migrate/depot/tests/town/mod.rs"]

@@ -5,8 +5,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use ferry_migrate::{Canceller, Left, OutcomeKind, Refusal};
+use ferry_pages::Run;
 use ferry_process_guest::{ProcessGuest, ProcessHost};
-use ferry_protocol::{Hello, ToDestination, ToSource, VERSION_MAX, Verdict, wire};
+use ferry_protocol::{
+    Hello, PackedPages, Recalled, ToDestination, ToSource, VERSION_MAX, Verdict, wire,
+};
 use ferry_transport::{Connector, FrameReader, Listener, memory, send_message};
 
 use crate::stage::{Destination, Dice, Link, Maker, Subject, eventually, goes_on, migrate};
@@ -27,6 +30,11 @@ fn accepted(version: u16, codecs: u8) -> ToSource {
     ToSource::Accepted { version, session: 7, codecs, no_post_copy: None }
 }
 
+fn old_copy(run: Run, digests: usize) -> ToSource {
+    let pages = PackedPages::pack(&std::iter::once(run).collect());
+    ToSource::Recalls(Recalled { pages, digests: vec![1; digests] })
+}
+
 /// What an honest destination says, as far as the commit.
 fn honest(heard: Option<&ToDestination>) -> Vec<Say> {
     match heard {
@@ -35,7 +43,7 @@ fn honest(heard: Option<&ToDestination>) -> Vec<Say> {
         }
         Some(ToDestination::Prepare) => vec![Message(ToSource::Ready)],
         Some(ToDestination::RoundEnd { round, .. }) => {
-            vec![Message(ToSource::RoundDone { round: *round })]
+            vec![Message(ToSource::RoundDone { round: *round, lacking: PackedPages::default() })]
         }
         _ => vec![],
     }
@@ -121,6 +129,40 @@ fn a_hostile_destination_is_told_off_and_the_machine_goes_on_at_its_source() {
             }),
         ),
         (
+            "has an old copy of more than there is",
+            "old copy of",
+            instead!(Some(D::Offer { .. }) => {
+                vec![Message(old_copy(Run::new(1, 1 << 30), 9))]
+            }),
+        ),
+        (
+            "has an old copy without its digests",
+            "9 digests of 10 pages",
+            instead!(Some(D::Offer { .. }) => {
+                vec![Message(old_copy(Run::new(0, 10), 9))]
+            }),
+        ),
+        (
+            "has an old copy twice",
+            "0 of them new",
+            instead!(Some(D::Offer { .. }) => {
+                vec![Message(old_copy(Run::new(0, 10), 10)), Message(old_copy(Run::new(0, 10), 10))]
+            }),
+        ),
+        (
+            "has an old copy too late",
+            "Recalls was not expected",
+            instead!(Some(D::Prepare) => vec![Message(old_copy(Run::new(0, 10), 10))]),
+        ),
+        (
+            "lacks what was not sent",
+            "lacks pages that were not sent",
+            instead!(Some(D::RoundEnd { round, .. }) => {
+                let lacking = PackedPages::pack(&std::iter::once(Run::new(1 << 40, 1)).collect());
+                vec![Message(ToSource::RoundDone { round: *round, lacking })]
+            }),
+        ),
+        (
             "accepts twice",
             "Accepted was not expected",
             instead!(Some(D::Prepare) => {
@@ -145,7 +187,7 @@ fn a_hostile_destination_is_told_off_and_the_machine_goes_on_at_its_source() {
             "another round is done",
             "RoundDone was not expected",
             instead!(Some(D::RoundEnd { .. }) => {
-                vec![Message(ToSource::RoundDone { round: 77 })]
+                vec![Message(ToSource::RoundDone { round: 77, lacking: PackedPages::default() })]
             }),
         ),
         (

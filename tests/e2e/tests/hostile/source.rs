@@ -35,7 +35,13 @@ impl<'a> Session<'a> {
     async fn accepted(connector: &'a Arc<dyn Connector>) -> Self {
         let mut session = Self::hello(connector).await;
         session
-            .say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 2, keep: KEEP })
+            .say(&ToDestination::Offer {
+                spec: spec(),
+                codecs: 0xf,
+                lanes: 2,
+                keep: KEEP,
+                machine: None,
+            })
             .await;
         match session.hear().await {
             Some(ToSource::Accepted { session: token, .. }) => session.token = token,
@@ -77,7 +83,11 @@ fn word_of(host: &Destination<ProcessGuest>) -> String {
         match host.event(Duration::from_secs(8)) {
             Some(ReceiveEvent::Turned(why)) => return why,
             Some(ReceiveEvent::Ended { arrival: Arrival::Void(why), .. }) => return why,
-            Some(ReceiveEvent::Arriving { .. } | ReceiveEvent::Waiting { .. }) => {}
+            Some(
+                ReceiveEvent::Arriving { .. }
+                | ReceiveEvent::Waiting { .. }
+                | ReceiveEvent::Recalled { .. },
+            ) => {}
             Some(other) => panic!("{other:?}"),
             None => panic!("the host said nothing within 8 s"),
         }
@@ -108,7 +118,9 @@ async fn offered(connector: &Arc<dyn Connector>, change: impl FnOnce(&mut Machin
     let mut session = Session::hello(connector).await;
     let mut spec = spec();
     change(&mut spec);
-    session.say(&ToDestination::Offer { spec, codecs: 0xf, lanes: 1, keep: KEEP }).await;
+    session
+        .say(&ToDestination::Offer { spec, codecs: 0xf, lanes: 1, keep: KEEP, machine: None })
+        .await;
     let answer = session.hear().await;
     assert!(matches!(answer, Some(ToSource::Refused { .. })), "{answer:?}");
 }
@@ -176,7 +188,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "second Offer",
             attack!(c => {
                 let mut session = Session::accepted(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1, keep: KEEP }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 1, lanes: 1, keep: KEEP, machine: None }).await;
                 assert!(matches!(session.hear().await, Some(ToSource::Failed { .. })));
             }),
         ),
@@ -316,6 +328,13 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             }),
         ),
         (
+            "pages that the host is to have, of which nobody spoke",
+            "was not negotiated",
+            attack!(c => {
+                framed(c, crafted(Codec::Same, 1, &[(0, 1)], 1, 0, 0, &[])).await;
+            }),
+        ),
+        (
             "a page that is not what was sent",
             "digest",
             attack!(c => {
@@ -364,7 +383,8 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             attack!(c => {
                 let mut session = Session::accepted(c).await;
                 session.say(&ToDestination::RoundEnd { round: 5, batches: 0 }).await;
-                assert_eq!(session.hear().await, Some(ToSource::RoundDone { round: 5 }));
+                let lacking = PackedPages::default();
+                assert_eq!(session.hear().await, Some(ToSource::RoundDone { round: 5, lacking }));
                 let _lane = session.on_lane(data_frame(4, 3, 9)).await;
                 session.hear().await;
             }),
@@ -426,7 +446,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "0 lanes",
             attack!(c => {
                 let mut session = Session::hello(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 0, keep: KEEP }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 0, keep: KEEP, machine: None }).await;
                 session.hear().await;
             }),
         ),
@@ -435,7 +455,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "65535 lanes",
             attack!(c => {
                 let mut session = Session::hello(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: u16::MAX, keep: KEEP }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: u16::MAX, keep: KEEP, machine: None }).await;
                 session.hear().await;
             }),
         ),
@@ -444,7 +464,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "codecs 0x80",
             attack!(c => {
                 let mut session = Session::hello(c).await;
-                session.say(&ToDestination::Offer { spec: spec(), codecs: 0x80, lanes: 1, keep: KEEP }).await;
+                session.say(&ToDestination::Offer { spec: spec(), codecs: 0x80, lanes: 1, keep: KEEP, machine: None }).await;
                 session.hear().await;
             }),
         ),

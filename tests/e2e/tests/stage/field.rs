@@ -99,6 +99,7 @@ impl<G: Guest + 'static> Destination<G> {
                 ReceiveEvent::Ended { .. }
                 | ReceiveEvent::Arriving { .. }
                 | ReceiveEvent::Waiting { .. }
+                | ReceiveEvent::Recalled { .. }
                 | ReceiveEvent::Turned(_) => {}
             }
         }

@@ -162,6 +162,10 @@ impl<G: Guest> Guest for Watched<G> {
         self.guest.spec()
     }
 
+    fn machine(&self) -> Option<u128> {
+        self.guest.machine()
+    }
+
     fn memory(&self) -> GuestView {
         self.guest.memory()
     }
