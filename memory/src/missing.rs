@@ -259,9 +259,7 @@ impl MissingPages {
         })?;
         Ok(placed)
     }
-}
 
-impl MissingPages {
     /// Ends watching: memory is plain from now on, as when this is dropped.
     pub fn let_go(&self) {
         self.let_go.call_once(|| self.end());

@@ -167,18 +167,10 @@ impl GuestView {
     /// # Errors
     /// Part of it is not guest memory (nothing was given back), or the kernel refused.
     pub fn discard(&self, run: Run) -> Result<(), MemoryError> {
-        self.each(run.start, self.bytes_of(run)?, |part| {
-            // By the mapping, not the descriptor: who watches the memory is told of it.
-            let advice = match part.region.backing {
-                None => libc::MADV_DONTNEED,
-                Some(_) => libc::MADV_REMOVE,
-            };
-            let run = part.run;
-            madvise(&part, advice).map_err(|source| MemoryError::Refused {
-                what: "discard",
-                run,
-                source,
-            })
+        // By the mapping, not the descriptor: who watches the memory is told of it.
+        self.advise("discard", run, |region| match region.backing {
+            None => libc::MADV_DONTNEED,
+            Some(_) => libc::MADV_REMOVE,
         })
     }
 
@@ -188,14 +180,7 @@ impl GuestView {
     /// # Errors
     /// Part of it is not guest memory (nothing was taken), or the kernel refused.
     pub fn hide(&self, run: Run) -> Result<(), MemoryError> {
-        self.each(run.start, self.bytes_of(run)?, |part| {
-            let run = part.run;
-            madvise(&part, libc::MADV_DONTNEED).map_err(|source| MemoryError::Refused {
-                what: "unmap",
-                run,
-                source,
-            })
-        })
+        self.advise("unmap", run, |_| libc::MADV_DONTNEED)
     }
 
     /// Populates the pages of `run` as if each were written, in one call: cheaper than a fault each, for
@@ -204,13 +189,20 @@ impl GuestView {
     /// # Errors
     /// Part of it is not guest memory, or the host is out of memory.
     pub fn prefault_write(&self, run: Run) -> Result<(), MemoryError> {
+        self.advise("populate", run, |_| libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Tells the kernel `advice` for the pages of `run`, which depends on the region; `what` is tried by it.
+    fn advise(
+        &self,
+        what: &'static str,
+        run: Run,
+        advice: impl Fn(&Region) -> i32,
+    ) -> Result<(), MemoryError> {
         self.each(run.start, self.bytes_of(run)?, |part| {
             let run = part.run;
-            madvise(&part, libc::MADV_POPULATE_WRITE).map_err(|source| MemoryError::Refused {
-                what: "populate",
-                run,
-                source,
-            })
+            madvise(&part, advice(&part.region))
+                .map_err(|source| MemoryError::Refused { what, run, source })
         })
     }
 
