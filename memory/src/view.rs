@@ -201,8 +201,11 @@ impl GuestView {
     ) -> Result<(), MemoryError> {
         self.each(run.start, self.bytes_of(run)?, |part| {
             let run = part.run;
-            madvise(&part, advice(&part.region))
-                .map_err(|source| MemoryError::Refused { what, run, source })
+            madvise(&part, advice(&part.region)).map_err(|source| MemoryError::Refused {
+                what,
+                run,
+                source,
+            })
         })
     }
 

@@ -215,12 +215,13 @@ impl<H: Host + 'static> Arriving<H> {
             };
             match message {
                 Ok(Message::Link { epoch, event }) if epoch == self.epoch => {
-                    let lost = match &event {
-                        DestinationEvent::LinkLost(why) => Some(why.clone()),
-                        _ => None,
-                    };
-                    self.handle(event);
-                    lost.inspect(|why| self.waits(why));
+                    if let DestinationEvent::LinkLost(why) = &event {
+                        let why = why.clone();
+                        self.handle(event);
+                        self.waits(why);
+                    } else {
+                        self.handle(event);
+                    }
                 }
                 Ok(Message::Link { .. }) => {}
                 // Of a link that was given up; dropped, it is closed.
@@ -263,7 +264,7 @@ impl<H: Host + 'static> Arriving<H> {
         self.server.session_ends(self.token, stays);
         // A machine that did not arrive is gone before anyone is told.
         drop(self.guest.take());
-        let name = self.spec.take().map_or_else(|| "?".into(), |s| s.name);
+        let name = self.name();
         if let Some(arrival) = self.arrival.take() {
             (self.server.tell)(ReceiveEvent::Ended { name, arrival });
         }
@@ -357,15 +358,19 @@ impl<H: Host + 'static> Arriving<H> {
         self.installer.as_ref().and_then(|installer| installer.pager(ask))
     }
 
+    /// Its name at the source, once that was said.
+    fn name(&self) -> String {
+        self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone())
+    }
+
     /// Tells that a machine lost its source, which may come back; once for each link.
-    fn waits(&mut self, why: &str) {
+    fn waits(&mut self, why: String) {
         let missing = self.pager(Pager::missing).map(|missing| missing.len());
         let waits = self.machine.deadline().is_some() || missing.is_some() && self.running;
         if !waits || !std::mem::take(&mut self.linked) {
             return;
         }
-        let name = self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone());
-        let why = why.to_owned();
+        let name = self.name();
         (self.server.tell)(ReceiveEvent::Waiting { name, missing, why });
     }
 
@@ -437,7 +442,7 @@ impl<H: Host + 'static> Arriving<H> {
             self.old = old.map(Arc::new);
             if let Some(old) = &self.old {
                 recalled = old.recalled();
-                tell(old.dir(), Ok(old.pages().len()));
+                tell(old.dir(), Ok(recalled.iter().map(|old| old.digests.len() as u64).sum()));
             }
         }
         self.spec = Some(spec);
@@ -447,7 +452,7 @@ impl<H: Host + 'static> Arriving<H> {
 
     fn load(&mut self, state: &[u8]) -> Result<(), String> {
         if let Some(installer) = &self.installer
-            && installer.pager(|_| ()).is_none()
+            && !installer.is_paging()
         {
             // From here on memory is the guest's.
             installer.close();
@@ -468,7 +473,7 @@ impl<H: Host + 'static> Arriving<H> {
         let old = self.old.clone()?;
         let (asks, server, installer) = (self.asks.clone(), self.server.clone(), installer.clone());
         let (dir, door, epoch) = (old.dir().to_owned(), self.door.clone(), self.epoch);
-        let name = self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone());
+        let name = self.name();
         let lacking = move |mut pages: PageSet, runs, first, why| {
             if first {
                 let (name, bundle) = (name.clone(), dir.clone());
@@ -530,7 +535,7 @@ impl<H: Host + 'static> Arriving<H> {
             return;
         }
         if let (Some(guest), Some(spec)) = (self.guest.take(), &self.spec) {
-            let pages = self.installer.clone().filter(|i| i.pager(|_| ()).is_some());
+            let pages = self.installer.clone().filter(|i| i.is_paging());
             let fetching = pages.map(|installer| {
                 let door = self.door.clone();
                 Fetching::new(Arc::new(FromSource { installer, door }))

@@ -96,7 +96,7 @@ pub(crate) async fn run(
         }
         // All pages are here, and a source that is done closes this lane: it may be seen before its last word
         // on the control channel, which says what becomes of the session.
-        LaneEnd::Lost(_) if installer.pager(|_| ()).is_none() => None,
+        LaneEnd::Lost(_) if !installer.is_paging() => None,
         LaneEnd::Lost(why) => Some(DestinationEvent::LinkLost(why)),
         LaneEnd::Bad(why) => {
             sink.close(&why).await;

@@ -144,6 +144,11 @@ impl Installer {
         }
     }
 
+    /// Whether pages come on demand, and not all are here.
+    pub(crate) fn is_paging(&self) -> bool {
+        self.pager(|_| ()).is_some()
+    }
+
     /// Calls `ask` with the pager, where there is one.
     pub(crate) fn pager<T>(&self, ask: impl FnOnce(&Pager) -> T) -> Option<T> {
         match &*self.stage.read().unwrap_or_else(PoisonError::into_inner) {

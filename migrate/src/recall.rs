@@ -109,14 +109,9 @@ impl OldCopy {
         &self.dir
     }
 
-    /// Its pages of data.
-    pub(crate) fn pages(&self) -> PageSet {
-        self.chain.data_pages()
-    }
-
-    /// The same with their digests, as the source is told.
+    /// Its pages of data with their digests, as the source is told.
     pub(crate) fn recalled(&self) -> Vec<Recalled> {
-        let pages = self.pages();
+        let pages = self.chain.data_pages();
         let gfns = pages.runs().flat_map(|run| run.start..run.end());
         Recalled::pack(gfns.map(|gfn| (gfn, self.chain.digest_of(gfn))))
     }
@@ -177,7 +172,7 @@ impl Lane {
     /// runs that is done later: what is behind them on the lane, and its acknowledgement, must not wait for a
     /// disk.
     pub(crate) fn install(&mut self, named: &Batch<'_>) -> Result<Installed, MemoryError> {
-        if self.installer.pager(|_| ()).is_none() {
+        if !self.installer.is_paging() {
             let (batch, lacks) = match self.reader.batch(named) {
                 Ok(batch) => (batch, None),
                 Err(why) => (Batch { runs: &[], ..*named }, Some(why)),
@@ -212,7 +207,7 @@ impl Lane {
                 {
                     recalls.lacks(&runs, true, why);
                 }
-                if installer.pager(|_| ()).is_none() {
+                if !installer.is_paging() {
                     // All is here, or nobody waits any more.
                     return;
                 }

@@ -10,8 +10,8 @@
 //!                                  └──────────────── the stop ─────────────────┘
 //! ```
 //!
-//! A machine that is saved for good is watched for a moment, then paused, and ends only when its bundle is on the disk. It
-//! keeps its permit until then: whatever goes wrong, it goes on here.
+//! A machine that is saved for good is watched for a moment, then paused, and ends only when its bundle is on the
+//! disk. It keeps its permit until then: whatever goes wrong, it goes on here.
 
 use std::path::Path;
 use std::sync::Arc;

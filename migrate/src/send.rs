@@ -444,14 +444,15 @@ impl<'a> Engine<'a> {
                 tracking::rearm(&self.trackers, &pages).err().map(SourceEvent::Failed)
             }
             SourceAction::Serve { round, owed, mut record } => {
-                self.spool(&owed);
                 record.push(std::mem::take(&mut self.touched));
                 let limit = self.options.bandwidth_bytes_per_s;
                 let serving = Arc::new(Serving::new(round, owed, &record, limit));
                 self.record_pages = self.record_pages.max(serving.record_pages());
                 if let Some(shared) = &self.shared {
-                    shared.serving.send_replace(Some(serving));
+                    shared.serving.send_replace(Some(serving.clone()));
                 }
+                // Behind it: the machine may wait for a page already.
+                self.spool(serving.owed());
                 None
             }
             SourceAction::Push => {

@@ -67,6 +67,11 @@ impl Serving {
         *lock(&self.sent)
     }
 
+    /// The pages that are owed.
+    pub(crate) fn owed(&self) -> &PageSet {
+        &self.owed
+    }
+
     /// How many of the owed pages are in the record.
     pub(crate) fn record_pages(&self) -> u64 {
         self.record_pages

@@ -52,10 +52,7 @@ pub(crate) fn extents(memory_bytes: u64) -> Vec<Run> {
 /// a stretch. No page is touched.
 pub(crate) fn map(memory_bytes: u64, huge_pages: bool) -> Result<(GuestRam, GuestView), VmmError> {
     let fail = |why: String| VmmError::Map { bytes: memory_bytes, why };
-    let fail_to_map = |e: MemoryError| match std::error::Error::source(&e) {
-        Some(cause) => fail(format!("{e}: {cause}")),
-        None => fail(e.to_string()),
-    };
+    let fail_to_map = |e: MemoryError| fail(ferry_migrate::words(&e));
     let (mut ram, mut regions, mut mappings) = (Vec::new(), Vec::new(), Vec::new());
     for (slot, run) in (0..).zip(extents(memory_bytes)) {
         let mapping = Mapping::for_machine(run.pages, huge_pages).map_err(fail_to_map)?;
