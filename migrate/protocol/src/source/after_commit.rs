@@ -1,8 +1,8 @@
-//! The source once the permit has left: serving what is owed, comparing memory, ending without a word.
+//! The source once the permit has left: serving what is owed, comparing memory.
 
 use std::time::Duration;
 
-use super::{Phase, Reattach, Source, SourceAction, name};
+use super::{Phase, Source, SourceAction, name};
 use crate::Fetched;
 use crate::messages::{ToDestination, ToSource};
 use crate::outcome::{Outcome, Progress};
@@ -136,43 +136,5 @@ impl Source {
             )
         };
         self.finish(Outcome::Completed { digest_verified: Some(matches), reason });
-    }
-
-    /// Ends without the destination: what is owed stays here.
-    pub(super) fn detach(&mut self, why: String) {
-        let permit = self.stub.take();
-        let pages = self.owed.len();
-        let reason = format!(
-            "{why}. The machine runs at the destination; up to {pages} of its pages are only here, and who \
-             touches one there waits. This host keeps them: go on by `ferry migrate --resume`"
-        );
-        let (session, codecs, round) = (self.session, self.codecs, self.round);
-        let owed = std::mem::take(&mut self.owed);
-        let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: false };
-        self.finish(Outcome::Detached { reason, reattach });
-    }
-
-    pub(super) fn give_up_asking(&mut self) {
-        let Phase::Doubting { why, .. } = std::mem::replace(&mut self.phase, Phase::Done) else {
-            return;
-        };
-        let permit = self.stub.take();
-        self.stop_tracking();
-        let reason = format!(
-            "{why}, after the run permit was sent; the destination cannot be asked whether it runs the \
-             machine, so the machine stays paused here"
-        );
-        if self.post_copy {
-            // If it does run there, pages of it are only here.
-            let (session, codecs, round) = (self.session, self.codecs, self.round);
-            let owed = std::mem::take(&mut self.owed);
-            let reattach = Reattach { session, codecs, round, owed, permit, in_doubt: true };
-            let reason = format!("{reason}. Go on by `ferry migrate --resume`");
-            let outcome = Outcome::Detached { reason, reattach };
-            return self.actions.push_back(SourceAction::Finish(outcome));
-        }
-        // Without post-copy there is no spool: the stub is here.
-        let Some(permit) = permit else { return };
-        self.actions.push_back(SourceAction::Finish(Outcome::InDoubt { reason, permit }));
     }
 }

@@ -36,13 +36,13 @@
 
 mod after_commit;
 mod events;
+mod reattach;
 mod rejoin;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use ferry_pages::{Layout, PageSet};
-use serde::{Deserialize, Serialize};
 
 use crate::messages::{MAX_LANES, Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
 use crate::outcome::{Outcome, Progress, Switchover};
@@ -51,6 +51,7 @@ use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
 use crate::{Fetched, MachineSpec, PackedPages, RunPermit};
 
 pub use events::{SourceAction, SourceEvent};
+pub use reattach::{Reattach, Spooled};
 
 /// How long to wait for an answer of a peer whose connection is alive.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -84,56 +85,6 @@ enum Phase {
     Reopening { since: Duration, wait: Duration },
     Verifying { ours: Option<u64>, theirs: Option<u64> },
     Done,
-}
-
-/// With what a source goes on that lost its destination while it owed pages.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Reattach {
-    session: u128,
-    codecs: u8,
-    round: u32,
-    owed: PageSet,
-    /// None with a source that has only a spool.
-    permit: Option<PermitStub>,
-    /// Nobody has said that the machine runs at the destination.
-    in_doubt: bool,
-}
-
-impl Reattach {
-    /// Whether it is unknown that the machine runs at the destination: taken up again, the source asks first.
-    pub fn is_in_doubt(&self) -> bool {
-        self.in_doubt
-    }
-
-    /// The right to run the machine here after all, as it was at the hand-over: what the guest did since is
-    /// lost. See [`PermitStub::fenced_by_operator`]. None if only a spool is left of it here.
-    pub fn fenced_by_operator(self) -> Option<RunPermit> {
-        self.permit.map(PermitStub::fenced_by_operator)
-    }
-}
-
-/// What a spool says beside the pages that it holds: with it, a source that was restarted goes on serving.
-/// There is no right to run in it, and no way back to one.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Spooled {
-    session: u128,
-    codecs: u8,
-    round: u32,
-    owed: PackedPages,
-    /// Order-free digest of all memory at the hand-over.
-    pub digest: u64,
-}
-
-impl Spooled {
-    /// As a migration to be taken up again, of a machine with this memory.
-    ///
-    /// # Errors
-    /// Pages are owed that the machine has not, in words.
-    pub fn reattach(&self, layout: &Layout) -> Result<Reattach, String> {
-        let owed = self.owed.unpack(layout)?;
-        let Self { session, codecs, round, .. } = *self;
-        Ok(Reattach { session, codecs, round, owed, permit: None, in_doubt: true })
-    }
 }
 
 /// The source of one migration.
@@ -180,7 +131,8 @@ pub struct Source {
 
 impl Source {
     /// A migration of the machine `spec`, whose lasting number is `machine` where it is known, over `lanes`
-    /// lanes with `codecs` (a bit each), by `mode` to reach `goals`. When the link is lost, it tries for `rejoin_for` to come back.
+    /// lanes with `codecs` (a bit each), by `mode` to reach `goals`. When the link is lost, it tries for
+    /// `rejoin_for` to come back.
     pub fn new(
         spec: MachineSpec,
         machine: Option<u128>,
@@ -221,34 +173,6 @@ impl Source {
         }
     }
 
-    /// Goes on where a migration was detached; the first event is a `Tick`.
-    pub fn reattach(reattach: Reattach, goals: Goals, rejoin_for: Duration) -> Self {
-        let Reattach { session, codecs, round, owed, permit, in_doubt } = reattach;
-        let nobody = MachineSpec {
-            name: String::new(),
-            vmm: String::new(),
-            extents: Vec::new(),
-            vcpus: 0,
-            cpu_features: Vec::new(),
-            devices: Vec::new(),
-            config: Vec::new(),
-        };
-        let mut source = Self::new(nobody, None, codecs, 1, (goals, Mode::PostCopy), rejoin_for);
-        source.offer = None;
-        source.session = session;
-        source.round = round;
-        source.post_copy = true;
-        source.owed = owed;
-        source.committed = true;
-        source.stub = permit;
-        let (since, why) = (Duration::ZERO, "taken up again".to_owned());
-        source.why_now.clone_from(&why);
-        source.phase =
-            if in_doubt { Phase::Doubting { since, why } } else { Phase::rejoining(since, why) };
-        source.deadline = Some(Duration::ZERO);
-        source
-    }
-
     /// The next thing to do.
     pub fn poll(&mut self) -> Option<SourceAction> {
         self.actions.pop_front()
@@ -287,12 +211,6 @@ impl Source {
     /// Whether the permit has left.
     pub fn is_committed(&self) -> bool {
         self.committed
-    }
-
-    /// What a spool of the pages that are owed now must say, with the digest of all memory.
-    pub fn spooled(&self, digest: u64) -> Spooled {
-        let Self { session, codecs, round, .. } = *self;
-        Spooled { session, codecs, round, owed: PackedPages::pack(&self.owed), digest }
     }
 
     /// Takes one event at time `now` since the start.
@@ -693,12 +611,13 @@ impl Source {
     }
 
     fn cancel(&mut self) {
-        if matches!(self.phase, Phase::Rejoining { .. } | Phase::Reopening { .. })
-            && self.is_committed()
-        {
-            return self.detach("the operator ended the attempts to come back".into());
+        if self.is_committed() {
+            if matches!(self.phase, Phase::Rejoining { .. } | Phase::Reopening { .. }) {
+                self.detach("the operator ended the attempts to come back".into());
+            }
+            return;
         }
-        if self.is_committed() || matches!(self.phase, Phase::Done) {
+        if matches!(self.phase, Phase::Done) {
             return;
         }
         self.abort("cancelled by the operator");
