@@ -625,7 +625,7 @@ impl<'a> Engine<'a> {
         let (Some(dir), None) = (&self.options.spool, &self.spooling) else { return };
         let sender = self.sender.clone();
         let tell = move |written| drop(sender.send(Message::Spooled(written)));
-        let (spec, spooled) = (self.guest.spec(), self.machine.spooled(0));
+        let (spec, spooled) = (self.guest.spec(), self.machine.spooled());
         let view = self.memory.clone();
         self.spooling = Some(Spooling::start(dir, spec, view, owed.clone(), spooled, tell));
     }

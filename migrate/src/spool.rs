@@ -1,7 +1,7 @@
 //! A spool: the pages that only the source has after a hand-over, on its disk, so that the move can be finished
 //! when the source's process is gone.
 //!
-//! It is a bundle of these pages, whose state is a [`Spooled`] and not a machine's. It is written in the
+//! It is a bundle of these pages, whose state is a [`Spooled`] with the digest of all memory, and not a machine's. It is written in the
 //! background while pages are served, by a thread that stands back behind all others, and counts once it is
 //! whole. There is no right to run in it: it can only be served, by [`serve_spool()`].
 
@@ -14,7 +14,7 @@ use ferry_bundle::{BundleError, Chain, Draft, Manifest};
 use ferry_dirtylog::DirtySource;
 use ferry_memory::{GuestView, Mapping, MemoryError};
 use ferry_pages::{PAGE_BYTES, PageSet};
-use ferry_protocol::{MachineSpec, RunPermit, Source, Spooled, StateReader, StateWriter};
+use ferry_protocol::{MachineSpec, Reattach, RunPermit, Source, Spooled, StateReader, StateWriter};
 use ferry_transport::Connector;
 use rustix::process::setpriority_process;
 use rustix::thread::gettid;
@@ -62,8 +62,8 @@ pub(crate) struct Spooling {
 }
 
 impl Spooling {
-    /// Begins to write `owed` pages of `view`, which stand still, to `dir`. `spooled` makes the spool's words
-    /// of the digest of all memory; `tell` hears how it ended: bytes, or why it was given up.
+    /// Begins to write `owed` pages of `view`, which stand still, to `dir`. `spooled` says what is
+    /// served with them; `tell` hears how it ended: bytes, or why it was given up.
     pub(crate) fn start(
         dir: &Path,
         spec: MachineSpec,
@@ -122,7 +122,7 @@ fn write(
     spec: MachineSpec,
     view: &GuestView,
     owed: &PageSet,
-    mut spooled: Spooled,
+    spooled: Spooled,
     stop: &AtomicBool,
 ) -> Result<Option<u64>, String> {
     let fail = |e: &dyn std::error::Error| words(e);
@@ -137,9 +137,8 @@ fn write(
         view.read(gfn, &mut page).map_err(|e| fail(&e))?;
         draft.put(gfn, &page).map_err(|e| fail(&e))?;
     }
-    spooled.digest = send::digest(view)?;
     let mut state = StateWriter::new();
-    state.put(SECTION, 0, 1, 1, &spooled).map_err(|e| fail(&e))?;
+    state.put(SECTION, 0, 1, 1, &(spooled, send::digest(view)?)).map_err(|e| fail(&e))?;
     let state = state.finish().map_err(|e| fail(&e))?;
     let bytes = draft.written_bytes();
     // Of no machine: what it holds can never be run.
@@ -161,7 +160,9 @@ pub struct Spool {
     dir: PathBuf,
     spec: MachineSpec,
     view: GuestView,
-    spooled: Spooled,
+    reattach: Reattach,
+    /// Of all memory, of which only a part is here.
+    digest: u64,
     pages: u64,
 }
 
@@ -178,8 +179,10 @@ impl Spool {
         }
         let damaged = |why: String| SpoolError::Damaged { dir: dir.to_owned(), why };
         let state = StateReader::parse(&chain.state()?).map_err(|e| damaged(e.to_string()))?;
-        let spooled = state.read(SECTION, 0, 1).map_err(|e| damaged(e.to_string()))?;
+        let (spooled, digest): (Spooled, u64) =
+            state.read(SECTION, 0, 1).map_err(|e| damaged(e.to_string()))?;
         let layout = spec.layout().map_err(|e| damaged(e.to_string()))?;
+        let reattach = spooled.reattach(&layout).map_err(damaged)?;
         let mappings = layout.extents().iter().map(|e| Ok((e.start, Mapping::anonymous(e.pages)?)));
         let view = GuestView::of(mappings.collect::<Result<_, MemoryError>>()?)?;
         let mut pages = 0;
@@ -187,7 +190,7 @@ impl Spool {
             pages += run.pages;
             Ok(view.write(run.start, bytes)?)
         })?;
-        Ok(Self { dir: dir.to_owned(), spec, view, spooled, pages })
+        Ok(Self { dir: dir.to_owned(), spec, view, reattach, digest, pages })
     }
 
     /// Name of the machine at its source.
@@ -203,27 +206,21 @@ impl Spool {
 
 /// Goes on where a source ended that left `spool`: serves the destination that `connector` reaches. When all
 /// pages are there, the spool is removed; otherwise it can be served again.
-///
-/// # Errors
-/// What the spool says does not fit together.
 pub fn serve_spool(
     spool: Spool,
     connector: Arc<dyn Connector>,
     options: &SendOptions,
     canceller: &Canceller,
     watch: &mut dyn FnMut(SendEvent),
-) -> Result<Report, SpoolError> {
-    let damaged = |why: String| SpoolError::Damaged { dir: spool.dir.clone(), why };
-    let layout = spool.spec.layout().map_err(|e| damaged(e.to_string()))?;
-    let reattach = spool.spooled.reattach(&layout).map_err(damaged)?;
+) -> Report {
+    let Spool { dir, spec, view, reattach, digest, .. } = spool;
     let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
-    let digest = Some(spool.spooled.digest);
-    let mut remains = Remains { spec: spool.spec, view: spool.view };
+    let (mut remains, digest) = (Remains { spec, view }, Some(digest));
     let options = SendOptions { spool: None, ..options.clone() };
     let sent = send::go_on(&mut remains, machine, digest, connector, &options, canceller, watch);
     let mut report = sent.report;
     match sent.left {
-        Left::Nothing => remove(&spool.dir),
+        Left::Nothing => remove(&dir),
         Left::Running | Left::Stopped(..) => {
             // The destination's word that it never ran it. Nobody does.
             report.machine = Whereabouts::Unknown;
@@ -231,10 +228,10 @@ pub fn serve_spool(
                 ". The machine is lost: its source ended, and a spool holds no machine";
         }
         Left::InDoubt(_) | Left::Detached(_) => {
-            report.reason += &format!(". The spool at {} can be served again", spool.dir.display());
+            report.reason += &format!(". The spool at {} can be served again", dir.display());
         }
     }
-    Ok(report)
+    report
 }
 
 /// What is left of a machine: memory that nobody runs on.

@@ -102,7 +102,7 @@ pub(crate) fn serve_spool(args: &ServeSpool) -> Result<ExitCode, Failure> {
         ..SendOptions::default()
     };
     let canceller = Canceller::default();
-    let report = ferry_migrate::serve_spool(spool, connector, &options, &canceller, &mut watch)?;
+    let report = ferry_migrate::serve_spool(spool, connector, &options, &canceller, &mut watch);
     show.end();
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);

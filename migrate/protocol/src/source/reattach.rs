@@ -45,8 +45,6 @@ pub struct Spooled {
     codecs: u8,
     round: u32,
     owed: PackedPages,
-    /// Order-free digest of all memory at the hand-over.
-    pub digest: u64,
 }
 
 impl Spooled {
@@ -54,9 +52,9 @@ impl Spooled {
     ///
     /// # Errors
     /// Pages are owed that the machine has not, in words.
-    pub fn reattach(&self, layout: &Layout) -> Result<Reattach, String> {
-        let owed = self.owed.unpack(layout)?;
-        let Self { session, codecs, round, .. } = *self;
+    pub fn reattach(self, layout: &Layout) -> Result<Reattach, String> {
+        let Self { session, codecs, round, owed } = self;
+        let owed = owed.unpack(layout)?;
         Ok(Reattach { session, codecs, round, owed, permit: None, in_doubt: true })
     }
 }
@@ -90,10 +88,10 @@ impl Source {
         source
     }
 
-    /// What a spool of the pages that are owed now must say, with the digest of all memory.
-    pub fn spooled(&self, digest: u64) -> Spooled {
+    /// What a spool of the pages that are owed now must say.
+    pub fn spooled(&self) -> Spooled {
         let Self { session, codecs, round, .. } = *self;
-        Spooled { session, codecs, round, owed: PackedPages::pack(&self.owed), digest }
+        Spooled { session, codecs, round, owed: PackedPages::pack(&self.owed) }
     }
 
     /// With what to go on later; nothing of it stays here.

@@ -1,6 +1,6 @@
 //! Bundles of another host, by the command: shown, verified, merged, restored and paged, through lost links.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ferry_e2e::network::{ADDRESSES, Network};
 use ferry_e2e::{Host, Hosts, Running, path};
@@ -26,7 +26,7 @@ fn lend(host: &Host, dir: &Path, listen: &str) -> (Running, String) {
 }
 
 /// Saves a machine as bundle `b` in a directory of bundles, and ends it.
-fn saved(hosts: &Hosts) -> std::path::PathBuf {
+fn saved(hosts: &Hosts) -> PathBuf {
     let dir = hosts.path("bundles");
     std::fs::create_dir(&dir).expect("a directory");
     let runner = hosts.source.boot("m", PROCESS, &LARGE);
@@ -98,8 +98,17 @@ fn a_chain_of_another_host_is_shown_verified_merged_and_restored() {
     reader.migrate("eager", addr, &[]).stayed("failed", &["takes in no machines"]);
 }
 
-#[test]
-fn a_machine_that_is_restored_lazily_waits_for_a_host_that_was_killed_and_goes_on() {
+/// A machine `m` that is restored lazily from a lent bundle, whose host is killed meanwhile.
+struct Orphan {
+    hosts: Hosts,
+    /// With the bundle `b`, which was lent at `addr`.
+    dir: PathBuf,
+    addr: String,
+    there: String,
+    lazy: Running,
+}
+
+fn orphan() -> Orphan {
     let hosts = Hosts::new();
     let dir = saved(&hosts);
     let (lender, addr) = lend(&hosts.source, &dir, "127.0.0.1:0");
@@ -107,6 +116,12 @@ fn a_machine_that_is_restored_lazily_waits_for_a_host_that_was_killed_and_goes_o
     let there = format!("ferry://{addr}/b");
     let lazy = restore(&hosts.destination, Path::new(&there), "m", &with);
     lender.kill();
+    Orphan { hosts, dir, addr, there, lazy }
+}
+
+#[test]
+fn a_machine_that_is_restored_lazily_waits_for_a_host_that_was_killed_and_goes_on() {
+    let Orphan { hosts, dir, addr, lazy, .. } = orphan();
     let was_in_the_middle = !lazy.has_said("all pages are here");
     if was_in_the_middle {
         lazy.line("trying again for 120 s");
@@ -122,13 +137,7 @@ fn a_machine_that_is_restored_lazily_waits_for_a_host_that_was_killed_and_goes_o
 
 #[test]
 fn pages_of_a_bundle_that_was_replaced_while_its_host_was_away_are_never_seen() {
-    let hosts = Hosts::new();
-    let dir = saved(&hosts);
-    let (lender, addr) = lend(&hosts.source, &dir, "127.0.0.1:0");
-    let with = ["--lazy", "--identity", path(&hosts.destination.identity)];
-    let there = format!("ferry://{addr}/b");
-    let lazy = restore(&hosts.destination, Path::new(&there), "m", &with);
-    lender.kill();
+    let Orphan { hosts, dir, addr, there, lazy } = orphan();
     assert!(!lazy.has_said("all pages are here"), "all pages came before the host was killed");
     let _other = hosts.source.boot("other", PROCESS, &LARGE);
     hosts.source.run(&["save", "other", path(&dir.join("b")), "--max-stop", "1m"]).succeeded();
