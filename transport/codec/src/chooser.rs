@@ -174,7 +174,7 @@ mod tests {
         let (ratio, ns) = match codec {
             Codec::Lz4 => world.lz4,
             Codec::Zstd => world.zstd,
-            Codec::Zero | Codec::Raw | Codec::Same => (1.0, 0.0),
+            Codec::Zero | Codec::Raw | Codec::Same | Codec::Packed => (1.0, 0.0),
         };
         let times = |by: f64| (raw as f64 * by).round();
         // The tests' sizes and times are small and positive.

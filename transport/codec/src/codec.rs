@@ -17,11 +17,14 @@ pub enum Codec {
     /// Pages of which the destination said before that it has them: no payload. In no set that is negotiated,
     /// see [`CodecSet::and_same`].
     Same = 4,
+    /// Each page for itself, as a pool kept it.
+    Packed = 5,
 }
 
 impl Codec {
     /// Every codec, by its number.
-    pub const ALL: [Self; 5] = [Self::Zero, Self::Raw, Self::Lz4, Self::Zstd, Self::Same];
+    pub const ALL: [Self; 6] =
+        [Self::Zero, Self::Raw, Self::Lz4, Self::Zstd, Self::Same, Self::Packed];
 
     /// The codec that the wire calls `number`.
     pub fn from_wire(number: u8) -> Option<Self> {
@@ -41,6 +44,7 @@ impl Codec {
             Self::Lz4 => "lz4",
             Self::Zstd => "zstd",
             Self::Same => "same",
+            Self::Packed => "packed",
         }
     }
 
@@ -64,7 +68,7 @@ impl CodecSet {
     /// Zero and raw only.
     pub const BASE: Self = Self(0b0011);
     /// Everything that this version reads and writes anywhere.
-    pub const ALL: Self = Self(0b1111);
+    pub const ALL: Self = Self(0b10_1111);
 
     /// From bits, bit `n` for the codec with number `n`. Bits that this version does not know are
     /// dropped: a newer peer may offer more.
@@ -163,6 +167,6 @@ mod tests {
             assert_eq!(Codec::from_wire(codec.to_wire()), Some(codec));
             assert_eq!(Codec::from_name(codec.name()), Some(codec));
         }
-        assert_eq!(Codec::from_wire(5), None);
+        assert_eq!(Codec::from_wire(6), None);
     }
 }

@@ -22,7 +22,7 @@ impl Compressor {
     pub(crate) fn compress(&mut self, codec: Codec, raw: &[u8]) -> Option<&[u8]> {
         self.out.resize(get_maximum_output_size(MAX_BATCH_BYTES), 0);
         let written = match codec {
-            Codec::Zero | Codec::Raw | Codec::Same => None,
+            Codec::Zero | Codec::Raw | Codec::Same | Codec::Packed => None,
             Codec::Lz4 => compress_into_with_table(raw, &mut self.out, &mut self.lz4).ok(),
             Codec::Zstd => {
                 // Room for less than the input: zstd gives up where it would grow. Without memory
@@ -55,7 +55,7 @@ impl Decompressor {
     ) -> Result<(), String> {
         let words = |e: io::Error| e.to_string();
         let written = match codec {
-            Codec::Zero | Codec::Raw | Codec::Same => {
+            Codec::Zero | Codec::Raw | Codec::Same | Codec::Packed => {
                 return Err("not a compressed batch".to_owned());
             }
             Codec::Lz4 => {

@@ -4,10 +4,14 @@ use ferry_pages::{Layout, PAGE_BYTES, Run};
 
 use crate::compress::Decompressor;
 use crate::frame::read_table;
-use crate::{BatchHeader, Codec, CodecSet, FrameError, MAX_BATCH_BYTES, RUN_BYTES, page_digest};
+use crate::packed::split;
+use crate::{
+    BatchHeader, Codec, CodecSet, FrameError, MAX_BATCH_BYTES, PackedPage, Packer, RUN_BYTES,
+    page_digest,
+};
 
 /// A batch whose pages were verified, or are named only ([`Codec::Same`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch<'a> {
     /// The round in which the pages were read at the source.
     pub round: u32,
@@ -22,6 +26,8 @@ pub struct Batch<'a> {
     pub digests: &'a [u64],
     /// Of [`Codec::Same`], the wrapping sum of the [`page_check`](crate::page_check)s that the pages must have.
     pub checks: u64,
+    /// Of [`Codec::Packed`], how each page came.
+    kept: Vec<(Codec, &'a [u8])>,
 }
 
 impl<'a> Batch<'a> {
@@ -37,6 +43,18 @@ impl<'a> Batch<'a> {
         })
     }
 
+    /// Of [`Codec::Packed`], each page as it came.
+    pub fn packed(&self) -> impl Iterator<Item = PackedPage<'a>> + use<'a, '_> {
+        let gfns = self.runs.iter().flat_map(|run| run.start..run.end());
+        let pages = gfns.zip(self.digests).zip(&self.kept);
+        pages.map(|((gfn, digest), (codec, bytes))| PackedPage {
+            gfn,
+            codec: *codec,
+            bytes,
+            digest: *digest,
+        })
+    }
+
     /// How many pages.
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.pages).sum()
@@ -48,6 +66,7 @@ pub struct Decoder {
     layout: Layout,
     allowed: CodecSet,
     decompressor: Decompressor,
+    packer: Packer,
     runs: Vec<Run>,
     digests: Vec<u64>,
     pages: Vec<u8>,
@@ -60,6 +79,7 @@ impl Decoder {
             layout,
             allowed,
             decompressor: Decompressor::default(),
+            packer: Packer::default(),
             runs: Vec::new(),
             digests: Vec::new(),
             pages: Vec::new(),
@@ -86,10 +106,11 @@ impl Decoder {
         let (table, payload) = body.split_at(usize::from(header.runs) * RUN_BYTES);
         read_table(header, table, &self.layout, &mut self.runs)?;
 
+        let mut kept = Vec::new();
         let raw = match codec {
             Codec::Zero | Codec::Same => &[],
             Codec::Raw => payload,
-            Codec::Lz4 | Codec::Zstd => {
+            Codec::Lz4 | Codec::Zstd | Codec::Packed => {
                 self.pages.resize(MAX_BATCH_BYTES, 0);
                 // At most MAX_BATCH_PAGES by the header's bounds; `min` for headers made by hand.
                 let bytes = usize::try_from(header.pages)
@@ -97,9 +118,17 @@ impl Decoder {
                     .saturating_mul(PAGE_BYTES)
                     .min(MAX_BATCH_BYTES);
                 let out = &mut self.pages[..bytes];
-                self.decompressor
-                    .decompress(codec, payload, out)
-                    .map_err(|why| FrameError::Decompress { codec, pages: header.pages, why })?;
+                let unpacked = match codec {
+                    Codec::Packed => split(payload, header.pages).and_then(|pages| {
+                        kept = pages;
+                        let pages = kept.iter().zip(out.as_chunks_mut::<PAGE_BYTES>().0);
+                        pages.into_iter().try_for_each(|((codec, bytes), page)| {
+                            self.packer.unpack(*codec, bytes, page)
+                        })
+                    }),
+                    _ => self.decompressor.decompress(codec, payload, out),
+                };
+                unpacked.map_err(|why| FrameError::Decompress { codec, pages: header.pages, why })?;
                 &*out
             }
         };
@@ -114,6 +143,6 @@ impl Decoder {
             let start = self.runs.first().map_or(0, |run| run.start);
             return Err(FrameError::Digest { start, found, expected: header.digest });
         }
-        Ok(Batch { round, codec, runs: &self.runs, raw, digests: &self.digests, checks })
+        Ok(Batch { round, codec, runs: &self.runs, raw, digests: &self.digests, checks, kept })
     }
 }

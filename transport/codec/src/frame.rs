@@ -16,7 +16,7 @@
 use ferry_pages::{Layout, PAGE_BYTES, Run};
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{Codec, MAX_BATCH_PAGES, MAX_ZERO_RUNS};
+use crate::{Codec, MAX_BATCH_BYTES, MAX_BATCH_PAGES, MAX_ZERO_RUNS};
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 40;
@@ -200,7 +200,7 @@ impl BatchHeader {
         let runs = usize::from(self.runs);
         let (max_runs, max_pages) = match codec {
             Codec::Zero => (MAX_ZERO_RUNS, Layout::MAX_FRAME),
-            Codec::Raw | Codec::Lz4 | Codec::Zstd | Codec::Same => {
+            Codec::Raw | Codec::Lz4 | Codec::Zstd | Codec::Same | Codec::Packed => {
                 (MAX_BATCH_PAGES, MAX_BATCH_PAGES as u64)
             }
         };
@@ -216,6 +216,7 @@ impl BatchHeader {
             Codec::Zero | Codec::Same => payload == 0,
             Codec::Raw => payload == raw,
             Codec::Lz4 | Codec::Zstd => payload > 0 && payload < raw,
+            Codec::Packed => payload > 0 && payload <= MAX_BATCH_BYTES as u64,
         };
         if !fits {
             return Err(FrameError::Payload { codec, payload_bytes, pages });

@@ -14,6 +14,7 @@ mod codec;
 mod compress;
 mod decoder;
 mod frame;
+mod packed;
 mod page;
 
 pub use builder::{BatchBuilder, Built, NotTaken, zero_frames};
@@ -21,6 +22,7 @@ pub use chooser::CodecChooser;
 pub use codec::{Codec, CodecSet};
 pub use decoder::{Batch, Decoder};
 pub use frame::{BatchHeader, FrameError, HEADER_BYTES, RUN_BYTES, parse_header};
+pub use packed::{PackedBuilder, PackedPage, Packer};
 pub use page::{is_zero, page_check, page_digest};
 
 use ferry_pages::PAGE_BYTES;
