@@ -42,9 +42,11 @@ const SHARED: Scan = Scan { any: Categories::NONE, tell: Categories::WRITTEN, ..
 /// Dirty tracking of plain memory by asynchronous write-protection. Re-arms as it collects.
 ///
 /// While it tracks, the memory belongs to its userfaultfd: it cannot be registered with another (a
-/// post-copy pager) at the same time.
+/// post-copy pager) at the same time. Where one has it for good (swap), that one's serves: see
+/// [`registered`](Self::registered).
 pub struct UffdWriteProtect {
-    uffd: Uffd,
+    /// None where another one has registered the memory.
+    uffd: Option<Uffd>,
     pagemap: Pagemap,
     regions: Vec<Region>,
     started: bool,
@@ -69,18 +71,33 @@ impl UffdWriteProtect {
             })?;
         let pagemap =
             Pagemap::open().map_err(|e| TrackError::new(NAME, "opening /proc/self/pagemap", e))?;
-        Ok(Self { uffd, pagemap, regions, started: false })
+        Ok(Self { uffd: Some(uffd), pagemap, regions, started: false })
+    }
+
+    /// A tracker of `regions`, private memory that is registered with another userfaultfd for asynchronous
+    /// write-protection, and stays so while this tracks.
+    ///
+    /// A page that is taken away and brought back reads as written; while it is away, nothing tells whether it was.
+    /// Whoever takes pages away reports them.
+    ///
+    /// # Errors
+    /// `/proc` is not mounted or hidden.
+    pub fn registered(regions: Vec<Region>) -> Result<Self, TrackError> {
+        let pagemap =
+            Pagemap::open().map_err(|e| TrackError::new(NAME, "opening /proc/self/pagemap", e))?;
+        Ok(Self { uffd: None, pagemap, regions, started: false })
     }
 
     fn arm(&mut self, region: Region) -> Result<(), TrackError> {
         let fail = |what: &str, e| TrackError::new(NAME, format!("{what} {}", place(&region)), e);
         let (start, bytes) = region.host_span();
-        self.uffd.register_with_mode(start, bytes, RegisterMode::WRITE_PROTECT).map_err(|e| {
-            fail("registering (no other userfaultfd may have it)", userfault_error(e))
-        })?;
-        if may_lose_entries(&region) {
-            self.uffd
-                .write_protect(start, bytes)
+        if let Some(uffd) = &self.uffd {
+            uffd.register_with_mode(start, bytes, RegisterMode::WRITE_PROTECT).map_err(|e| {
+                fail("registering (no other userfaultfd may have it)", userfault_error(e))
+            })?;
+        }
+        if let Some(uffd) = self.uffd.as_ref().filter(|_| may_lose_entries(&region)) {
+            uffd.write_protect(start, bytes)
                 .map_err(|e| fail("write-protecting", userfault_error(e)))
         } else {
             self.pagemap
@@ -121,9 +138,10 @@ impl DirtySource for UffdWriteProtect {
 
     fn stop(&mut self) -> Result<(), TrackError> {
         self.started = false;
+        let Some(uffd) = &self.uffd else { return Ok(()) };
         for region in &self.regions {
             let (start, bytes) = region.host_span();
-            self.uffd.unregister(start, bytes).map_err(|e| {
+            uffd.unregister(start, bytes).map_err(|e| {
                 TrackError::new(
                     NAME,
                     format!("unregistering {}", place(region)),

@@ -72,6 +72,24 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// shared memory where private memory is needed
+    #[error(
+        "frames {:#x}..{:#x} are shared memory (memfd or huge pages), whose pages cannot be swapped: only private \
+         memory can",
+        run.start, run.end()
+    )]
+    Shared {
+        /// Which.
+        run: Run,
+    },
+    /// a page that is kept elsewhere and cannot be had
+    #[error("page {gfn:#x} is swapped out and cannot be read now: {why}")]
+    Away {
+        /// The page.
+        gfn: u64,
+        /// What is in the way.
+        why: String,
+    },
     /// regions that overlap
     #[error("guest memory regions at frames {:#x} and {:#x} overlap", .0.start, .1.start)]
     Overlap(Run, Run),

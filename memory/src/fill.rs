@@ -4,7 +4,7 @@
 //! at once. userfaultfd's `UFFDIO_COPY` makes the page with its content, and many in one call: about a
 //! third less time in all.
 
-use ferry_pages::PAGE_BYTES;
+use ferry_pages::{PAGE_BYTES, Run};
 
 use crate::missing::MissingPages;
 use crate::view::Part;
@@ -32,6 +32,7 @@ impl Filler {
     /// # Errors
     /// Part of it is not guest memory (nothing was written), or the host is out of memory.
     pub fn fill(&self, gfn: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.view.overwritten(Run::new(gfn, (bytes.len() / PAGE_BYTES) as u64));
         let mut rest = bytes;
         self.view.each(gfn, bytes.len(), |part| {
             let (now, later) = rest.split_at(part.bytes);

@@ -8,6 +8,9 @@
 //! page brings it into being.
 //! This crate does not know why a page is read, nor when that is allowed.
 
+mod aside;
+mod away;
+mod discards;
 mod error;
 mod fill;
 mod mapping;
@@ -17,6 +20,9 @@ mod touched;
 mod userfault;
 mod view;
 
+pub use aside::{Aside, Moved};
+pub use away::{Away, Stay};
+pub use discards::DiscardLog;
 pub use error::MemoryError;
 pub use fill::Filler;
 pub use mapping::{HUGE_PAGES, Mapping, available_bytes};

@@ -40,6 +40,8 @@ pub enum Touch {
         gfn: u64,
         /// The thread's number in the system; 0 where it is not told ([`Waiters::User`]).
         thread: u32,
+        /// It wants to write.
+        write: bool,
     },
     /// These pages are being given back to the host (a balloon, say): they read as zeros from now on, and
     /// whoever gives them back waits until this was read.
@@ -80,6 +82,34 @@ impl MissingPages {
         missing.behind = Mapping::behind(regions.iter().filter(|region| region.unit > 1))?;
         for region in regions {
             missing.register(region)?;
+        }
+        Ok(missing)
+    }
+
+    /// Watches all memory of `view`, which is private, so that its pages can come and go: those that are given
+    /// back are not told ([`Touch::Removed`]), and an [`UffdWriteProtect`](ferry_dirtylog::UffdWriteProtect)
+    /// may track the writes at the same time.
+    ///
+    /// # Errors
+    /// As [`watch`](Self::watch), or memory that is shared.
+    pub fn watch_for_swap(view: GuestView) -> Result<Self, MemoryError> {
+        let userfault = Userfault::open_for_swap();
+        let userfault = userfault.map_err(|source| MemoryError::Userfault { source })?;
+        let regions = view.regions().to_vec();
+        let behind = Mapping::behind([])?;
+        let mut missing =
+            Self { view, userfault, registered: Vec::new(), behind, let_go: Once::new() };
+        for region in regions {
+            if region.backing.is_some() {
+                return Err(MemoryError::Shared { run: region.run });
+            }
+            let watched = missing.userfault.watch_for_swap(&region);
+            watched.map_err(|source| MemoryError::Refused {
+                what: "watch (no other userfaultfd may) missing pages of",
+                run: region.run,
+                source,
+            })?;
+            missing.registered.push(region);
         }
         Ok(missing)
     }
@@ -137,8 +167,8 @@ impl MissingPages {
     /// The kernel's word was not understood.
     pub fn read(&self, out: &mut Vec<Touch>) -> io::Result<()> {
         out.extend(self.userfault.read()?.into_iter().filter_map(|happened| match happened {
-            Happened::Fault { address, thread } => {
-                Some(Touch::Fault { gfn: self.gfn(address)?, thread })
+            Happened::Fault { address, thread, write } => {
+                Some(Touch::Fault { gfn: self.gfn(address)?, thread, write })
             }
             Happened::Removed(start, end) => {
                 let pages = end.saturating_sub(start) / PAGE_BYTES as u64;

@@ -12,7 +12,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use ferry_dirtylog::{Region, userfault_error};
 use ferry_pages::PAGE_BYTES;
-use userfaultfd::{Error, Event, EventBuffer, FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+use userfaultfd::{
+    Error, Event, EventBuffer, FeatureFlags, ReadWrite, RegisterMode, Uffd, UffdBuilder,
+};
 
 use crate::Waiters;
 
@@ -22,6 +24,8 @@ const EVENTS: usize = 64;
 const SOMEWHERE: u64 = 1 << 30;
 /// `UFFD_FEATURE_MINOR_HUGETLBFS` and `UFFD_FEATURE_MINOR_SHMEM` of `linux/userfaultfd.h`.
 const MINOR: u64 = 1 << 9 | 1 << 10;
+/// `UFFD_FEATURE_WP_UNPOPULATED` and `UFFD_FEATURE_WP_ASYNC`.
+const WP_ASYNC: u64 = 1 << 13 | 1 << 15;
 
 /// A userfaultfd, of this process or of another.
 #[derive(Debug)]
@@ -36,6 +40,8 @@ pub enum Happened {
         address: u64,
         /// The thread's number in the system; 0 where it is not told.
         thread: u32,
+        /// It wants to write.
+        write: bool,
     },
     /// Memory from the first address up to the second is being given back.
     Removed(u64, u64),
@@ -66,10 +72,20 @@ impl Userfault {
                     | FeatureFlags::from_bits_retain(MINOR)
             }
         };
+        Self::with(features, waiters == Waiters::User)
+    }
+
+    /// For memory whose pages come and go: what is given back is not told, and writes can be tracked.
+    pub(crate) fn open_for_swap() -> io::Result<Self> {
+        let features = FeatureFlags::THREAD_ID | FeatureFlags::from_bits_retain(WP_ASYNC);
+        Self::with(features, false)
+    }
+
+    fn with(features: FeatureFlags, user_mode_only: bool) -> io::Result<Self> {
         let made = UffdBuilder::new()
             .close_on_exec(true)
             .non_blocking(true)
-            .user_mode_only(waiters == Waiters::User)
+            .user_mode_only(user_mode_only)
             .require_features(features)
             .create();
         made.map(Self).map_err(userfault_error)
@@ -108,6 +124,13 @@ impl Userfault {
         self.0.register_with_mode(start, bytes, mode).map(drop).map_err(userfault_error)
     }
 
+    /// Watches missing pages of `region`, which is private, and its writes where somebody tracks them.
+    pub(crate) fn watch_for_swap(&self, region: &Region) -> io::Result<()> {
+        let (start, bytes) = region.host_span();
+        let mode = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+        self.0.register_with_mode(start, bytes, mode).map(drop).map_err(userfault_error)
+    }
+
     /// What happened, as far as it is taken at a time; does not wait.
     ///
     /// # Errors
@@ -126,9 +149,10 @@ impl Userfault {
         let mut happened = Vec::new();
         for event in events {
             match event.map_err(userfault_error)? {
-                Event::Pagefault { addr, thread_id, .. } => {
+                Event::Pagefault { addr, thread_id, rw, .. } => {
                     let thread = u32::try_from(thread_id.as_raw()).unwrap_or(0);
-                    happened.push(Happened::Fault { address: addr as u64, thread });
+                    let write = rw == ReadWrite::Write;
+                    happened.push(Happened::Fault { address: addr as u64, thread, write });
                 }
                 Event::Remove { start, end } => {
                     happened.push(Happened::Removed(start as u64, end as u64));

@@ -4,12 +4,13 @@
 
 use std::any::Any;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use ferry_dirtylog::Region;
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 
-use crate::{Mapping, MemoryError, resident};
+use crate::discards::Discards;
+use crate::{Away, Mapping, MemoryError, resident};
 
 /// The memory of one machine, seen by frame number.
 ///
@@ -21,6 +22,14 @@ pub struct GuestView {
     regions: Arc<[Region]>,
     /// What keeps them mapped.
     _owner: Arc<dyn Any + Send + Sync>,
+    shared: Arc<Shared>,
+}
+
+/// What all clones of a view have in common.
+#[derive(Debug, Default)]
+struct Shared {
+    away: RwLock<Option<Arc<dyn Away>>>,
+    discards: Discards,
 }
 
 /// A part of a request that lies in one region.
@@ -53,7 +62,7 @@ impl GuestView {
         if let Some(pair) = regions.windows(2).find(|w| w[0].run.end() > w[1].run.start) {
             return Err(MemoryError::Overlap(pair[0].run, pair[1].run));
         }
-        Ok(Self { regions: regions.into(), _owner: Arc::new(()) })
+        Ok(Self { regions: regions.into(), _owner: Arc::new(()), shared: Arc::default() })
     }
 
     /// A view of `mappings`, each from a frame on, which are its own: they go with it and its clones.
@@ -72,16 +81,60 @@ impl GuestView {
         Self { _owner: Arc::new(owner), ..self }
     }
 
+    /// The same memory for whoever keeps pages elsewhere: what it reads is in memory, what it gives back is not
+    /// noted.
+    #[must_use]
+    pub fn plain(&self) -> Self {
+        Self { shared: Arc::default(), ..self.clone() }
+    }
+
+    /// From now on, pages of this view and its clones may be with `away`.
+    pub fn attach(&self, away: Arc<dyn Away>) {
+        *self.shared.away.write().unwrap_or_else(PoisonError::into_inner) = Some(away);
+    }
+
+    /// Who keeps pages that are not in memory, if there is one.
+    pub fn away(&self) -> Option<Arc<dyn Away>> {
+        self.shared.away.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is given back from now on: see [`DiscardLog`](crate::DiscardLog).
+    pub(crate) fn discards(&self) -> &Discards {
+        &self.shared.discards
+    }
+
     /// The regions, ascending.
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
 
-    /// Copies memory from the beginning of frame `gfn` on into `out`, which may be any number of bytes.
+    /// Copies memory from the beginning of frame `gfn` on into `out`, which may be any number of bytes. Pages that
+    /// are [`Away`] stay there.
     ///
     /// # Errors
-    /// Part of it is not guest memory; nothing was copied.
+    /// Part of it is not guest memory (nothing was copied), or is away and cannot be had now.
     pub fn read(&self, gfn: u64, out: &mut [u8]) -> Result<(), MemoryError> {
+        let Some(away) = self.away() else { return self.read_here(gfn, out) };
+        self.regions_of(Run::new(gfn, out.len().div_ceil(PAGE_BYTES) as u64))?;
+        let _stay = away.stay();
+        for (gfn, out) in (gfn..).zip(out.chunks_mut(PAGE_BYTES)) {
+            if out.len() == PAGE_BYTES {
+                if !away.read(gfn, out)? {
+                    self.read_here(gfn, out)?;
+                }
+                continue;
+            }
+            let mut page = [0; PAGE_BYTES];
+            if away.read(gfn, &mut page)? {
+                out.copy_from_slice(&page[..out.len()]);
+            } else {
+                self.read_here(gfn, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_here(&self, gfn: u64, out: &mut [u8]) -> Result<(), MemoryError> {
         let mut rest = out.as_mut_ptr();
         self.each(gfn, out.len(), |part| {
             // SAFETY: the part is mapped (contract of `new`, bounds by `each`); `rest` has as many bytes
@@ -103,6 +156,14 @@ impl GuestView {
     pub fn is_zero(&self, gfn: u64) -> Result<bool, MemoryError> {
         /// Wide enough for vector instructions, short enough to cost little on a page of data.
         type Block = [u64; 32];
+        let away = self.away();
+        let _stay = away.as_ref().map(|away| away.stay());
+        // Who keeps a page elsewhere keeps none of zeros.
+        if let Some(away) = &away
+            && away.packed(gfn, &mut |_| ())?
+        {
+            return Ok(false);
+        }
         let mut zero = true;
         self.each(gfn, PAGE_BYTES, |part| {
             let blocks = part.host.cast::<Block>();
@@ -126,6 +187,11 @@ impl GuestView {
         // A run that is too long for the machine must not ask for room.
         self.regions_of(run)?;
         out.reserve(bytes);
+        if self.away().is_some() {
+            let filled = out.len();
+            out.resize(filled + bytes, 0);
+            return self.read(run.start, &mut out[filled..]).inspect_err(|_| out.truncate(filled));
+        }
         self.each(run.start, bytes, |part| {
             let filled = out.len();
             // SAFETY: as in `read`; the room was reserved, and is initialised by the copy before the
@@ -143,6 +209,7 @@ impl GuestView {
     /// # Errors
     /// Part of it is not guest memory; nothing was written.
     pub fn write(&self, gfn: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.overwritten(Run::new(gfn, (bytes.len() / PAGE_BYTES) as u64));
         let mut rest = bytes;
         self.each(gfn, bytes.len(), |part| {
             let (now, later) = rest.split_at(part.bytes);
@@ -154,12 +221,25 @@ impl GuestView {
         })
     }
 
-    /// The pages that hold data: see [`resident`](crate::resident()).
+    /// The pages of `run` get new content: what is kept of them elsewhere is old.
+    pub(crate) fn overwritten(&self, run: Run) {
+        if let Some(away) = self.away() {
+            away.forget(run);
+        }
+    }
+
+    /// The pages that hold data, in memory (see [`resident`](crate::resident())) or [`Away`].
     ///
     /// # Errors
     /// The kernel cannot tell.
     pub fn resident(&self) -> Result<PageSet, MemoryError> {
-        resident(&self.regions)
+        let Some(away) = self.away() else { return resident(&self.regions) };
+        // A page that comes back between the two looks is in the first.
+        let mut pages = away.pages();
+        let _stay = away.stay();
+        pages.union_with(&resident(&self.regions)?);
+        pages.union_with(&away.pages());
+        Ok(pages)
     }
 
     /// Gives the pages of `run` back to the host: they read as zeros.
@@ -167,11 +247,21 @@ impl GuestView {
     /// # Errors
     /// Part of it is not guest memory (nothing was given back), or the kernel refused.
     pub fn discard(&self, run: Run) -> Result<(), MemoryError> {
+        let away = self.away();
+        // Nothing of it leaves memory meanwhile, to come back later.
+        let _stay = away.as_ref().map(|away| away.stay());
+        if let Some(away) = &away {
+            self.regions_of(run)?;
+            away.forget(run);
+        }
         // By the mapping, not the descriptor: who watches the memory is told of it.
-        self.advise("discard", run, |region| match region.backing {
+        let discarded = self.advise("discard", run, |region| match region.backing {
             None => libc::MADV_DONTNEED,
             Some(_) => libc::MADV_REMOVE,
-        })
+        });
+        // Not before: a copy that is made of a page that was noted must be of zeros.
+        self.shared.discards.note(run);
+        discarded
     }
 
     /// Takes the pages of `run`, whole huge pages, out of the mapping: their content stays in the file, and

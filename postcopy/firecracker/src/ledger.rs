@@ -92,7 +92,7 @@ mod tests {
     }
 
     fn fault(page: u64) -> Happened {
-        Happened::Fault { address: BASE + page * 4096, thread: 0 }
+        Happened::Fault { address: BASE + page * 4096, thread: 0, write: false }
     }
 
     fn ledger(owed: Run) -> Ledger {

@@ -249,7 +249,7 @@ impl Shared {
         let now = self.began.elapsed();
         for touch in touches.iter() {
             match *touch {
-                Touch::Fault { gfn, thread } => ledger.fault(gfn, now, thread, &mut todo),
+                Touch::Fault { gfn, thread, .. } => ledger.fault(gfn, now, thread, &mut todo),
                 Touch::Removed(run) => ledger.discarded(run, now, &mut todo),
             }
         }

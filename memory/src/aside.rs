@@ -1,0 +1,129 @@
+//! Taking pages out of a machine that runs: each is moved aside in one step, so that no write is lost.
+//!
+//! `UFFDIO_MOVE` (Linux 6.8) changes page tables and copies nothing: who touches the page after it finds none.
+//! Only private memory has pages that can be moved.
+
+#![expect(unsafe_code, reason = "an ioctl that moves pages by address")]
+
+use std::io;
+
+use ferry_dirtylog::{Region, userfault_error};
+use ferry_pages::{PAGE_BYTES, Run};
+use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
+use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
+
+use crate::{GuestView, Mapping, MemoryError};
+
+/// `UFFD_FEATURE_MOVE` of `linux/userfaultfd.h`.
+const MOVE: u64 = 1 << 16;
+
+/// `struct uffdio_move`.
+#[repr(C)]
+struct MoveArg {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    moved: i64,
+}
+
+/// `UFFDIO_MOVE`.
+fn uffdio_move() -> libc::c_ulong {
+    #[expect(clippy::cast_possible_truncation, reason = "40 bytes")]
+    ioctl_expr(_IOC_READ | _IOC_WRITE, 0xaa, 5, size_of::<MoveArg>() as u32)
+}
+
+/// What became of a page that was to be moved aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moved {
+    /// It is aside.
+    Yes,
+    /// There is none.
+    Absent,
+    /// It is in use by the kernel, or shared with others (KSM): it stays.
+    Busy,
+}
+
+/// Room beside a machine's memory to which its pages are moved, one to a slot.
+#[derive(Debug)]
+pub struct Aside {
+    uffd: Uffd,
+    /// Slot n is at frame n.
+    slots: GuestView,
+    host: u64,
+}
+
+impl Aside {
+    /// Room for `slots` pages.
+    ///
+    /// # Errors
+    /// No access to userfaultfd, or a kernel that cannot move pages (before Linux 6.8).
+    pub fn new(slots: u64) -> Result<Self, MemoryError> {
+        let fail = |source| MemoryError::Userfault { source };
+        let uffd = UffdBuilder::new()
+            .close_on_exec(true)
+            .non_blocking(true)
+            .user_mode_only(true)
+            .require_features(FeatureFlags::from_bits_retain(MOVE))
+            .create()
+            .map_err(|e| fail(userfault_error(e)))?;
+        let mapping = Mapping::anonymous(slots)?;
+        let (start, bytes) = mapping.region(0, 0).host_span();
+        uffd.register_with_mode(start, bytes, RegisterMode::MISSING)
+            .map_err(|e| fail(userfault_error(e)))?;
+        let host = mapping.host() as u64;
+        Ok(Self { uffd, slots: GuestView::of(vec![(0, mapping)])?, host })
+    }
+
+    /// Moves page `gfn` of `region` to `slot`, which is empty.
+    ///
+    /// # Errors
+    /// The kernel refused for another reason than that of [`Moved::Busy`].
+    pub fn take(&self, region: &Region, gfn: u64, slot: u64) -> Result<Moved, MemoryError> {
+        let run = Run::new(gfn, 1);
+        if region.overlap(run).is_none() || slot >= self.slots.regions()[0].run.pages {
+            return Err(MemoryError::Outside { run });
+        }
+        let page = PAGE_BYTES as u64;
+        let mut arg = MoveArg {
+            dst: self.host + slot * page,
+            src: region.host as u64 + (gfn - region.run.start) * page,
+            len: page,
+            mode: 0,
+            moved: 0,
+        };
+        for _ in 0..8 {
+            // SAFETY: the argument is ours, and as long as it says. The page moves from guest memory, on whose
+            // content nothing relies (contract of `GuestView::new`), to a mapping of ours that is reached by
+            // copies only.
+            let ret = unsafe { ioctl_with_mut_ref(&self.uffd, uffdio_move(), &mut arg) };
+            if ret == 0 {
+                return Ok(Moved::Yes);
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::ENOENT) => return Ok(Moved::Absent),
+                Some(libc::EAGAIN | libc::EINTR) => arg.moved = 0,
+                Some(libc::EBUSY) => return Ok(Moved::Busy),
+                _ => return Err(MemoryError::Refused { what: "move aside", run, source: error }),
+            }
+        }
+        Ok(Moved::Busy)
+    }
+
+    /// Copies the page in `slot`.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn read(&self, slot: u64, page: &mut [u8]) -> Result<(), MemoryError> {
+        self.slots.read(slot, page)
+    }
+
+    /// Empties the first `slots` slots.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn clear(&self, slots: u64) -> Result<(), MemoryError> {
+        self.slots.discard(Run::new(0, slots))
+    }
+}
