@@ -1,0 +1,371 @@
+//! Bringing pages back: when they are touched, and those behind them in a row.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use ferry_codec::{Codec, PackedPage, Packer, page_digest};
+use ferry_dirtylog::DirtySource;
+use ferry_memory::{Away, MemoryError, Stay, Touch};
+use ferry_pager::hurry;
+use ferry_pages::{PAGE_BYTES, PageSet, Run};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::file::{SwapFile, page_buffer};
+use crate::pool::{Filed, Found};
+use crate::swap::{Handle, Inner, State};
+use crate::track::SwapTracker;
+
+/// A file that could not be read is tried again after this.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// Pages brought along at most when they are touched in a row.
+const LONGEST_ROW: u64 = 16;
+
+const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+
+/// What became of a page that is to be brought back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Brought {
+    /// It is there, or will be soon.
+    Back,
+    /// The file must be read.
+    Filed(Filed),
+    /// It cannot be placed now.
+    Later,
+}
+
+impl Inner {
+    /// Reads faults until the end.
+    pub(crate) fn serve_faults(&self) {
+        hurry();
+        let Some(serving) = self.serving.get() else { return };
+        let (mut touches, mut later) = (Vec::new(), Vec::new());
+        loop {
+            let fd = serving.missing.fd();
+            let mut fds =
+                [PollFd::new(&fd, PollFlags::IN), PollFd::new(&serving.bell, PollFlags::IN)];
+            let soon = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+            // Interrupted or not, what is there is read.
+            let _ = poll(&mut fds, (!later.is_empty()).then_some(&soon));
+            if self.is_ending() {
+                return;
+            }
+            touches.clear();
+            if let Err(e) = serving.missing.read(&mut touches) {
+                self.state().trouble(format!("touches of pages cannot be read: {e}"));
+                std::thread::sleep(TRY_AGAIN);
+                continue;
+            }
+            let read = Instant::now();
+            let mut last = None;
+            for (gfn, write) in std::mem::take(&mut later) {
+                if self.bring(gfn, write, read) == Brought::Later {
+                    later.push((gfn, write));
+                }
+            }
+            for touch in &touches {
+                // Removals are not told in this mode.
+                let Touch::Fault { gfn, write, .. } = *touch else { continue };
+                match self.bring(gfn, write, read) {
+                    Brought::Back => last = Some(gfn),
+                    // The thread that reads the file lives as long as this one.
+                    Brought::Filed(_) => drop(serving.reads.send(gfn)),
+                    Brought::Later => later.push((gfn, write)),
+                }
+            }
+            if let Some(gfn) = last {
+                self.bring_row(gfn);
+            }
+            self.relieve();
+        }
+    }
+
+    /// Somebody waits for page `gfn`.
+    pub(crate) fn bring(&self, gfn: u64, write: bool, since: Instant) -> Brought {
+        let mut state = self.state();
+        if let Some(wanted) = state.transit.get_mut(&gfn) {
+            *wanted = true;
+            return Brought::Back;
+        }
+        match self.restore(&mut state, gfn) {
+            Ok(Some(Brought::Back)) => {
+                state.figures.pages_in += 1;
+                state.pool_waits.saturating_record(nanos(since));
+                Brought::Back
+            }
+            Ok(Some(filed)) => filed,
+            Ok(None) => {
+                let placed = match write {
+                    // The shared page of zeros would be replaced at once.
+                    true => self.place(gfn, &ZEROS),
+                    false => self.place_zeros(gfn),
+                };
+                state.figures.first_touches += 1;
+                state.resident += u64::from(write);
+                self.or_later(&mut state, gfn, placed)
+            }
+            Err(e) => self.or_later(&mut state, gfn, Err(e)),
+        }
+    }
+
+    fn or_later(
+        &self,
+        state: &mut State,
+        gfn: u64,
+        placed: Result<bool, MemoryError>,
+    ) -> Brought {
+        match placed {
+            Ok(true) => Brought::Back,
+            Ok(false) => Brought::Later,
+            Err(e) => {
+                state.trouble(format!("page {gfn:#x} cannot be given to the guest, who waits: {e}"));
+                Brought::Later
+            }
+        }
+    }
+
+    /// Whether the page is there now.
+    pub(crate) fn place(&self, gfn: u64, page: &[u8]) -> Result<bool, MemoryError> {
+        let Some(serving) = self.serving.get() else { return Ok(false) };
+        serving.missing.place(gfn, page).map(|placed| !placed.again)
+    }
+
+    fn place_zeros(&self, gfn: u64) -> Result<bool, MemoryError> {
+        let Some(serving) = self.serving.get() else { return Ok(false) };
+        serving.missing.place_zeros(Run::new(gfn, 1)).map(|placed| !placed.again)
+    }
+
+    /// Brings page `gfn` back from the pool; none if it is not away.
+    fn restore(&self, state: &mut State, gfn: u64) -> Result<Option<Brought>, MemoryError> {
+        let mut page = [0; PAGE_BYTES];
+        let State { pool, packer, .. } = state;
+        let kept = match pool.find(gfn) {
+            None => return Ok(None),
+            Some(Found::Filed(filed)) => return Ok(Some(Brought::Filed(filed))),
+            Some(Found::Here(kept)) => kept,
+        };
+        let PackedPage { codec, bytes, digest, .. } = kept;
+        unpack(packer, codec, bytes, (gfn, digest), &mut page)?;
+        if !self.place(gfn, &page)? {
+            return Ok(Some(Brought::Later));
+        }
+        state.pool.remove(gfn);
+        state.is_back(gfn);
+        Ok(Some(Brought::Back))
+    }
+
+    /// Pages are touched one after the other: brings those that come next.
+    fn bring_row(&self, gfn: u64) {
+        let mut state = self.state();
+        let (last, length) = state.row;
+        let follows = gfn > last && gfn - last <= length + 1;
+        let length = if follows { (length * 2).clamp(1, LONGEST_ROW) } else { 0 };
+        state.row = (gfn + length, length);
+        for next in gfn + 1..=gfn + length {
+            if state.transit.contains_key(&next) || state.excess() > 0 {
+                continue;
+            }
+            if matches!(self.restore(&mut state, next), Ok(Some(Brought::Back))) {
+                state.figures.prefetched += 1;
+            }
+        }
+    }
+
+    /// Reads pages that are wanted from the file, until the end.
+    pub(crate) fn read_file(&self, wanted: &Receiver<u64>) {
+        hurry();
+        let (Some(file), Ok(mut buffer)) = (&self.file, page_buffer()) else {
+            return self.state().trouble("no memory to read the swap file by".into());
+        };
+        let mut failed: HashMap<u64, Instant> = HashMap::new();
+        loop {
+            let (gfn, since) = match wanted.recv_timeout(TRY_AGAIN) {
+                Ok(gfn) => (gfn, Instant::now()),
+                Err(RecvTimeoutError::Timeout) => (u64::MAX, Instant::now()),
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            if self.is_ending() {
+                return;
+            }
+            let due = failed.iter().filter(|(_, at)| at.elapsed() >= TRY_AGAIN).map(|(gfn, _)| *gfn);
+            let due: Vec<u64> = due.collect();
+            for gfn in due.into_iter().chain((gfn != u64::MAX).then_some(gfn)) {
+                failed.remove(&gfn);
+                if let Err(why) = self.bring_filed(gfn, file, &mut buffer, since) {
+                    self.state().trouble(why);
+                    failed.insert(gfn, Instant::now());
+                }
+            }
+            if failed.is_empty() {
+                self.relieve();
+            }
+        }
+    }
+
+    fn bring_filed(
+        &self,
+        gfn: u64,
+        file: &SwapFile,
+        buffer: &mut [u8],
+        since: Instant,
+    ) -> Result<(), String> {
+        // While it is read, its segment may be moved or its page overwritten: then once more.
+        loop {
+            let filed = match self.bring(gfn, true, since) {
+                Brought::Back => return Ok(()),
+                Brought::Later => return Err(format!("page {gfn:#x} cannot be given to the guest")),
+                Brought::Filed(filed) => filed,
+            };
+            let read = file.read(filed.place, buffer);
+            let mut state = self.state();
+            if !state.pool.is_still(gfn, filed) || state.transit.contains_key(&gfn) {
+                continue;
+            }
+            let words = |why: String| {
+                format!(
+                    "page {gfn:#x} cannot be read from the swap file, and the guest waits for it: {why}; stop the \
+                     machine if it cannot be mended"
+                )
+            };
+            let bytes = read.map_err(|e| words(e.to_string()))?;
+            let mut page = [0; PAGE_BYTES];
+            let of = (gfn, filed.digest);
+            unpack(&mut state.packer, filed.codec, bytes, of, &mut page)
+                .map_err(|e| words(e.to_string()))?;
+            match self.place(gfn, &page) {
+                Ok(true) => {}
+                Ok(false) => return Err(words("memory is being given back".into())),
+                Err(e) => return Err(words(e.to_string())),
+            }
+            state.pool.remove(gfn);
+            state.is_back(gfn);
+            state.figures.pages_in += 1;
+            state.file_waits.saturating_record(nanos(since));
+            return Ok(());
+        }
+    }
+}
+
+fn nanos(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Fills `page` from what is kept of `gfn`, if that is what it was.
+fn unpack(
+    packer: &mut Packer,
+    codec: Codec,
+    bytes: &[u8],
+    (gfn, digest): (u64, u64),
+    page: &mut [u8],
+) -> Result<(), MemoryError> {
+    let unpacked = packer.unpack(codec, bytes, page);
+    let unpacked = unpacked.and_then(|()| match page_digest(gfn, page) == digest {
+        true => Ok(()),
+        false => Err("what is there is not what was written".into()),
+    });
+    unpacked.map_err(|why| MemoryError::Away { gfn, why })
+}
+
+impl Away for Handle {
+    fn stay(&self) -> Stay<'_> {
+        self.0.stay.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pages(&self) -> PageSet {
+        self.0.state().pool.pages().clone()
+    }
+
+    fn read(&self, gfn: u64, page: &mut [u8]) -> Result<bool, MemoryError> {
+        {
+            let State { pool, packer, .. } = &mut *self.0.state();
+            match pool.find(gfn) {
+                None => return Ok(false),
+                Some(Found::Here(kept)) => {
+                    let of = (gfn, kept.digest);
+                    return unpack(packer, kept.codec, kept.bytes, of, page).map(|()| true);
+                }
+                Some(Found::Filed(_)) => {}
+            }
+        }
+        let (mut unpacked, mut packer) = (Ok(()), Packer::default());
+        let is_away = self.packed(gfn, &mut |kept| {
+            unpacked = unpack(&mut packer, kept.codec, kept.bytes, (gfn, kept.digest), page);
+        })?;
+        unpacked.map(|()| is_away)
+    }
+
+    fn packed(
+        &self,
+        gfn: u64,
+        take: &mut dyn FnMut(&PackedPage<'_>),
+    ) -> Result<bool, MemoryError> {
+        let fail = |why: String| MemoryError::Away { gfn, why };
+        loop {
+            let filed = match self.0.state().pool.find(gfn) {
+                None => return Ok(false),
+                Some(Found::Here(kept)) => {
+                    take(&kept);
+                    return Ok(true);
+                }
+                Some(Found::Filed(filed)) => filed,
+            };
+            let Some(file) = &self.0.file else { return Err(fail("there is no file".into())) };
+            let mut buffer = page_buffer().map_err(|e| fail(e.to_string()))?;
+            let read = file.read(filed.place, &mut buffer);
+            // It may have been moved, or come back.
+            if !self.0.state().pool.is_still(gfn, filed) {
+                continue;
+            }
+            let bytes = read.map_err(|e| fail(format!("swap file: {e}")))?;
+            take(&PackedPage { gfn, codec: filed.codec, bytes, digest: filed.digest });
+            return Ok(true);
+        }
+    }
+
+    fn keep(&self, page: &PackedPage<'_>) -> bool {
+        self.0.state().pool.keep(page)
+    }
+
+    fn forget(&self, run: Run) {
+        self.0.state().pool.forget(run);
+    }
+
+    fn serve(&self) -> Result<(), MemoryError> {
+        if self.0.state().pool.pages().is_empty() {
+            return Ok(());
+        }
+        Inner::serve(&self.0).map_err(|e| match e {
+            crate::SwapError::Memory(e) => e,
+            e => MemoryError::Away { gfn: 0, why: e.to_string() },
+        })
+    }
+
+    fn tracker(&self) -> Option<Box<dyn DirtySource>> {
+        self.0.serving.get()?;
+        SwapTracker::new(Arc::clone(&self.0)).map(|tracker| Box::new(tracker) as _)
+    }
+}
+
+impl Inner {
+    /// Moves a few pages out where the limit is passed, in the thread that brought others in: who touches memory
+    /// faster than it can be freed waits for it.
+    pub(crate) fn relieve(&self) {
+        let excess = {
+            let state = self.state();
+            if state.stuck.is_some_and(|at| at.elapsed() < TRY_AGAIN / 10) {
+                return;
+            }
+            let slack = state.limit_pages.map_or(0, |limit| limit / 64);
+            state.excess().saturating_sub(slack)
+        };
+        if excess > 0 && !self.ending.load(Ordering::Relaxed) {
+            // Whoever copies from memory now waits perhaps for this very thread.
+            if let Ok(_moving) = self.stay.try_write() {
+                self.move_out_some();
+            }
+            self.wanted.notify_all();
+        }
+    }
+}

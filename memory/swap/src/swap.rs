@@ -1,0 +1,406 @@
+//! The swap of one machine: what it is made of, what it tells.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ferry_codec::Packer;
+use ferry_memory::{Aside, GuestView, MemoryError, MissingPages};
+use ferry_pages::{PAGE_BYTES, PageSet};
+use hdrhistogram::Histogram;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
+use rustix::io::write;
+use serde::{Deserialize, Serialize};
+
+use crate::ages::Ages;
+use crate::arena::SLAB_BYTES;
+use crate::evict::BATCH;
+use crate::file::SwapFile;
+use crate::pool::Pool;
+use crate::segments::SEGMENT_BYTES;
+
+/// How much may be away, and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Options {
+    /// Most bytes of the host's memory for the pool.
+    pub pool_bytes: u64,
+    /// The directory of the file, on a disk; none, and there is only the pool.
+    pub dir: Option<PathBuf>,
+    /// Most bytes of the file.
+    pub file_bytes: u64,
+}
+
+/// Why a machine cannot be swapped.
+#[derive(Debug, thiserror::Error)]
+pub enum SwapError {
+    /// bounds that hold nothing
+    #[error(
+        "a swap pool of {pool_bytes} bytes and a file of {file_bytes} bytes: the pool needs at least {SLAB_BYTES} \
+         bytes, a file at least {} and a directory",
+        2 * SEGMENT_BYTES
+    )]
+    TooSmall {
+        /// As asked for.
+        pool_bytes: u64,
+        /// As asked for.
+        file_bytes: u64,
+    },
+    /// no file
+    #[error("no swap file can be made in {}: choose a directory on a disk, which this user may write to", dir.display())]
+    File {
+        /// Where.
+        dir: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// memory that cannot be swapped
+    #[error("the machine's memory cannot be swapped")]
+    Memory(#[from] MemoryError),
+    /// no thread
+    #[error("a thread for the swap cannot be started")]
+    Thread(#[source] io::Error),
+}
+
+/// What a swap has done, and holds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// Bytes that the machine and its pool may use of the host's memory; none, and nothing is moved out.
+    pub limit_bytes: Option<u64>,
+    /// Bytes of the machine that are in memory.
+    pub resident_bytes: u64,
+    /// Bytes of the machine that are away.
+    pub swapped_bytes: u64,
+    /// Of those, bytes of pages whose content is kept for another page as well.
+    pub shared_bytes: u64,
+    /// Bytes of the host's memory that the pool uses.
+    pub pool_bytes: u64,
+    /// Bytes that the file holds.
+    pub file_bytes: u64,
+    /// Whether the file is written past the page cache.
+    pub direct_io: bool,
+    /// Pages moved out so far.
+    pub pages_out: u64,
+    /// Of those, pages of zeros, which were dropped.
+    pub zero_pages: u64,
+    /// Pages that came back because they were touched.
+    pub pages_in: u64,
+    /// Pages that came back in a row with others, before they were touched.
+    pub prefetched: u64,
+    /// Pages that were touched for the first time.
+    pub first_touches: u64,
+    /// What share of its memory the machine uses, as far as is known: 0 to 1.
+    pub active: f64,
+    /// Waits for pages of the pool, p50 and p99, in microseconds, from when the touch was read.
+    pub pool_wait_us: (f64, f64),
+    /// The same for pages of the file.
+    pub file_wait_us: (f64, f64),
+    /// What is wrong with file or pool, in words.
+    pub trouble: Option<String>,
+}
+
+/// The swap of one machine, attached to its memory. Clones are handles to the same.
+///
+/// It lives as long as the [`GuestView`] that it is attached to, or a handle; the machine must not run any more
+/// when both are gone.
+#[derive(Clone)]
+pub struct Swap(Arc<Handle>);
+
+impl fmt::Debug for Swap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Swap")
+    }
+}
+
+/// Ends the threads when it goes.
+pub(crate) struct Handle(pub(crate) Arc<Inner>);
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Swap")
+    }
+}
+
+pub(crate) struct Inner {
+    pub(crate) memory: GuestView,
+    /// Held for writing while pages are moved out.
+    pub(crate) stay: RwLock<()>,
+    pub(crate) state: Mutex<State>,
+    /// Tells the thread that moves pages out.
+    pub(crate) wanted: Condvar,
+    pub(crate) aside: Mutex<(Aside, Packer)>,
+    pub(crate) file: Option<SwapFile>,
+    pub(crate) serving: OnceLock<Serving>,
+    /// Once at a time.
+    begin: Mutex<()>,
+    pub(crate) ending: AtomicBool,
+}
+
+/// What there is once the memory is watched.
+pub(crate) struct Serving {
+    pub(crate) missing: MissingPages,
+    /// Wakes the thread that reads faults.
+    pub(crate) bell: OwnedFd,
+    /// Pages to be read from the file.
+    pub(crate) reads: Sender<u64>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+pub(crate) struct State {
+    pub(crate) pool: Pool,
+    pub(crate) packer: Packer,
+    /// Pages that are being moved out, and whether somebody waits for them.
+    pub(crate) transit: HashMap<u64, bool>,
+    pub(crate) ages: Ages,
+    /// Pages to be moved out next.
+    pub(crate) victims: VecDeque<u64>,
+    /// A tracker needs to know of every page that was moved out; see `track`.
+    pub(crate) suspects: Option<PageSet>,
+    pub(crate) limit_pages: Option<u64>,
+    /// Pages in memory: counted now and then, and kept up in between.
+    pub(crate) resident: u64,
+    /// Cold pages that were moved out to see whether they come back.
+    pub(crate) probes: Vec<u64>,
+    pub(crate) figures: Figures,
+    pub(crate) pool_waits: Histogram<u64>,
+    pub(crate) file_waits: Histogram<u64>,
+    /// The last page that came back, and how many after it are brought along.
+    pub(crate) row: (u64, u64),
+    /// Pages that came back just now: who waited for one must get to use it.
+    pub(crate) recent: VecDeque<(u64, Instant)>,
+    /// Nothing could be moved out then.
+    pub(crate) stuck: Option<Instant>,
+}
+
+impl State {
+    /// Pages of the host that the machine and its pool use, beyond the limit.
+    pub(crate) fn excess(&self) -> u64 {
+        let pool = self.pool.holds().arena_bytes / PAGE_BYTES as u64;
+        self.limit_pages.map_or(0, |limit| (self.resident + pool).saturating_sub(limit))
+    }
+
+    /// The operator is told.
+    pub(crate) fn trouble(&mut self, why: String) {
+        if self.figures.trouble.as_ref() != Some(&why) {
+            tracing::warn!("swap: {why}");
+            self.figures.trouble = Some(why);
+        }
+    }
+}
+
+/// How long a page that came back stays, and how many do.
+const STAYS: Duration = Duration::from_millis(50);
+const RECENT: usize = 256;
+
+impl State {
+    /// Page `gfn` is back.
+    pub(crate) fn is_back(&mut self, gfn: u64) {
+        self.resident += 1;
+        self.ages.returned(gfn);
+        self.recent.push_back((gfn, Instant::now()));
+        if self.recent.len() > RECENT {
+            self.recent.pop_front();
+        }
+    }
+
+    /// Whether page `gfn` came back just now.
+    pub(crate) fn is_recent(&mut self, gfn: u64) -> bool {
+        while self.recent.front().is_some_and(|(_, at)| at.elapsed() > STAYS) {
+            self.recent.pop_front();
+        }
+        self.recent.iter().any(|(recent, _)| *recent == gfn)
+    }
+
+    /// The trouble that begins with `what` is over.
+    pub(crate) fn over(&mut self, what: &str) {
+        if self.figures.trouble.as_ref().is_some_and(|why| why.starts_with(what)) {
+            self.figures.trouble = None;
+        }
+    }
+}
+
+impl Swap {
+    /// A swap for the machine with `memory`, which has no limit yet: pages may come from elsewhere, none is moved
+    /// out.
+    ///
+    /// # Errors
+    /// Bounds that hold nothing, no file, memory or a kernel that cannot do it.
+    pub fn new(memory: &GuestView, options: &Options) -> Result<Self, SwapError> {
+        let Options { pool_bytes, ref dir, file_bytes } = *options;
+        let has_file = file_bytes >= 2 * SEGMENT_BYTES as u64;
+        if pool_bytes < SLAB_BYTES as u64 || dir.is_some() != has_file {
+            return Err(SwapError::TooSmall { pool_bytes, file_bytes });
+        }
+        if let Some(region) = memory.regions().iter().find(|r| r.backing.is_some()) {
+            return Err(MemoryError::Shared { run: region.run }.into());
+        }
+        let file = match dir {
+            Some(dir) => Some(
+                SwapFile::create(dir)
+                    .map_err(|source| SwapError::File { dir: dir.clone(), source })?,
+            ),
+            None => None,
+        };
+        let aside = Aside::new(BATCH as u64)?;
+        let figures = Figures {
+            direct_io: file.as_ref().is_some_and(|file| file.direct),
+            ..Figures::default()
+        };
+        let waits = || {
+            Histogram::new_with_max(60_000_000_000, 3)
+                .unwrap_or_else(|_| unreachable!("bounds are constants"))
+        };
+        let state = State {
+            pool: Pool::new(pool_bytes, file_bytes),
+            packer: Packer::default(),
+            transit: HashMap::new(),
+            ages: Ages::new(memory.regions().iter().map(|r| r.run)),
+            victims: VecDeque::new(),
+            suspects: None,
+            limit_pages: None,
+            resident: 0,
+            probes: Vec::new(),
+            figures,
+            pool_waits: waits(),
+            file_waits: waits(),
+            row: (u64::MAX, 0),
+            recent: VecDeque::new(),
+            stuck: None,
+        };
+        let inner = Arc::new(Inner {
+            memory: memory.plain(),
+            stay: RwLock::new(()),
+            state: Mutex::new(state),
+            wanted: Condvar::new(),
+            aside: Mutex::new((aside, Packer::default())),
+            file,
+            serving: OnceLock::new(),
+            begin: Mutex::new(()),
+            ending: AtomicBool::new(false),
+        });
+        let handle = Arc::new(Handle(inner));
+        memory.attach(handle.clone());
+        Ok(Self(handle))
+    }
+
+    /// Keeps the machine and its pool within `bytes` of the host's memory from now on; as far as pool and file have
+    /// room. None: no limit.
+    ///
+    /// # Errors
+    /// The memory cannot be watched (yet: a machine whose pages are still being fetched is watched by its pager).
+    pub fn set_limit(&self, bytes: Option<u64>) -> Result<(), SwapError> {
+        if bytes.is_some() {
+            Inner::serve(&self.0.0)?;
+        }
+        self.0.0.state().limit_pages = bytes.map(|bytes| bytes / PAGE_BYTES as u64);
+        self.0.0.wanted.notify_all();
+        Ok(())
+    }
+
+    /// What it holds and has done.
+    pub fn figures(&self) -> Figures {
+        self.0.0.figures()
+    }
+
+    /// Lets those go that wait for pages which cannot be read, to pages of zeros: of a machine that is stopped for
+    /// good.
+    pub fn abandon(&self) {
+        if let Some(serving) = self.0.0.serving.get() {
+            serving.missing.let_go();
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn figures(&self) -> Figures {
+        let page = PAGE_BYTES as u64;
+        let state = self.state();
+        let holds = state.pool.holds();
+        let us = |histogram: &Histogram<u64>| {
+            let at = |q| histogram.value_at_quantile(q) as f64 / 1000.0;
+            (at(0.5), at(0.99))
+        };
+        Figures {
+            limit_bytes: state.limit_pages.map(|pages| pages * page),
+            resident_bytes: state.resident * page,
+            swapped_bytes: holds.pages * page,
+            shared_bytes: holds.pages.saturating_sub(holds.blobs) * page,
+            pool_bytes: holds.arena_bytes,
+            file_bytes: holds.file_bytes,
+            pool_wait_us: us(&state.pool_waits),
+            file_wait_us: us(&state.file_waits),
+            ..state.figures.clone()
+        }
+    }
+
+    /// Watches the memory and starts the threads, if that was not done.
+    pub(crate) fn serve(inner: &Arc<Self>) -> Result<(), SwapError> {
+        let _once = inner.begin.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.serving.get().is_some() {
+            return Ok(());
+        }
+        let missing = MissingPages::watch_for_swap(inner.memory.clone())?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = bell.map_err(|e| MemoryError::Userfault { source: e.into() })?;
+        let (reads, to_read) = mpsc::channel();
+        let serving = Serving { missing, bell, reads, threads: Mutex::default() };
+        let resident = inner.memory.resident()?.len();
+        inner.state().resident = resident;
+        // Set once: `begin` is held.
+        let _ = inner.serving.set(serving);
+        let mut threads = Vec::new();
+        let mut spawn = |name: &str, run: Box<dyn FnOnce(&Inner) + Send>| {
+            let inner = inner.clone();
+            let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&inner));
+            thread.map(|thread| threads.push(thread)).map_err(SwapError::Thread)
+        };
+        spawn("swap-faults", Box::new(Self::serve_faults))?;
+        spawn("swap-out", Box::new(Self::move_out))?;
+        if inner.file.is_some() {
+            spawn("swap-in", Box::new(move |inner| inner.read_file(&to_read)))?;
+        }
+        if let Some(serving) = inner.serving.get() {
+            *serving.threads.lock().unwrap_or_else(PoisonError::into_inner) = threads;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let inner = &self.0;
+        {
+            // Whoever is about to wait sees it, or the call that follows.
+            let _state = inner.state();
+            inner.ending.store(true, Ordering::Release);
+        }
+        inner.wanted.notify_all();
+        let Some(serving) = inner.serving.get() else { return };
+        serving.missing.let_go();
+        // An eventfd takes eight bytes, and its counter is far from full.
+        let _ = write(&serving.bell, &1u64.to_ne_bytes());
+        // Wakes who waits for pages to read.
+        let _ = serving.reads.send(u64::MAX);
+        let threads =
+            std::mem::take(&mut *serving.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            // One that panicked said so on standard error.
+            let _ = thread.join();
+        }
+    }
+}
