@@ -154,6 +154,8 @@ pub(crate) struct Arriving<H: Host> {
     urgent_allowed: bool,
     /// By the pager's clock.
     resumed_at: Duration,
+    /// The guest gave pages up before they came: the sum is not that of the source's memory.
+    discarded: bool,
     loading: Loading,
     runtime: tokio::runtime::Handle,
     machine: Destination,
@@ -191,6 +193,7 @@ impl<H: Host + 'static> Arriving<H> {
             asks: Asks::default(),
             urgent_allowed: false,
             resumed_at: Duration::ZERO,
+            discarded: false,
             loading: Loading::default(),
             runtime,
             machine,
@@ -234,7 +237,7 @@ impl<H: Host + 'static> Arriving<H> {
                     self.asks.close();
                     self.server.set_away(self.token, None);
                     self.control(reader, sink);
-                    let owed = self.pager(Pager::missing);
+                    let owed = self.missing().map(|(missing, _)| missing);
                     let held = match (&self.installer, &owed) {
                         (Some(installer), None) => installer.held(done),
                         _ => PageSet::new(),
@@ -331,10 +334,12 @@ impl<H: Host + 'static> Arriving<H> {
             DestinationAction::Digest => {
                 self.hand_over();
                 let discarded = self.pager(|pager| pager.waits().counts.discarded).unwrap_or(0);
+                // Asked for again on another link, there is no pager any more.
+                self.discarded |= discarded > 0;
                 let installer = self.installer.as_ref();
                 installer.inspect(|installer| installer.drain());
                 let sum = installer.map_or(0, |i| i.digest_sum());
-                Some(DestinationEvent::Digest((discarded == 0).then_some(sum)))
+                Some(DestinationEvent::Digest((!self.discarded).then_some(sum)))
             }
             DestinationAction::Finish(arrival) => {
                 self.arrival = Some(arrival);
@@ -358,6 +363,11 @@ impl<H: Host + 'static> Arriving<H> {
         self.installer.as_ref().and_then(|installer| installer.pager(ask))
     }
 
+    /// What the source owes; see [`Installer::missing`].
+    fn missing(&self) -> Option<(PageSet, Vec<u64>)> {
+        self.installer.as_ref().and_then(|installer| installer.missing())
+    }
+
     /// Its name at the source, once that was said.
     fn name(&self) -> String {
         self.spec.as_ref().map_or_else(|| "?".into(), |spec| spec.name.clone())
@@ -365,7 +375,7 @@ impl<H: Host + 'static> Arriving<H> {
 
     /// Tells that a machine lost its source, which may come back; once for each link.
     fn waits(&mut self, why: String) {
-        let missing = self.pager(Pager::missing).map(|missing| missing.len());
+        let missing = self.missing().map(|(missing, _)| missing.len());
         let waits = self.machine.deadline().is_some() || missing.is_some() && self.running;
         if !waits || !std::mem::take(&mut self.linked) {
             return;
@@ -408,8 +418,9 @@ impl<H: Host + 'static> Arriving<H> {
             return self.handle(DestinationEvent::BadPages("more than one urgent lane".into()));
         }
         let (asks, wanted) = unbounded_channel();
-        self.asks.open(asks, &self.pager(Pager::missing).unwrap_or_default());
-        self.asks.ask(self.pager(Pager::outstanding).unwrap_or_default());
+        let (missing, waited) = self.missing().unwrap_or_default();
+        self.asks.open(asks, &missing);
+        self.asks.ask(waited);
         let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
         let loading = self.loading.clone();
         self.runtime.spawn(async move {
@@ -456,6 +467,9 @@ impl<H: Host + 'static> Arriving<H> {
         {
             // From here on memory is the guest's.
             installer.close();
+            if let Some(away) = installer.view().away() {
+                away.serve().map_err(|e| words(&e))?;
+            }
         }
         let guest = self.guest.as_mut().ok_or("there is no machine")?;
         let state = StateReader::parse(state).map_err(|e| e.to_string())?;
@@ -480,7 +494,7 @@ impl<H: Host + 'static> Arriving<H> {
                 (server.tell)(ReceiveEvent::Recalled { name, bundle, pages: Err(why) });
             }
             if runs {
-                pages.intersect_with(&installer.pager(Pager::missing).unwrap_or_default());
+                pages.intersect_with(&installer.missing().unwrap_or_default().0);
                 asks.lacking(&pages);
             } else {
                 let event = DestinationEvent::Lacking(pages);

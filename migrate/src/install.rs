@@ -2,16 +2,18 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use ferry_codec::{Batch, Codec};
-use ferry_memory::{Filler, GuestView, MemoryError};
+use ferry_memory::{Away, Filler, GuestView, MemoryError};
 use ferry_pager::{Faults, Next, Notice, Pager};
 use ferry_pages::{Layout, PAGE_BYTES, PageSet, Run};
 use ferry_postcopy::{Admission, CHUNK_PAGES, ChunkLedger, by_chunk};
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
+
+use crate::kept;
 
 /// Writes verified batches into guest memory; several lanes at once.
 pub(crate) struct Installer {
@@ -101,6 +103,10 @@ impl Installer {
         Self { view, layout, chunks, extents, stage, newest: AtomicU32::new(0) }
     }
 
+    pub(crate) fn view(&self) -> &GuestView {
+        &self.view
+    }
+
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
     }
@@ -119,7 +125,7 @@ impl Installer {
     /// From now on pages come on demand: those of `owed`, and no others. See [`Pager::start`].
     /// Faults are read on `runtime`.
     pub(crate) fn page(
-        &self,
+        self: &Arc<Self>,
         runtime: &Handle,
         owed: PageSet,
         notify: impl Fn(Notice) + Send + Sync + 'static,
@@ -127,7 +133,10 @@ impl Installer {
         let mut stage = self.stage.write().unwrap_or_else(PoisonError::into_inner);
         // The memory can be watched by one only.
         *stage = Stage::Closed;
-        let (pager, faults) = Pager::start(&self.view, owed, notify)?;
+        let (pager, faults) = match self.view.away() {
+            Some(away) => kept::start(self, &away, owed, notify)?,
+            None => Pager::start(&self.view, owed, notify)?,
+        };
         let _context = runtime.enter();
         let faults = faults_fd(faults).map_err(|source| MemoryError::Userfault { source })?;
         let faults = Reader(runtime.spawn(read_faults(faults)).abort_handle());
@@ -147,6 +156,17 @@ impl Installer {
     /// Whether pages come on demand, and not all are here.
     pub(crate) fn is_paging(&self) -> bool {
         self.pager(|_| ()).is_some()
+    }
+
+    /// Pages that the source owes, and those of them that threads wait for; nothing where there is no pager.
+    pub(crate) fn missing(&self) -> Option<(PageSet, Vec<u64>)> {
+        let (mut missing, mut waited) =
+            self.pager(|pager| (pager.missing(), pager.outstanding()))?;
+        if let Some(kept) = self.view.away().map(|away| away.pages()) {
+            missing.subtract(&kept);
+            waited.retain(|gfn| !kept.contains(*gfn));
+        }
+        Some((missing, waited))
     }
 
     /// Calls `ask` with the pager, where there is one.
@@ -171,6 +191,11 @@ impl Installer {
             Stage::Closed => return Ok(Installed::Closed),
         };
         self.newest.fetch_max(batch.round, Ordering::Relaxed);
+        if batch.codec == Codec::Packed
+            && let Some(away) = self.view.away()
+        {
+            return self.keep(away.as_ref(), filler, batch).map(|()| Installed::Filled);
+        }
         let mut digests = batch.digests;
         for (run, mut bytes) in batch.run_bytes() {
             for (number, first, part) in by_chunk(run) {
@@ -217,6 +242,33 @@ impl Installer {
         Ok(())
     }
 
+    /// Keeps the pages of `batch`, which came packed, as they are: the source had them elsewhere than in memory,
+    /// too. Where there is no room for one, it is written to memory.
+    fn keep(
+        &self,
+        away: &dyn Away,
+        filler: &Filler,
+        batch: &Batch<'_>,
+    ) -> Result<(), MemoryError> {
+        let (pages, _) = batch.raw.as_chunks::<PAGE_BYTES>();
+        for (page, raw) in batch.packed().zip(pages) {
+            let (number, first) = (page.gfn / CHUNK_PAGES as u64, page.gfn % CHUNK_PAGES as u64);
+            let Some(chunk) = self.chunk(number, page.gfn) else { continue };
+            let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
+            let ledger = chunk.get_or_insert_with(Box::default);
+            let at = usize::try_from(first).unwrap_or(0);
+            match ledger.admit(at, batch.round, page.digest) {
+                Admission::Late => continue,
+                Admission::OverZeros => {}
+                Admission::OverData => self.view.discard(Run::new(page.gfn, 1))?,
+            }
+            if !away.keep(&page) {
+                filler.fill(page.gfn, raw)?;
+            }
+        }
+        Ok(())
+    }
+
     fn install_zeros(
         &self,
         ledger: &mut ChunkLedger,
@@ -225,9 +277,12 @@ impl Installer {
         round: u32,
     ) -> Result<(), MemoryError> {
         for (page, gfn) in (first..).zip(part.start..part.end()) {
-            // Zero over untouched memory stays untouched.
+            // Zero over untouched memory stays untouched, and what was there is given back, where a page can be.
             if ledger.admit(page, round, 0) == Admission::OverData {
-                self.view.write(gfn, &ZERO_PAGE)?;
+                match self.view.regions().iter().any(|r| r.unit > 1) {
+                    true => self.view.write(gfn, &ZERO_PAGE)?,
+                    false => self.view.discard(Run::new(gfn, 1))?,
+                }
             }
         }
         Ok(())

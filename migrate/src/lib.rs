@@ -11,6 +11,7 @@ mod fetch;
 mod fetching;
 mod guest;
 mod install;
+mod kept;
 mod lazy;
 mod recall;
 mod receive;

@@ -175,7 +175,7 @@ impl Lane {
         if !self.installer.is_paging() {
             let (batch, lacks) = match self.reader.batch(named) {
                 Ok(batch) => (batch, None),
-                Err(why) => (Batch { runs: &[], ..*named }, Some(why)),
+                Err(why) => (Batch { runs: &[], ..named.clone() }, Some(why)),
             };
             let installed = self.installer.install(&batch)?;
             if let Some(why) = lacks {
@@ -200,7 +200,8 @@ impl Lane {
             let mut reader = recalls.old.reader();
             for Named { round, runs, checks } in receiver {
                 let (codec, raw, digests) = (Codec::Same, [].as_slice(), [].as_slice());
-                let named = Batch { round, codec, runs: &runs, raw, digests, checks };
+                let kept = Vec::new();
+                let named = Batch { round, codec, runs: &runs, raw, digests, checks, kept };
                 let read = reader.batch(&named);
                 if let Err(why) =
                     read.and_then(|batch| installer.install(&batch).map_err(|e| words(&e)))
@@ -261,7 +262,7 @@ impl Reader {
         if checks != named.checks {
             return Err("pages have the same digest as at the source and another content".into());
         }
-        Ok(Batch { codec: Codec::Raw, raw: &self.raw, digests: &self.digests, checks: 0, ..*named })
+        Ok(Batch { codec: Codec::Raw, raw: &self.raw, digests: &self.digests, checks: 0, ..named.clone() })
     }
 }
 

@@ -48,6 +48,9 @@ pub struct PageCounts {
     pub zstd: u64,
     /// Not sent: the destination had them in an old bundle of the machine.
     pub same: u64,
+    /// Each for itself, as the source's swap kept them.
+    #[serde(default)]
+    pub packed: u64,
 }
 
 impl PageCounts {
@@ -59,6 +62,7 @@ impl PageCounts {
             Codec::Lz4 => &mut self.lz4,
             Codec::Zstd => &mut self.zstd,
             Codec::Same => &mut self.same,
+            Codec::Packed => &mut self.packed,
         } += pages;
     }
 
@@ -69,6 +73,7 @@ impl PageCounts {
         self.lz4 += other.lz4;
         self.zstd += other.zstd;
         self.same += other.same;
+        self.packed += other.packed;
     }
 }
 

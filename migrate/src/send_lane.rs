@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use ferry_codec::{BatchBuilder, Codec, CodecChooser, CodecSet, NotTaken, zero_frames};
+use ferry_codec::{
+    BatchBuilder, Codec, CodecChooser, CodecSet, NotTaken, PackedBuilder, zero_frames,
+};
 use ferry_memory::{GuestView, MemoryError};
 use ferry_pages::Run;
 use ferry_protocol::Hello;
@@ -168,6 +170,7 @@ pub(crate) fn run(
 pub(crate) struct Sender<'a> {
     pub(crate) shared: &'a Shared,
     builder: BatchBuilder,
+    packed: PackedBuilder,
     chooser: CodecChooser,
     zeros: Vec<Run>,
     done: LaneRound,
@@ -181,6 +184,7 @@ impl<'a> Sender<'a> {
         Self {
             shared,
             builder: BatchBuilder::new(),
+            packed: PackedBuilder::default(),
             chooser: CodecChooser::new(shared.codecs),
             zeros: Vec::new(),
             done: LaneRound::default(),
@@ -243,8 +247,8 @@ impl<'a> Sender<'a> {
     }
 
     /// The frames of the data pages of `runs`, if there are any, each with its codec and their number: of
-    /// those that the destination has, if they `may` be `named`, and of those that it has not. Zero pages are
-    /// added to `zeros`.
+    /// those that the destination has, if they `may` be `named`, of those that are kept elsewhere than in memory,
+    /// as they are kept, and of all others. Zero pages are added to `zeros`.
     fn encode(
         &mut self,
         round: u32,
@@ -252,10 +256,27 @@ impl<'a> Sender<'a> {
         may_name: bool,
     ) -> Result<impl Iterator<Item = (Bytes, Codec, u64)> + use<>, LaneEvent> {
         self.builder.begin(round);
+        let away = self.shared.view.away();
+        let away = away.filter(|_| self.shared.codecs.contains(Codec::Packed));
+        let mut packed = Vec::new();
         let has = |gfn, digest| may_name && self.shared.recalled.has(gfn, digest);
         for gfn in runs.iter().flat_map(|r| r.start..r.end()) {
             let view = &self.shared.view;
             let fail = |e: MemoryError| LaneEvent::Failed(e.to_string());
+            if let Some(away) = &away {
+                let mut full = None;
+                let is_away = away.packed(gfn, &mut |page| {
+                    if !self.packed.push(page) {
+                        full = self.packed.finish(round);
+                        // An empty one takes any page.
+                        let _ = self.packed.push(page);
+                    }
+                });
+                packed.extend(full);
+                if is_away.map_err(fail)? {
+                    continue;
+                }
+            }
             let mut read = Ok(());
             let taken = if view.is_zero(gfn).map_err(fail)? {
                 self.builder.push_zero(gfn)
@@ -278,7 +299,9 @@ impl<'a> Sender<'a> {
         let pages = built.runs.iter().map(|r| r.pages).sum();
         let data = built.frame.map(|frame| (frame, built.codec, pages));
         let same = built.same.map(|(frame, pages)| (frame, Codec::Same, pages));
-        Ok(data.into_iter().chain(same))
+        packed.extend(self.packed.finish(round));
+        let packed = packed.into_iter().map(|(frame, pages)| (frame, Codec::Packed, pages));
+        Ok(data.into_iter().chain(same).chain(packed))
     }
 
     async fn put(&mut self, frame: Bytes, sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {

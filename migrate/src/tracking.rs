@@ -3,7 +3,7 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use ferry_dirtylog::DirtySource;
-use ferry_memory::{GuestView, Touched};
+use ferry_memory::{DiscardLog, GuestView, Touched};
 use ferry_pages::PageSet;
 
 use crate::round::Trackers;
@@ -27,7 +27,8 @@ pub(crate) fn start(
     guest: &mut dyn Guest,
     view: &GuestView,
 ) -> Result<PageSet, String> {
-    let sources = guest.dirty_sources().map_err(|e| words(&e))?;
+    let mut sources = guest.dirty_sources().map_err(|e| words(&e))?;
+    sources.push(Box::new(DiscardLog::new(view.clone())));
     let mut trackers = lock(trackers);
     *trackers = sources;
     let mut scratch = PageSet::new();

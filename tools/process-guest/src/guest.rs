@@ -185,6 +185,9 @@ impl Guest for ProcessGuest {
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
         Ok(vec![match &self.marks {
             Some(marks) => Box::new(Arc::clone(marks)),
+            None if let Some(tracker) = self.memory().away().and_then(|away| away.tracker()) => {
+                tracker
+            }
             None => {
                 let regions = self.memory().regions().to_vec();
                 let tracker = UffdWriteProtect::new(regions).map_err(|e| {

@@ -217,6 +217,11 @@ impl Board {
             }
             Tracking::Ring(rings) => vec![Box::new(rings.source(regions)), devices()],
             // It sees every writer of this process.
+            Tracking::WriteProtect
+                if let Some(tracker) = self.view.away().and_then(|away| away.tracker()) =>
+            {
+                vec![tracker]
+            }
             Tracking::WriteProtect => vec![Box::new(UffdWriteProtect::new(regions)?)],
         })
     }

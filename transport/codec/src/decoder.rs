@@ -26,8 +26,8 @@ pub struct Batch<'a> {
     pub digests: &'a [u64],
     /// Of [`Codec::Same`], the wrapping sum of the [`page_check`](crate::page_check)s that the pages must have.
     pub checks: u64,
-    /// Of [`Codec::Packed`], how each page came.
-    kept: Vec<(Codec, &'a [u8])>,
+    /// Of [`Codec::Packed`], how each page came, and its bytes so written.
+    pub kept: Vec<(Codec, &'a [u8])>,
 }
 
 impl<'a> Batch<'a> {
