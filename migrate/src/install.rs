@@ -299,9 +299,11 @@ impl Installer {
         bytes: &[u8],
         digests: &[u64],
     ) -> Result<(), MemoryError> {
+        // What came before may be kept elsewhere: a plain write would wait for its page.
+        let away = self.view.away().is_some();
         let mut at = 0;
         while at < digests.len() {
-            let (begin, mut untouched) = (at, false);
+            let (begin, mut untouched) = (at, away);
             while let Some(digest) = digests.get(at) {
                 match ledger.admit(first + at, round, *digest) {
                     Admission::Late => break,
