@@ -32,11 +32,7 @@ pub trait Away: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// It is away, and cannot be read now.
-    fn packed(
-        &self,
-        gfn: u64,
-        take: &mut dyn FnMut(&PackedPage<'_>),
-    ) -> Result<bool, MemoryError>;
+    fn packed(&self, gfn: u64, take: &mut dyn FnMut(&PackedPage<'_>)) -> Result<bool, MemoryError>;
     /// Takes in a page that came from elsewhere, in the place of what was kept of it; false if there is no room.
     /// It must not be in memory.
     fn keep(&self, page: &PackedPage<'_>) -> bool;

@@ -5,6 +5,8 @@ use ferry_memory::GuestView;
 use ferry_pages::PageSet;
 use ferry_protocol::{MachineSpec, Refusal, RunPermit, StateReader, StateWriter};
 
+use crate::FreePages;
+
 /// Why a guest could not do what was asked: what, where, and what to do, in words.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
@@ -53,6 +55,11 @@ pub trait Guest: Send {
     /// # Errors
     /// Tracking cannot be set up.
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError>;
+    /// The guest itself, if it can say which of its pages are free: they are not sent. Not for machines in huge
+    /// pages.
+    fn free_pages(&mut self) -> Option<Box<dyn FreePages>> {
+        None
+    }
     /// Takes back pages that were collected from its trackers and not delivered: the migration ended
     /// before the commit. For a VMM whose dirty log has other readers; the default forgets them, since
     /// the next migration begins with all pages.

@@ -244,12 +244,7 @@ impl Installer {
 
     /// Keeps the pages of `batch`, which came packed, as they are: the source had them elsewhere than in memory,
     /// too. Where there is no room for one, it is written to memory.
-    fn keep(
-        &self,
-        away: &dyn Away,
-        filler: &Filler,
-        batch: &Batch<'_>,
-    ) -> Result<(), MemoryError> {
+    fn keep(&self, away: &dyn Away, filler: &Filler, batch: &Batch<'_>) -> Result<(), MemoryError> {
         let (pages, _) = batch.raw.as_chunks::<PAGE_BYTES>();
         for (page, raw) in batch.packed().zip(pages) {
             let (number, first) = (page.gfn / CHUNK_PAGES as u64, page.gfn % CHUNK_PAGES as u64);

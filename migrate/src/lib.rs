@@ -10,6 +10,7 @@ mod control;
 mod fetch;
 mod fetching;
 mod guest;
+mod hints;
 mod install;
 mod kept;
 mod lazy;
@@ -34,6 +35,7 @@ pub use ferry_protocol::{
 };
 pub use fetching::Fetching;
 pub use guest::{Guest, GuestError, Host};
+pub use hints::FreePages;
 pub use lazy::{LazyEvent, restore_lazily};
 pub use receive::{ReceiveEvent, ReceiveOptions, receive};
 pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};

@@ -262,7 +262,13 @@ impl Reader {
         if checks != named.checks {
             return Err("pages have the same digest as at the source and another content".into());
         }
-        Ok(Batch { codec: Codec::Raw, raw: &self.raw, digests: &self.digests, checks: 0, ..named.clone() })
+        Ok(Batch {
+            codec: Codec::Raw,
+            raw: &self.raw,
+            digests: &self.digests,
+            checks: 0,
+            ..named.clone()
+        })
     }
 }
 

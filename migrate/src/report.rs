@@ -51,6 +51,9 @@ pub struct PageCounts {
     /// Each for itself, as the source's swap kept them.
     #[serde(default)]
     pub packed: u64,
+    /// Not sent: the guest said that they were free, and did not write to them since.
+    #[serde(default)]
+    pub free: u64,
 }
 
 impl PageCounts {
@@ -74,6 +77,7 @@ impl PageCounts {
         self.zstd += other.zstd;
         self.same += other.same;
         self.packed += other.packed;
+        self.free += other.free;
     }
 }
 

@@ -10,6 +10,8 @@ use ferry_codec::MAX_BATCH_PAGES;
 use ferry_dirtylog::{DirtySource, TrackError};
 use ferry_pages::{PageSet, Run};
 
+use crate::hints::Hints;
+
 /// Frames in a window: 64 MiB.
 const WINDOW_PAGES: u64 = 16384;
 
@@ -21,6 +23,7 @@ pub(crate) struct Round {
     pub(crate) number: u32,
     cursor: Mutex<Cursor>,
     trackers: Option<Trackers>,
+    hints: Option<Hints>,
 }
 
 struct Cursor {
@@ -36,7 +39,17 @@ impl Round {
     /// guest stands still.
     pub(crate) fn new(number: u32, pages: PageSet, trackers: Option<Trackers>) -> Self {
         let next = pages.first().unwrap_or(0);
-        Self { number, cursor: Mutex::new(Cursor { pages, next, armed_to: next }), trackers }
+        Self {
+            number,
+            cursor: Mutex::new(Cursor { pages, next, armed_to: next }),
+            trackers,
+            hints: None,
+        }
+    }
+
+    /// The same, without pages that the guest calls free.
+    pub(crate) fn without(self, hints: Hints) -> Self {
+        Self { hints: Some(hints), ..self }
     }
 
     /// Whether pages of it may be named instead of sent: what the destination lacks of them it says when it
@@ -54,6 +67,11 @@ impl Round {
     /// The next pages to copy, at most [`MAX_BATCH_PAGES`], ascending; empty when the round is over.
     pub(crate) fn next_batch(&self) -> Result<Vec<Run>, TrackError> {
         let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(hints) = &self.hints {
+            // Not of what is re-armed: a write before that would be found by nobody.
+            let armed_to = cursor.armed_to;
+            hints.leave_out(&mut cursor.pages, armed_to);
+        }
         let mut batch = Vec::new();
         let mut room = MAX_BATCH_PAGES as u64;
         let rest = Run::new(cursor.next, u64::MAX - cursor.next);

@@ -24,6 +24,7 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use crate::control::{self, ControlEvent};
+use crate::hints::Hints;
 use crate::recall::Digests;
 use crate::report::{self, PageCounts, Report};
 use crate::round::{Round, Trackers};
@@ -227,6 +228,7 @@ struct Engine<'a> {
     control: Option<control::Control>,
     sender: Sender<Message>,
     trackers: Trackers,
+    hints: Hints,
     look: Option<Touched>,
     /// Pages that the guest touched while it was sampled.
     touched: PageSet,
@@ -283,6 +285,7 @@ impl<'a> Engine<'a> {
             control: None,
             sender,
             trackers: Arc::default(),
+            hints: Hints::default(),
             look: None,
             touched: PageSet::new(),
             record_pages: 0,
@@ -469,6 +472,7 @@ impl<'a> Engine<'a> {
                 None
             }
             SourceAction::DigestMemory => {
+                self.pages.free += self.hints.discard(&self.memory);
                 Some(match self.digest.map_or_else(|| digest(&self.memory), Ok) {
                     Ok(sum) => SourceEvent::MemoryDigest(sum),
                     Err(why) => SourceEvent::Failed(why),
@@ -556,6 +560,7 @@ impl<'a> Engine<'a> {
                 if sent.lanes_left == 0 {
                     let total = sent.total;
                     self.rounds.retain(|r| r.work.number != round);
+                    self.hints.end();
                     self.handle(SourceEvent::RoundSent {
                         round,
                         batches: total.batches,
@@ -572,7 +577,15 @@ impl<'a> Engine<'a> {
     fn start_tracking(&mut self) -> SourceEvent {
         let started = tracking::start(&self.trackers, self.guest, &self.memory);
         self.last_harvest = self.began.elapsed();
-        match started {
+        let asked = started.and_then(|resident| {
+            let huge = self.memory.regions().iter().any(|region| region.unit > 1);
+            if let Some(free) = self.guest.free_pages().filter(|_| !huge) {
+                tracking::rearm(&self.trackers, &resident)?;
+                self.hints.begin(free);
+            }
+            Ok(resident)
+        });
+        match asked {
             Ok(resident) => SourceEvent::TrackingStarted(resident),
             Err(why) => SourceEvent::Failed(why),
         }
@@ -587,6 +600,7 @@ impl<'a> Engine<'a> {
             self.guest.return_dirty(&pages);
             return SourceEvent::Failed(why);
         }
+        self.hints.harvested(&pages);
         if !self.paused {
             let now = self.began.elapsed();
             self.dirty_rate.observe(now.saturating_sub(self.last_harvest), &pages);
@@ -598,7 +612,14 @@ impl<'a> Engine<'a> {
     fn send_pages(&mut self, round: u32, pages: PageSet) {
         // A guest that stands still writes nothing: its pages need not be re-armed.
         let trackers = (!self.paused).then(|| self.trackers.clone());
-        let work = Arc::new(Round::new(round, pages, trackers));
+        self.hints.sent(&pages);
+        let work = Round::new(round, pages, trackers);
+        // All others were written since they were re-armed.
+        let work = match (round, self.paused) {
+            (1, false) => work.without(self.hints.clone()),
+            _ => work,
+        };
+        let work = Arc::new(work);
         self.rounds.push(SentRound {
             work: work.clone(),
             lanes_left: self.lanes.len(),
@@ -623,6 +644,7 @@ impl<'a> Engine<'a> {
     /// Begins to write `owed` to the spool, if there is to be one and it is not begun.
     fn spool(&mut self, owed: &PageSet) {
         let (Some(dir), None) = (&self.options.spool, &self.spooling) else { return };
+        self.pages.free += self.hints.discard(&self.memory);
         let sender = self.sender.clone();
         let tell = move |written| drop(sender.send(Message::Spooled(written)));
         let (spec, spooled) = (self.guest.spec(), self.machine.spooled());
@@ -672,6 +694,11 @@ impl<'a> Engine<'a> {
         }
         let link_rate = self.link_rate();
         self.give_up_link();
+        self.hints.end();
+        self.pages.free += match self.paused {
+            true => self.hints.discard(&self.memory),
+            false => self.hints.left_out(),
+        };
         if let Some(spooling) = self.spooling.take() {
             spooling.end(matches!(self.outcome, Some(Outcome::Detached { .. })));
         }

@@ -127,7 +127,8 @@ impl Inner {
         let victims = self.victims();
         let mut moved = Vec::new();
         for gfn in &victims {
-            let region = self.memory.regions().iter().find(|r| r.run.start <= *gfn && *gfn < r.run.end());
+            let region =
+                self.memory.regions().iter().find(|r| r.run.start <= *gfn && *gfn < r.run.end());
             let Some(region) = region else { continue };
             match aside.take(region, *gfn, moved.len() as u64) {
                 Ok(Moved::Yes) => moved.push(*gfn),
@@ -267,7 +268,8 @@ impl Inner {
                 if self.compact(file, buffers) {
                     continue;
                 }
-                self.state().trouble(format!("{FILE} is full: what the pool cannot take stays in memory"));
+                self.state()
+                    .trouble(format!("{FILE} is full: what the pool cannot take stays in memory"));
                 return false;
             };
             let leaving = self.state().pool.take_oldest(segment, &mut buffers.out);
@@ -279,7 +281,9 @@ impl Inner {
             }
             state.pool.segments.settle(segment);
             if let Err(e) = written {
-                state.trouble(format!("{FILE} cannot be written, and its pages stay in the pool: {e}"));
+                state.trouble(format!(
+                    "{FILE} cannot be written, and its pages stay in the pool: {e}"
+                ));
                 return false;
             }
             state.over(FILE);

@@ -41,9 +41,8 @@ impl SwapFile {
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => named(dir)?,
             Err(e) => return Err(e.into()),
         };
-        let direct = fcntl_getfl(&file)
-            .and_then(|flags| fcntl_setfl(&file, flags | OFlags::DIRECT))
-            .is_ok();
+        let direct =
+            fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags | OFlags::DIRECT)).is_ok();
         Ok(Self { file, direct })
     }
 

@@ -39,7 +39,11 @@ impl Segments {
     /// Whole segments in `bytes`.
     pub(crate) fn new(bytes: u64) -> Self {
         let count = u32::try_from(bytes / SEGMENT_BYTES as u64).unwrap_or(u32::MAX);
-        Self { segments: vec![Use::Free; count as usize], free: (0..count).rev().collect(), live: 0 }
+        Self {
+            segments: vec![Use::Free; count as usize],
+            free: (0..count).rev().collect(),
+            live: 0,
+        }
     }
 
     pub(crate) fn live_bytes(&self) -> u64 {

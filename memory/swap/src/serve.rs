@@ -110,17 +110,13 @@ impl Inner {
         }
     }
 
-    fn or_later(
-        &self,
-        state: &mut State,
-        gfn: u64,
-        placed: Result<bool, MemoryError>,
-    ) -> Brought {
+    fn or_later(&self, state: &mut State, gfn: u64, placed: Result<bool, MemoryError>) -> Brought {
         match placed {
             Ok(true) => Brought::Back,
             Ok(false) => Brought::Later,
             Err(e) => {
-                state.trouble(format!("page {gfn:#x} cannot be given to the guest, who waits: {e}"));
+                state
+                    .trouble(format!("page {gfn:#x} cannot be given to the guest, who waits: {e}"));
                 Brought::Later
             }
         }
@@ -189,7 +185,8 @@ impl Inner {
             if self.is_ending() {
                 return;
             }
-            let due = failed.iter().filter(|(_, at)| at.elapsed() >= TRY_AGAIN).map(|(gfn, _)| *gfn);
+            let due =
+                failed.iter().filter(|(_, at)| at.elapsed() >= TRY_AGAIN).map(|(gfn, _)| *gfn);
             let due: Vec<u64> = due.collect();
             for gfn in due.into_iter().chain((gfn != u64::MAX).then_some(gfn)) {
                 failed.remove(&gfn);
@@ -215,7 +212,9 @@ impl Inner {
         loop {
             let filed = match self.bring(gfn, true, since) {
                 Brought::Back => return Ok(()),
-                Brought::Later => return Err(format!("page {gfn:#x} cannot be given to the guest")),
+                Brought::Later => {
+                    return Err(format!("page {gfn:#x} cannot be given to the guest"));
+                }
                 Brought::Filed(filed) => filed,
             };
             let read = file.read(filed.place, buffer);
@@ -296,11 +295,7 @@ impl Away for Handle {
         unpacked.map(|()| is_away)
     }
 
-    fn packed(
-        &self,
-        gfn: u64,
-        take: &mut dyn FnMut(&PackedPage<'_>),
-    ) -> Result<bool, MemoryError> {
+    fn packed(&self, gfn: u64, take: &mut dyn FnMut(&PackedPage<'_>)) -> Result<bool, MemoryError> {
         let fail = |why: String| MemoryError::Away { gfn, why };
         loop {
             let filed = match self.0.state().pool.find(gfn) {

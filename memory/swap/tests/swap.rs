@@ -39,7 +39,13 @@ impl Machine {
             if word % 2 == 0 {
                 x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1442);
             }
-            let value = if version == 0 { 0 } else if word == 0 { version } else { x };
+            let value = if version == 0 {
+                0
+            } else if word == 0 {
+                version
+            } else {
+                x
+            };
             self.word(gfn, word).store(value, Ordering::Relaxed);
         }
     }
@@ -50,7 +56,13 @@ impl Machine {
             if word % 2 == 0 {
                 x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1442);
             }
-            let expected = if version == 0 { 0 } else if word == 0 { version } else { x };
+            let expected = if version == 0 {
+                0
+            } else if word == 0 {
+                version
+            } else {
+                x
+            };
             let found = self.word(gfn, word).load(Ordering::Relaxed);
             assert_eq!(found, expected, "page {gfn}, version {version}, word {word}");
         }

@@ -128,7 +128,11 @@ impl Decoder {
                     }),
                     _ => self.decompressor.decompress(codec, payload, out),
                 };
-                unpacked.map_err(|why| FrameError::Decompress { codec, pages: header.pages, why })?;
+                unpacked.map_err(|why| FrameError::Decompress {
+                    codec,
+                    pages: header.pages,
+                    why,
+                })?;
                 &*out
             }
         };

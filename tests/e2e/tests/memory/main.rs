@@ -1,5 +1,6 @@
-//! Machines whose memory is not all in memory: swapped, and moved as they are.
+//! Machines whose memory is not all in memory, or not all of use.
 
+mod hints;
 #[path = "../stage/mod.rs"]
 mod stage;
 mod swapped;

@@ -16,7 +16,8 @@ use crate::stage::{
 
 const MIB: u64 = 1 << 20;
 /// 32 MiB, of which one is in use.
-const MOSTLY_COLD: &str = "pattern=working-set set=1M arena=32M fill=all fill_random=60 random=60 rate=20000";
+const MOSTLY_COLD: &str =
+    "pattern=working-set set=1M arena=32M fill=all fill_random=60 random=60 rate=20000";
 const SET_PAGES: u64 = MIB / 4096;
 
 fn pool() -> Options {
@@ -109,7 +110,10 @@ fn moves_as_it_is<M: Maker>(maker: &M) {
 
 #[test]
 fn a_machine_that_is_half_swapped_moves_as_it_is() {
-    every_kind(|kind| of_process(kind, |process| moves_as_it_is(process)), |kvm| moves_as_it_is(&kvm));
+    every_kind(
+        |kind| of_process(kind, |process| moves_as_it_is(process)),
+        |kvm| moves_as_it_is(&kvm),
+    );
 }
 
 /// Moves a guest by post-copy, whose pages are elsewhere than in memory at one side or both.
