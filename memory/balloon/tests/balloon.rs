@@ -149,6 +149,20 @@ fn pages_that_the_guest_poisons_are_neither_given_back_by_a_report_nor_taken_for
 }
 
 #[test]
+fn poison_that_comes_after_hints_were_asked_for_counts_as_well() {
+    let mut guest = Guest::unstarted(false);
+    guest.start(feature::OFFERED);
+    let _ = guest.balloon.hint_begin().unwrap();
+    let at = guest.buffer(&config_word(&guest.balloon, 2).to_le_bytes());
+    let page = free(FIRST_FREE * PAGE, 4096);
+    for (poison, hinted) in [(1u32, 0), (0, PAGE)] {
+        guest.balloon.write_config(12, &poison.to_le_bytes());
+        let _ = guest.send(HINTS, &[Desc { at, bytes: 4, flags: 0, next: 0 }, page]);
+        assert_eq!(guest.balloon.status().hinted_bytes, hinted);
+    }
+}
+
+#[test]
 fn the_driver_learns_the_target_and_says_how_far_it_is() {
     let mut guest = Guest::unstarted(false);
     assert_eq!(guest.balloon.set_target(0), Err(Refused::NoDriver));
@@ -203,11 +217,12 @@ fn features_that_do_not_fit_are_refused_and_queues_without_their_feature_are_non
 #[test]
 fn what_is_in_the_queues_before_the_driver_is_ready_is_done_then() {
     let mut guest = Guest::unstarted(false);
+    guest.set_up(feature::OFFERED);
     guest.touch(Run::new(FIRST_FREE, 1));
     let list = guest.list([FIRST_FREE]);
     assert_eq!(guest.send(INFLATE, &[list]), None);
     assert!(guest.ballooned().is_empty());
-    assert_eq!(guest.start(feature::OFFERED), USED);
+    assert_eq!(guest.balloon.start(&guest.ram, &guest.view), USED);
     assert_eq!(guest.ballooned().len(), 1);
 }
 

@@ -88,6 +88,12 @@ impl Guest {
     }
 
     pub(crate) fn start(&mut self, features: u64) -> Option<Interrupt> {
+        self.set_up(features);
+        self.balloon.start(&self.ram, &self.view)
+    }
+
+    /// All that comes before the driver is ready.
+    pub(crate) fn set_up(&mut self, features: u64) {
         assert!(self.balloon.accept(features));
         for index in 0..QUEUES {
             let queue = self.balloon.queue(index.into()).unwrap();
@@ -97,7 +103,6 @@ impl Guest {
             queue.try_set_used_ring_address(GuestAddress(used_ring(index))).unwrap();
             queue.set_ready(true);
         }
-        self.balloon.start(&self.ram, &self.view)
     }
 
     /// Puts `bytes` into memory.
