@@ -177,7 +177,7 @@ impl Params {
     /// The seed of page `index`.
     #[inline]
     pub fn seed_of(&self, index: u32) -> u64 {
-        const PERIOD: u32 = (16 << 20) / PAGE_BYTES as u32;
+        const PERIOD: u32 = 4096;
         if index % PERIOD * 100 < self.shared_percent * PERIOD { 0 } else { self.seed }
     }
 
