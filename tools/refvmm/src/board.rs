@@ -21,7 +21,8 @@ use crate::console::Console;
 use crate::error::Asked;
 use crate::memory::{self, GuestRam};
 use crate::state::{self, Format};
-use crate::vcpu::Vcpus;
+use crate::vcpu::{Devices, Vcpus};
+use crate::virtio_mmio::BalloonDevice;
 use crate::{DirtyLog, SerialSink, VmmError};
 
 /// Three pages that Intel CPUs need for real mode, in the hole below 4 GiB.
@@ -123,6 +124,7 @@ impl Tracking {
 pub(crate) struct Board {
     pub(crate) vcpus: Arc<Vcpus>,
     pub(crate) console: Arc<Console>,
+    pub(crate) balloon: Arc<BalloonDevice>,
     pub(crate) vm: Arc<VmFd>,
     pub(crate) tracking: Tracking,
     pub(crate) format: Format,
@@ -175,6 +177,7 @@ impl Board {
         memory::give_to(&vm, view)?;
         let tracking = Tracking::set_up(&vm, plan.dirty_log, view.regions().to_vec())?;
         let console = Arc::new(Console::new(&vm, plan.serial)?);
+        let balloon = Arc::new(BalloonDevice::new(&vm, &ram, view, plan.shape.memory_bytes));
 
         let mut fds = Vec::new();
         for (index, shown) in (0u32..).zip(&plan.cpuid) {
@@ -199,10 +202,26 @@ impl Board {
             Tracking::Ring(rings) => Some(Arc::clone(rings)),
             _ => None,
         };
-        let (vcpus, threads) = Vcpus::start(fds, Arc::clone(&console), rings, plan.name)?;
+        let (vcpus, threads) = Vcpus::start(
+            fds,
+            Devices { console: Arc::clone(&console), balloon: Arc::clone(&balloon) },
+            rings,
+            plan.name,
+        )?;
         let cpuid = plan.cpuid;
         Ok((
-            Self { vcpus, console, vm, tracking, format, cpuid, tsc_khz, view: view.clone(), ram },
+            Self {
+                vcpus,
+                console,
+                balloon,
+                vm,
+                tracking,
+                format,
+                cpuid,
+                tsc_khz,
+                view: view.clone(),
+                ram,
+            },
             threads,
         ))
     }

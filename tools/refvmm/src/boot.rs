@@ -22,7 +22,7 @@ use crate::arch::registers::{self, Entry};
 use crate::config::MAX_CMDLINE_BYTES;
 use crate::kernel::{self, Loaded};
 use crate::memory::{self, GuestRam};
-use crate::{MachineConfig, VmmError};
+use crate::{MachineConfig, VmmError, virtio_mmio};
 
 const START_INFO: u64 = 0x6000;
 const MODULES: u64 = 0x6040;
@@ -45,6 +45,8 @@ struct Initrd {
 /// Writes kernel, initrd and tables to `ram`; returns how to enter.
 pub(crate) fn prepare(ram: &GuestRam, config: &MachineConfig) -> Result<Entry, VmmError> {
     check_cmdline(&config.cmdline)?;
+    // In front: what follows `--` is not for the kernel.
+    let cmdline = format!("{}{}", virtio_mmio::CMDLINE, config.cmdline);
     let loaded = kernel::load(ram, config.memory_bytes, &config.kernel)?;
     let initrd = match &config.initrd {
         Some(path) => Some(load_initrd(ram, config.memory_bytes, &loaded, path)?),
@@ -53,9 +55,7 @@ pub(crate) fn prepare(ram: &GuestRam, config: &MachineConfig) -> Result<Entry, V
     let cpus = u8::try_from(config.cpus)
         .map_err(|_| VmmError::Cpus { cpus: config.cpus, max: crate::config::MAX_CPUS })?;
     put_bytes(ram, "the MP table", mptable::ADDRESS, &mptable::table(cpus))?;
-    let mut cmdline = config.cmdline.clone().into_bytes();
-    cmdline.push(0);
-    put_bytes(ram, "the command line", CMDLINE, &cmdline)?;
+    put_bytes(ram, "the command line", CMDLINE, format!("{cmdline}\0").as_bytes())?;
 
     let map = memory_map(config.memory_bytes);
     let entry = match loaded {
@@ -67,7 +67,7 @@ pub(crate) fn prepare(ram: &GuestRam, config: &MachineConfig) -> Result<Entry, V
             let mut params = boot_params { hdr: *header, ..Default::default() };
             params.hdr.type_of_loader = 0xff;
             params.hdr.cmd_line_ptr = low(CMDLINE);
-            params.hdr.cmdline_size = u32::try_from(config.cmdline.len()).unwrap_or(0);
+            params.hdr.cmdline_size = u32::try_from(cmdline.len()).unwrap_or(0);
             if let Some(i) = initrd {
                 params.hdr.ramdisk_image = low(i.at);
                 params.hdr.ramdisk_size = low(i.bytes);

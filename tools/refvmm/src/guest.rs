@@ -128,7 +128,7 @@ impl Guest for Machine {
             for (index, number) in (0..board.vcpus.count()).zip(0u32..) {
                 board.vcpus.with(index, |fd| board.format.save_vcpu(fd, number, out, named))?;
             }
-            state::save_vm(&board.vm, &board.console, out, named)
+            state::save_vm(&board.vm, &board.console, &board.balloon, out, named)
         };
         save(out).map_err(refuse)
     }
@@ -156,7 +156,7 @@ impl Guest for Machine {
                     tracing::warn!(machine = inner.name, vcpu = number, msrs = ?state::hex(&refused), "MSRs that this host does not take were left out");
                 }
             }
-            state::load_vm(&board.vm, &board.console, from, named)?;
+            state::load_vm(&board.vm, &board.console, &board.balloon, from, named)?;
             Ok(machine)
         };
         let machine = load().map_err(refuse)?;

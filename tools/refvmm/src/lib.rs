@@ -1,7 +1,7 @@
 //! The reference VMM: a small KVM virtual machine monitor.
 //!
 //! A [`Machine`] boots a PVH ELF or a Linux kernel, with in-kernel interrupt controllers and timer, 1 to
-//! [`MAX_CPUS`] vCPUs and a serial console. It implements [`ferry_migrate::Guest`], and [`RefHost`] takes
+//! [`MAX_CPUS`] vCPUs, a serial console and a balloon. It implements [`ferry_migrate::Guest`], and [`RefHost`] takes
 //! machines in. It is a library: the process that hosts the machine, and how an operator reaches it, are not
 //! its business; nor is how a machine's memory and state travel.
 
@@ -19,6 +19,7 @@ mod memory;
 mod ports;
 mod state;
 mod vcpu;
+mod virtio_mmio;
 
 pub use config::{Arrival, DirtyLog, MAX_CMDLINE_BYTES, MAX_CPUS, MachineConfig, SerialSink};
 pub use error::VmmError;

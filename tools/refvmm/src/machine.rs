@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ferry_pages::PageSet;
 use ferry_protocol::RunPermit;
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
@@ -228,6 +229,52 @@ impl Machine {
     /// Types `bytes` at the serial console; returns how many the 64-byte FIFO took.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         self.0.board.console.input(bytes)
+    }
+
+    /// Has the guest use no more than `bytes` of its memory, by its balloon: it gives the rest back as it can.
+    ///
+    /// # Errors
+    /// The machine is not here, no driver runs in the guest, or it has less memory.
+    pub fn set_balloon_target(&self, bytes: u64) -> Result<(), VmmError> {
+        let control = self.0.control();
+        self.0.check_here(&control)?;
+        self.0.board.balloon.set_target(bytes).map_err(|e| self.0.condition(e.to_string()))
+    }
+
+    /// How its balloon stands.
+    pub fn balloon(&self) -> ferry_balloon::Status {
+        self.0.board.balloon.status()
+    }
+
+    /// Asks the guest for its statistics: they are in [`balloon`](Self::balloon) when it has answered. Nothing
+    /// while it stands still.
+    pub fn ask_balloon_statistics(&self) {
+        // The lock: memory is written, which must not happen once it is paused.
+        let control = self.0.control();
+        if control.running {
+            self.0.board.balloon.ask_statistics();
+        }
+    }
+
+    /// Asks the guest which pages are free.
+    ///
+    /// # Errors
+    /// The machine is not here, or the guest does not say.
+    pub fn begin_free_page_hints(&self) -> Result<(), VmmError> {
+        let control = self.0.control();
+        self.0.check_here(&control)?;
+        self.0.board.balloon.hint_begin().map_err(|e| self.0.condition(e.to_string()))
+    }
+
+    /// Adds to `into` the pages that were hinted since this was last called; whether no more will come. A hint
+    /// is a claim: see [`Balloon::take_hints`](ferry_balloon::Balloon::take_hints).
+    pub fn take_free_page_hints(&self, into: &mut PageSet) -> bool {
+        self.0.board.balloon.take_hints(into)
+    }
+
+    /// Lets the guest use hinted pages again.
+    pub fn end_free_page_hints(&self) {
+        self.0.board.balloon.hint_end();
     }
 }
 

@@ -31,6 +31,7 @@ use serde::de::DeserializeOwned;
 use crate::VmmError;
 use crate::console::{Console, ConsoleState};
 use crate::error::Asked;
+use crate::virtio_mmio::{BalloonDevice, DeviceState};
 
 const VERSION: u16 = 1;
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -54,6 +55,7 @@ const KINDS: &[&str] = &[
     "msrs",
     "vcpu-events",
     "serial-16550",
+    "virtio-balloon",
     "pit",
     "pic-master",
     "pic-slave",
@@ -65,6 +67,7 @@ const KINDS: &[&str] = &[
 pub(crate) const DEVICES: &[(&str, u16)] = &[
     ("lapic", VERSION),
     ("serial-16550", VERSION),
+    ("virtio-balloon", VERSION),
     ("pit", VERSION),
     ("pic-master", VERSION),
     ("pic-slave", VERSION),
@@ -249,11 +252,13 @@ impl Format {
 pub(crate) fn save_vm(
     vm: &VmFd,
     console: &Console,
+    balloon: &BalloonDevice,
     out: &mut StateWriter,
     named: Named<'_>,
 ) -> Result<(), VmmError> {
     let what = |what: &'static str| move || format!("read the {what}");
     named.put(out, "serial-16550", 0, &console.save())?;
+    named.put(out, "virtio-balloon", 0, &balloon.save())?;
     named.put(out, "pit", 0, &vm.get_pit2().asked(what("PIT"))?)?;
     for (kind, chip_id) in IRQCHIPS {
         let mut chip = kvm_irqchip { chip_id, ..Default::default() };
@@ -266,6 +271,7 @@ pub(crate) fn save_vm(
 pub(crate) fn load_vm(
     vm: &VmFd,
     console: &Console,
+    balloon: &BalloonDevice,
     from: &StateReader,
     named: Named<'_>,
 ) -> Result<(), VmmError> {
@@ -273,10 +279,16 @@ pub(crate) fn load_vm(
     console
         .load(named.read::<ConsoleState>(from, "serial-16550", 0)?)
         .map_err(|why| named.content("serial-16550", 0, why))?;
+    let announce = balloon
+        .load(named.read::<DeviceState>(from, "virtio-balloon", 0)?)
+        .map_err(|why| named.content("virtio-balloon", 0, why))?;
     vm.set_pit2(&named.read::<kvm_pit_state2>(from, "pit", 0)?).asked(what("PIT"))?;
     for (kind, chip_id) in IRQCHIPS {
         let chip = kvm_irqchip { chip_id, ..named.read::<kvm_irqchip>(from, kind, 0)? };
         vm.set_irqchip(&chip).asked(what(kind))?;
+    }
+    if announce {
+        balloon.announce();
     }
     // Without flags: the guest's clock goes on where it stood, as its TSC does.
     let clock = kvm_clock_data { clock: named.read(from, "clock", 0)?, ..Default::default() };

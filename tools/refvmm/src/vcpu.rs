@@ -28,6 +28,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::VmmError;
 use crate::console::Console;
 use crate::ports::{self, Asks};
+use crate::virtio_mmio::BalloonDevice;
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 const KICK_AGAIN: Duration = Duration::from_millis(2);
@@ -87,12 +88,18 @@ impl ImmediateExit {
     }
 }
 
+/// What answers vCPUs outside of KVM.
+pub(crate) struct Devices {
+    pub(crate) console: Arc<Console>,
+    pub(crate) balloon: Arc<BalloonDevice>,
+}
+
 /// All vCPUs of a machine, with what their exits need.
 pub(crate) struct Vcpus {
     vcpus: Vec<Vcpu>,
     gate: Mutex<Gate>,
     changed: Condvar,
-    console: Arc<Console>,
+    devices: Devices,
     rings: Option<Arc<KvmRings>>,
 }
 
@@ -108,7 +115,7 @@ impl Vcpus {
     /// Takes over the vCPUs and parks a thread for each.
     pub(crate) fn start(
         fds: Vec<VcpuFd>,
-        console: Arc<Console>,
+        devices: Devices,
         rings: Option<Arc<KvmRings>>,
         name: &str,
     ) -> Result<(Arc<Self>, Vec<JoinHandle<()>>), VmmError> {
@@ -124,7 +131,7 @@ impl Vcpus {
             })
             .collect();
         let gate = Mutex::new(Gate { order: Order::Park, running: 0, ended: None });
-        let all = Arc::new(Self { vcpus, gate, changed: Condvar::new(), console, rings });
+        let all = Arc::new(Self { vcpus, gate, changed: Condvar::new(), devices, rings });
         let mut threads = Vec::new();
         for index in 0..all.vcpus.len() {
             let number = u32::try_from(index).unwrap_or(u32::MAX);
@@ -269,16 +276,23 @@ impl Vcpus {
         let crashed = |why: String| Left::Ended(Ended::Crashed(format!("vCPU {index}: {why}")));
         loop {
             match fd.run() {
-                Ok(VcpuExit::IoIn(port, data)) => ports::read_port(&self.console, port, data),
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    ports::read_port(&self.devices.console, port, data);
+                }
                 Ok(VcpuExit::IoOut(port, data)) => {
-                    if let Asks::Reset(by) = ports::write_port(&self.console, port, data) {
+                    if let Asks::Reset(by) = ports::write_port(&self.devices.console, port, data) {
                         return Left::Ended(Ended::Reset(format!(
                             "vCPU {index} reset the machine ({by})"
                         )));
                     }
                 }
-                Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
-                Ok(VcpuExit::MmioWrite(..) | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    if !self.devices.balloon.read(address, data) {
+                        data.fill(0xff);
+                    }
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => self.devices.balloon.write(address, data),
+                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
                     if let Some(Err(e)) = self.rings.as_ref().map(|r| r.on_full(fd)) {
                         return crashed(e.to_string());
