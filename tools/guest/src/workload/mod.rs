@@ -13,7 +13,7 @@ mod walk;
 
 pub use params::{BadParam, Params, Pattern};
 pub use stamp::{ANYTHING, Kind, Mismatch, NEVER_WRITTEN, Stamp, WORDS, next_version};
-pub use visit::{Arena, Step, Worker, expect};
+pub use visit::{Arena, Step, Worker, expect, expected};
 pub use walk::{Pace, Part, Walk};
 
 /// Bytes in a page of the arena.

@@ -156,6 +156,12 @@ pub fn expect(arena: &impl Arena, pages: Part, version: u32) {
     }
 }
 
+/// The version that page `index`, below the arena's length, is expected to have.
+pub fn expected(arena: &impl Arena, index: u64) -> u32 {
+    // SAFETY: the trait's contract covers every page of the arena.
+    unsafe { AtomicU32::from_ptr(arena.expected(index)) }.load(Relaxed)
+}
+
 /// # Safety
 /// `page` points to the [`WORDS`] words of a page, and `i` is below that.
 unsafe fn word<'a>(page: *mut u64, i: usize) -> &'a AtomicU64 {
