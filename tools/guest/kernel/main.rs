@@ -15,12 +15,15 @@ mod status;
 #[path = "../src/workload/mod.rs"]
 mod workload;
 
+mod balloon;
 mod builtins;
 mod console;
 mod machine;
 mod memory;
 mod record;
+mod virtio;
 
+use balloon::Balloon;
 use console::say;
 use memory::Memory;
 use record::Counted;
@@ -82,6 +85,7 @@ fn prepare(start_info: u64) -> Result<Setup, &'static str> {
 
 fn start(setup: &Setup) {
     record::set_up(setup);
+    balloon::set_up(&setup.params, &setup.memory);
     say!("boot {} arena_pages={}", setup.params, setup.memory.pages());
     for cpu in 1..setup.params.cpus {
         machine::start_cpu(cpu);
@@ -108,6 +112,7 @@ fn work(setup: &Setup, cpu: u32) -> ! {
     let pace_from_now = || Pace::new(params, tsc_khz.saturating_mul(1000), machine::tsc());
     let mut pace = pace_from_now();
     let mut running = false;
+    let mut balloon = if cpu == 0 { Balloon::find(params, memory, *tsc_khz) } else { None };
     loop {
         if !running && !worker.filling(params) {
             running = true;
@@ -121,7 +126,11 @@ fn work(setup: &Setup, cpu: u32) -> ! {
         if record::stopped() {
             machine::stop();
         }
+        if !balloon::keep_to_limit(cpu, &mut worker, memory) {
+            continue;
+        }
         let now = machine::tsc();
+        let hurry = balloon.as_mut().is_some_and(|balloon| balloon.step(now));
         let step = worker.step(params, memory, &mut pace, now);
         record::count(
             cpu,
@@ -134,6 +143,7 @@ fn work(setup: &Setup, cpu: u32) -> ! {
         );
         match step {
             Ok(Step::Wrote(_) | Step::Checked) => {}
+            Ok(Step::Wait) if hurry => {}
             Ok(Step::Wait) if params.pattern == Pattern::Idle => machine::sleep_ms(10),
             Ok(Step::Wait) => machine::sleep_ms(1),
             Err(mismatch) => record::corrupt(cpu, memory, mismatch),

@@ -94,6 +94,8 @@ pub(crate) struct Memory {
     count: usize,
     pages: u64,
     expected: u64,
+    /// Address and pages of what lies behind the arena and is never used.
+    spare: [(u64, u64); MAX_EXTENTS],
 }
 
 impl Memory {
@@ -118,17 +120,19 @@ impl Memory {
             count: 0,
             pages: wanted,
             expected: boot.ram[0].0,
+            spare: [(0, 0); MAX_EXTENTS],
         };
         let mut table = (wanted * 4).next_multiple_of(PAGE_BYTES);
         if table > boot.ram[0].1 {
             return Err("the first extent of memory cannot hold the table of versions");
         }
         let mut left = wanted;
-        for &(start, bytes) in &boot.ram[..boot.ram_extents] {
+        for (&(start, bytes), spare) in boot.ram[..boot.ram_extents].iter().zip(&mut memory.spare) {
             let table = core::mem::take(&mut table);
             let (start, bytes) = (start + table, bytes - table);
             let pages = (bytes / PAGE_BYTES).min(left);
             map(start, pages * PAGE_BYTES);
+            *spare = (start + pages * PAGE_BYTES, bytes / PAGE_BYTES - pages);
             if pages > 0 {
                 memory.extents[memory.count] = (start, pages);
                 memory.count += 1;
@@ -146,6 +150,24 @@ impl Memory {
         self.pages
     }
 
+    /// Pages that are neither arena nor anything else's.
+    pub(crate) fn spare_pages(&self) -> u64 {
+        self.spare.iter().map(|(_, pages)| pages).sum()
+    }
+
+    /// The address of spare page `index`.
+    pub(crate) fn spare(&self, index: u64) -> u64 {
+        nth(&self.spare, index)
+    }
+
+    /// Whether there is memory at `address`.
+    pub(crate) fn has(&self, address: u64) -> bool {
+        self.extents()
+            .iter()
+            .chain(&self.spare)
+            .any(|(start, pages)| (*start..*start + pages * PAGE_BYTES).contains(&address))
+    }
+
     pub(crate) fn table(&self) -> u64 {
         self.expected
     }
@@ -156,20 +178,26 @@ impl Memory {
 unsafe impl Arena for Memory {
     #[inline]
     fn page(&self, index: u64) -> *mut u64 {
-        let mut left = index;
-        for (start, pages) in self.extents() {
-            if left < *pages {
-                return (start + left * PAGE_BYTES) as *mut u64;
-            }
-            left -= pages;
-        }
-        panic!("page {index} of an arena of {}", self.pages)
+        nth(self.extents(), index) as *mut u64
     }
 
     #[inline]
     fn expected(&self, index: u64) -> *mut u32 {
         (self.expected + 4 * index) as *mut u32
     }
+}
+
+/// The address of page `index` of `extents`.
+#[inline]
+fn nth(extents: &[(u64, u64)], index: u64) -> u64 {
+    let mut left = index;
+    for (start, pages) in extents {
+        if left < *pages {
+            return start + left * PAGE_BYTES;
+        }
+        left -= pages;
+    }
+    panic!("no page {index}")
 }
 
 /// Maps what lies above 4 GiB in large pages, where it is not yet.

@@ -70,6 +70,11 @@ pub(crate) fn count(cpu: u32, counted: Counted) {
     }
 }
 
+/// Publishes how many pages are in the balloon.
+pub(crate) fn ballooned(pages: u64) {
+    put(at::BALLOONED_PAGES, pages);
+}
+
 /// Records a wrong page and stops all vCPUs. The first report counts.
 pub(crate) fn corrupt(cpu: u32, memory: &Memory, m: Mismatch) -> ! {
     claim();

@@ -54,6 +54,8 @@ pub mod at {
     pub const ERROR_FOUND: usize = 320;
     /// Words 0 and 1 of the page, as found.
     pub const ERROR_HEAD: usize = 328;
+    /// Pages that are in the balloon; 0 where there is none.
+    pub const BALLOONED_PAGES: usize = 344;
     /// Length of the message.
     pub const MESSAGE_BYTES: usize = 376;
     /// Why the guest stopped, in words.
@@ -203,6 +205,11 @@ impl<'a> StatusView<'a> {
     /// Pages in the arena.
     pub fn arena_pages(&self) -> u64 {
         self.at(at::ARENA_PAGES)
+    }
+
+    /// Pages that are in the balloon.
+    pub fn ballooned_pages(&self) -> u64 {
+        self.at(at::BALLOONED_PAGES)
     }
 
     /// Frequency of the time-stamp counter in kHz; 0 if the guest knows none.

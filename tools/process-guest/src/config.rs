@@ -69,6 +69,21 @@ pub enum ProcessError {
         /// What is wrong with it.
         why: String,
     },
+    /// The guest can neither do with so little memory nor have so much.
+    #[error(
+        "machine {name}: a balloon target of {bytes} bytes: must be {least} to {most} bytes, which is \
+         what the guest shall have"
+    )]
+    Balloon {
+        /// The machine.
+        name: String,
+        /// What was asked for.
+        bytes: u64,
+        /// What it cannot do without.
+        least: u64,
+        /// All of its memory.
+        most: u64,
+    },
     /// The host gave no memory.
     #[error("machine {name}: its memory cannot be mapped")]
     Map {

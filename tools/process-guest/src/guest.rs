@@ -5,17 +5,19 @@ use std::sync::Arc;
 
 use ferry_dirtylog::{DirtySource, SoftwareBitmap, UffdWriteProtect};
 use ferry_guest::status::{Counters, State};
-use ferry_guest::workload::Params;
+use ferry_guest::workload::{Params, Worker};
 use ferry_memory::GuestView;
 use ferry_migrate::{
-    DeviceSpec, Guest, GuestError, MachineSpec, RunPermit, StateReader, StateWriter,
+    DeviceSpec, Guest, GuestError, MachineSpec, RunPermit, StateError, StateReader, StateWriter,
 };
 use ferry_pages::Run;
 
-use crate::memory::{Memory, Plan};
-use crate::state::{MachineState, WorkerState};
+use crate::memory::{Memory, PAGE, Plan};
+use crate::state::{BalloonState, MachineState, WorkerState};
 use crate::workers::Workers;
-use crate::{Config, Corruption, MACHINE, ProcessError, STATE_VERSION, Tracker, VMM, WORKER};
+use crate::{
+    BALLOON, Config, Corruption, MACHINE, ProcessError, STATE_VERSION, Tracker, VMM, WORKER,
+};
 
 /// A machine of plain memory and threads.
 ///
@@ -140,6 +142,62 @@ impl ProcessGuest {
         self.stopped = true;
     }
 
+    /// Sets how much memory the guest shall have at most, in whole pages: its workers give back what is
+    /// more, the last pages of each worker's part first, and take back what they may have again. They do
+    /// so while they run; [`balloon_bytes`](Self::balloon_bytes) tells how far they are.
+    ///
+    /// # Errors
+    /// Less than the guest can do with (its table of versions, and a page for each worker), or more than
+    /// it has.
+    pub fn set_balloon_target(&self, bytes: u64) -> Result<(), ProcessError> {
+        let (least, most) = (self.workers.shares().least() * PAGE, self.config.memory_bytes);
+        if !(least..=most).contains(&bytes) {
+            let name = self.config.name.clone();
+            return Err(ProcessError::Balloon { name, bytes, least, most });
+        }
+        self.workers.set_balloon_target(bytes / PAGE);
+        Ok(())
+    }
+
+    /// How much memory the guest shall have at most, in bytes: all of it, if nobody said otherwise.
+    pub fn balloon_target(&self) -> u64 {
+        self.workers.balloon_target() * PAGE
+    }
+
+    /// Bytes that the guest has given back at the moment. In huge pages it is up to one for each worker
+    /// more than the target asks for.
+    pub fn balloon_bytes(&self) -> u64 {
+        self.workers.given_back() * PAGE
+    }
+
+    /// Why the host did not take what the guest gave back since the target was set; it uses that again.
+    pub fn balloon_trouble(&self) -> Option<String> {
+        self.workers.balloon_trouble()
+    }
+
+    fn load_balloon(&self, state: &StateReader, workers: &mut [Worker]) -> Result<u64, GuestError> {
+        let all = self.workers.plan().memory_pages;
+        let saved: BalloonState = match state.read(BALLOON, 0, STATE_VERSION) {
+            Ok(saved) => saved,
+            Err(StateError::Missing { .. }) => return Ok(all),
+            Err(e) => return Err(self.error("its state", e)),
+        };
+        let can_be = |(worker, in_use): (&Worker, &u64)| (1..=worker.part().pages).contains(in_use);
+        if saved.in_use.len() != workers.len()
+            || !workers.iter().zip(&saved.in_use).all(can_be)
+            || saved.target > all
+        {
+            let name = &self.config.name;
+            return Err(GuestError::new(format!(
+                "machine {name}: state section {BALLOON}[0] is of a machine with other memory or workers"
+            )));
+        }
+        for (worker, in_use) in workers.iter_mut().zip(saved.in_use) {
+            worker.fit(in_use, u64::MAX);
+        }
+        Ok(saved.target)
+    }
+
     fn require_permit(&self, what: &str) -> Result<(), GuestError> {
         if self.permit.is_some() { Ok(()) } else { Err(self.no_permit(what)) }
     }
@@ -232,8 +290,17 @@ impl Guest for ProcessGuest {
         };
         let saved = |e| GuestError::with("a process guest's state cannot be written", e);
         out.put(MACHINE, 0, STATE_VERSION, STATE_VERSION, &machine).map_err(saved)?;
-        for (instance, worker) in (0..).zip(self.workers.states()) {
-            let state = WorkerState::of(&worker);
+        let (target, workers) = (self.workers.balloon_target(), self.workers.states());
+        let in_use: Vec<_> = workers.iter().map(Worker::pages_in_use).collect();
+        // Hosts that know no balloon take a machine that has none.
+        if target < self.workers.plan().memory_pages
+            || workers.iter().any(|w| w.pages_in_use() < w.part().pages)
+        {
+            let state = BalloonState { target, in_use };
+            out.put(BALLOON, 0, STATE_VERSION, STATE_VERSION, &state).map_err(saved)?;
+        }
+        for (instance, worker) in (0..).zip(&workers) {
+            let state = WorkerState::of(worker);
             out.put(WORKER, instance, STATE_VERSION, STATE_VERSION, &state).map_err(saved)?;
         }
         Ok(())
@@ -246,7 +313,7 @@ impl Guest for ProcessGuest {
                 self.config.name
             )));
         }
-        state.require_known(&[MACHINE, WORKER]).map_err(|e| self.error("its state", e))?;
+        state.require_known(&[MACHINE, WORKER, BALLOON]).map_err(|e| self.error("its state", e))?;
         let machine: MachineState =
             state.read(MACHINE, 0, STATE_VERSION).map_err(|e| self.error("its state", e))?;
         let mut workers = self.workers.states();
@@ -261,7 +328,12 @@ impl Guest for ProcessGuest {
                 )));
             }
         }
+        let target = self.load_balloon(state, &mut workers)?;
         self.workers.set_states(&workers);
+        self.workers.set_balloon_target(target);
+        self.workers
+            .forget_unused()
+            .map_err(|e| self.error("what its balloon holds cannot be given back", e))?;
         self.workers.set_corruption(machine.corruption);
         self.paused_by_operator = machine.paused_by_operator;
         Ok(())

@@ -64,7 +64,9 @@ impl ProcessGuest {
         }
         let guest = Self::new(config).map_err(|e| {
             let what = match &e {
-                ProcessError::Memory { .. } | ProcessError::Map { .. } => "memory",
+                ProcessError::Memory { .. }
+                | ProcessError::Map { .. }
+                | ProcessError::Balloon { .. } => "memory",
                 ProcessError::Workers(_) => "vcpus",
                 ProcessError::Workload(_) => "vmm",
                 ProcessError::Host { .. } => "host",

@@ -10,8 +10,12 @@
 //! after it     the arena
 //! ```
 //!
+//! It gives memory back: [`ProcessGuest::set_balloon_target`] says how much it shall have, and its workers
+//! discard the rest.
+//!
 //! This crate does not know how a machine travels.
 
+mod balloon;
 mod config;
 mod guest;
 mod host;
@@ -30,5 +34,7 @@ pub const VMM: &str = "process";
 const WORKER: &str = "worker";
 /// The section that holds what is not a worker's.
 const MACHINE: &str = "machine";
-/// Version of both sections.
+/// The section that says what is given back to the host. Only there if anything is.
+const BALLOON: &str = "balloon";
+/// Version of each section.
 const STATE_VERSION: u16 = 1;

@@ -6,7 +6,8 @@ use ferry_pages::{PAGE_BYTES, Run};
 
 use crate::{Config, ProcessError};
 
-const PAGE: u64 = PAGE_BYTES as u64;
+/// Bytes of a page.
+pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
 const ENTRY_BYTES: u64 = 4;
 
 /// Which frames hold what. Frame 0 is the table's first.
@@ -62,6 +63,11 @@ impl Memory {
         // Inside the mapping, which fits into the address space.
         let before = usize::try_from(plan.arena.start).unwrap_or(0) * PAGE_BYTES;
         Ok(Self { view, table, arena: table + before })
+    }
+
+    /// Pages that are given back together: those of a huge page, or 1.
+    pub(crate) fn unit(&self) -> u64 {
+        self.view.regions().iter().map(|r| r.unit).max().unwrap_or(1)
     }
 
     pub(crate) fn view(&self) -> GuestView {

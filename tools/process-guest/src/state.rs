@@ -69,6 +69,15 @@ pub(crate) struct MachineState {
     pub(crate) corruption: Option<Corruption>,
 }
 
+/// Section `balloon`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct BalloonState {
+    /// Pages that the guest shall have.
+    pub(crate) target: u64,
+    /// Pages of its part that each worker uses.
+    pub(crate) in_use: Vec<u64>,
+}
+
 /// Section `worker`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct WorkerState {

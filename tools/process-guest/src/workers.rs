@@ -2,6 +2,9 @@
 //!
 //! A worker looks at `halt` before each visit, so it parks with no page half written. It holds the lock
 //! of its own state while it runs; whoever saves or loads takes that lock, which is free once it parked.
+//!
+//! A worker looks at its limit before each visit, too, and gives its own pages above it back to the host:
+//! nobody else touches them, so nobody needs to be asked.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,13 +13,17 @@ use std::time::{Duration, Instant};
 
 use ferry_dirtylog::SoftwareBitmap;
 use ferry_guest::status::Counters;
-use ferry_guest::workload::{Pace, Params, Step, Worker};
+use ferry_guest::workload::{ANYTHING, NEVER_WRITTEN, Pace, Params, Part, Step, Worker, expect};
+use ferry_memory::MemoryError;
 
+use crate::balloon::Shares;
 use crate::memory::{Memory, Plan};
 use crate::{Config, Corruption, ProcessError};
 
 /// A worker that has nothing to do looks again after this.
 const NAP: Duration = Duration::from_millis(1);
+/// Pages that a worker gives back before it looks whether it is to park: 16 MiB, less than a millisecond.
+const GIVE_PAGES: u64 = 4096;
 const TICKS_PER_SECOND: u64 = 1_000_000_000;
 
 #[derive(Debug)]
@@ -31,6 +38,15 @@ struct Published {
     checked: AtomicU64,
     tsc: AtomicU64,
     filled: AtomicU64,
+    in_use: AtomicU64,
+}
+
+/// What is given back: pages that the guest shall have, pages of its part that each worker may use.
+#[derive(Debug)]
+struct Balloon {
+    target: AtomicU64,
+    limits: Vec<AtomicU64>,
+    trouble: Mutex<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -46,6 +62,8 @@ struct Shared {
     halt: AtomicBool,
     states: Vec<Mutex<Worker>>,
     published: Vec<Published>,
+    shares: Shares,
+    balloon: Balloon,
     corruption: Mutex<Option<Corruption>>,
 }
 
@@ -69,7 +87,17 @@ impl Workers {
         memory: Memory,
         marks: Option<Arc<SoftwareBitmap>>,
     ) -> Result<Self, ProcessError> {
+        let states: Vec<_> =
+            (0..params.cpus).map(|cpu| Worker::new(&params, cpu, plan.arena.pages)).collect();
+        let all = || states.iter().map(|w| AtomicU64::new(w.pages_in_use()));
         let shared = Arc::new(Shared {
+            shares: Shares::new(plan, params.cpus, memory.unit()),
+            balloon: Balloon {
+                target: AtomicU64::new(plan.memory_pages),
+                limits: all().collect(),
+                trouble: Mutex::new(None),
+            },
+            published: all().map(|in_use| Published { in_use, ..Published::default() }).collect(),
             params,
             plan,
             memory,
@@ -78,10 +106,7 @@ impl Workers {
             control: Mutex::new(Control { quit: false, parked: 0 }),
             changed: Condvar::new(),
             halt: AtomicBool::new(true),
-            states: (0..params.cpus)
-                .map(|cpu| Mutex::new(Worker::new(&params, cpu, plan.arena.pages)))
-                .collect(),
-            published: (0..params.cpus).map(|_| Published::default()).collect(),
+            states: states.into_iter().map(Mutex::new).collect(),
             corruption: Mutex::new(None),
         });
         let mut workers = Self { shared, threads: Vec::new() };
@@ -146,8 +171,51 @@ impl Workers {
             self.shared.states.iter().zip(&self.shared.published).zip(states)
         {
             *lock(mine) = *new;
+            published.in_use.store(new.pages_in_use(), Ordering::Relaxed);
             self.shared.publish(published, new, self.shared.now());
         }
+    }
+
+    pub(crate) fn shares(&self) -> Shares {
+        self.shared.shares
+    }
+
+    /// The guest shall have `target` pages; the workers see to it as soon as they run.
+    pub(crate) fn set_balloon_target(&self, target: u64) {
+        let balloon = &self.shared.balloon;
+        *lock(&balloon.trouble) = None;
+        balloon.target.store(target, Ordering::Relaxed);
+        for (limit, pages) in balloon.limits.iter().zip(self.shared.shares.limits(target)) {
+            limit.store(pages, Ordering::Relaxed);
+        }
+    }
+
+    /// Pages that the guest shall have.
+    pub(crate) fn balloon_target(&self) -> u64 {
+        self.shared.balloon.target.load(Ordering::Relaxed)
+    }
+
+    /// Pages that are given back.
+    pub(crate) fn given_back(&self) -> u64 {
+        let in_use = self.shared.published.iter().map(|p| p.in_use.load(Ordering::Relaxed));
+        self.shared.shares.given_back(self.balloon_target(), in_use)
+    }
+
+    /// Why pages could not be given back.
+    pub(crate) fn balloon_trouble(&self) -> Option<String> {
+        lock(&self.shared.balloon.trouble).clone()
+    }
+
+    /// The pages that no worker uses do not come from another host: what there is of them here is given
+    /// back, and the rest may hold anything. Only while parked.
+    pub(crate) fn forget_unused(&self) -> Result<(), MemoryError> {
+        for worker in self.states() {
+            let part = worker.part();
+            if worker.pages_in_use() < part.pages {
+                self.shared.give_back(part, part.pages, worker.pages_in_use())?;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn counters(&self) -> Vec<Counters> {
@@ -215,7 +283,14 @@ impl Shared {
     fn work(&self, cpu: u32, worker: &mut Worker, published: &Published) {
         let params = &self.params;
         let mut pace = Pace::new(params, TICKS_PER_SECOND, self.now());
+        let limit = &self.balloon.limits[cpu as usize];
         while !self.halt.load(Ordering::Relaxed) {
+            let allowed = limit.load(Ordering::Relaxed);
+            if worker.pages_in_use() != allowed {
+                self.fit(limit, allowed, worker);
+                published.in_use.store(worker.pages_in_use(), Ordering::Relaxed);
+                continue;
+            }
             let now = self.now();
             match worker.step(params, &self.memory, &mut pace, now) {
                 Ok(Step::Wrote(index)) => self.mark(index),
@@ -231,6 +306,50 @@ impl Shared {
                 }
             }
             self.publish(published, worker, now);
+        }
+    }
+
+    /// Goes towards using what is allowed. Pages that the host does not take are used again.
+    fn fit(&self, limit: &AtomicU64, allowed: u64, worker: &mut Worker) {
+        let had = worker.pages_in_use();
+        let Some(given) = worker.fit(allowed, GIVE_PAGES) else { return };
+        match self.give_back(worker.part(), had, worker.pages_in_use()) {
+            Ok(zeros) => {
+                expect(&self.memory, zeros, NEVER_WRITTEN);
+                self.mark_table(zeros);
+            }
+            Err(e) => {
+                expect(&self.memory, given, ANYTHING);
+                worker.fit(had, 0);
+                // Unless another target was set meanwhile.
+                let _ = limit.compare_exchange(allowed, had, Ordering::Relaxed, Ordering::Relaxed);
+                *lock(&self.balloon.trouble) = Some(e.to_string());
+            }
+        }
+        self.mark_table(given);
+    }
+
+    /// Gives back what becomes free of `part` when its owner, which does not touch it any more, uses its
+    /// first `has` pages and no longer `had`. These are returned; the others may hold anything.
+    fn give_back(&self, part: Part, had: u64, has: u64) -> Result<Part, MemoryError> {
+        let run = self.shares.freed(part, had, has);
+        let (first, end) = (part.first + has, part.first + had);
+        let zeros = self.shares.pages_at(run, part);
+        for (first, end) in [(first, zeros.first.min(end)), (zeros.first + zeros.pages, end)] {
+            expect(&self.memory, Part { first, pages: end.saturating_sub(first) }, ANYTHING);
+        }
+        if zeros.pages > 0 {
+            self.memory.view().discard(run)?;
+        }
+        Ok(zeros)
+    }
+
+    fn mark_table(&self, pages: Part) {
+        if let Some(marks) = &self.marks
+            && pages.pages > 0
+        {
+            let last = pages.first + pages.pages - 1;
+            (Plan::table_frame(pages.first)..=Plan::table_frame(last)).for_each(|f| marks.mark(f));
         }
     }
 

@@ -1,6 +1,7 @@
 //! The engine end to end, in one process: real guests with a workload, over memory and over QUIC on
 //! loopback.
 
+mod balloon;
 mod cancels;
 mod faults;
 mod moves;

@@ -13,6 +13,8 @@ pub enum Pattern {
     Random,
     /// Any page of the first `set` bytes.
     WorkingSet,
+    /// Any page of `set` bytes that move on through the arena, so that memory grows cold behind them.
+    MovingSet,
     /// No visit after the fill.
     Idle,
     /// One page after the other, only checked. Pages never written are passed over untouched.
@@ -20,10 +22,11 @@ pub enum Pattern {
 }
 
 impl Pattern {
-    const NAMES: [(&'static str, Self); 5] = [
+    const NAMES: [(&'static str, Self); 6] = [
         ("sequential", Self::Sequential),
         ("random", Self::Random),
         ("working-set", Self::WorkingSet),
+        ("moving-set", Self::MovingSet),
         ("idle", Self::Idle),
         ("read", Self::Read),
     ];
@@ -45,6 +48,8 @@ pub struct Params {
     pub arena_bytes: u64,
     /// Bytes of the working set, over all vCPUs.
     pub set_bytes: u64,
+    /// Visits of a page, on average, before the moving set leaves it behind; not 0.
+    pub dwell: u64,
     /// Pages visited in a second, over all vCPUs; 0 for as fast as it can.
     pub rate: u64,
     /// Share of a page's words that is pseudo-random, in percent. The rest repeats one word.
@@ -55,8 +60,11 @@ pub struct Params {
     pub fill_random_percent: u32,
     /// Frequency of the vCPUs' time-stamp counter; 0 for what CPUID says.
     pub tsc_khz: u64,
-    /// Makes the content of two guests differ.
+    /// Makes the content of two guests differ. With one seed, a page at a version is the same in each.
     pub seed: u64,
+    /// Share of the arena, in percent, that differs in no two guests whatever their seeds: the first
+    /// pages of each 16 MiB.
+    pub shared_percent: u32,
 }
 
 /// A word of the command line that is not a parameter.
@@ -76,8 +84,8 @@ impl fmt::Display for BadParam<'_> {
 
 impl core::error::Error for BadParam<'_> {}
 
-const KNOWN: &str =
-    "unknown; parameters are cpus pattern arena set rate random fill fill_random tsc_khz seed";
+const KNOWN: &str = "unknown; parameters are cpus pattern arena set dwell rate random fill fill_random \
+     tsc_khz seed shared";
 const SIZE: &str = "must be bytes, with K, M or G if wanted, in whole pages of 4096 bytes";
 const NUMBER: &str = "must be a number";
 
@@ -93,18 +101,21 @@ impl Params {
         pattern: Pattern::Sequential,
         arena_bytes: 0,
         set_bytes: 64 << 20,
+        dwell: 16,
         rate: 0,
         random_percent: 50,
         fill: false,
         fill_random_percent: 50,
         tsc_khz: 0,
         seed: 1,
+        shared_percent: 0,
     };
 
     /// Reads a command line such as `cpus=2 pattern=working-set set=64M rate=20000`.
     ///
-    /// Left out: 1 vCPU, sequential, all memory, a set of 64 MiB, as fast as it can, 50 % random, no
-    /// fill (`fill_random` as `random`), seed 1. Words that VMMs add for Linux pass: those without
+    /// Left out: 1 vCPU, sequential, all memory, a set of 64 MiB, 16 visits of a page until a moving set
+    /// is past it, as fast as it can, 50 % random, no fill (`fill_random` as `random`), seed 1, nothing
+    /// shared. Words that VMMs add for Linux pass: those without
     /// `=`, with a dot in their name, and `console`, `root`, `reboot`, `panic`, `pci`, `earlyprintk`.
     ///
     /// # Errors
@@ -129,10 +140,18 @@ impl Params {
                         .iter()
                         .find(|(name, _)| *name == value)
                         .map(|(_, pattern)| *pattern)
-                        .ok_or(bad("must be sequential, random, working-set, idle or read"))?;
+                        .ok_or(bad(
+                            "must be sequential, random, working-set, moving-set, idle or read",
+                        ))?;
                 }
                 "arena" => p.arena_bytes = size(value).ok_or(bad(SIZE))?,
                 "set" => p.set_bytes = size(value).filter(|n| *n > 0).ok_or(bad(SIZE))?,
+                "dwell" => {
+                    p.dwell = number()?;
+                    if p.dwell == 0 {
+                        return Err(bad("must be 1 or more"));
+                    }
+                }
                 "rate" => p.rate = number()?,
                 "random" => p.random_percent = percent(value).ok_or(bad("must be 0 to 100"))?,
                 "fill" => {
@@ -145,6 +164,7 @@ impl Params {
                 "fill_random" => fill_random = Some(percent(value).ok_or(bad("must be 0 to 100"))?),
                 "tsc_khz" => p.tsc_khz = number()?,
                 "seed" => p.seed = number()?,
+                "shared" => p.shared_percent = percent(value).ok_or(bad("must be 0 to 100"))?,
                 "console" | "root" | "reboot" | "panic" | "pci" | "earlyprintk" => {}
                 _ if key.contains('.') => {}
                 _ => return Err(bad(KNOWN)),
@@ -152,6 +172,13 @@ impl Params {
         }
         p.fill_random_percent = fill_random.unwrap_or(p.random_percent);
         Ok(p)
+    }
+
+    /// The seed of page `index`.
+    #[inline]
+    pub fn seed_of(&self, index: u32) -> u64 {
+        const PERIOD: u32 = 4096;
+        if index % PERIOD * 100 < self.shared_percent * PERIOD { 0 } else { self.seed }
     }
 
     /// The random share of a page at `version`: the fill writes version 1.
@@ -165,17 +192,20 @@ impl fmt::Display for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "cpus={} pattern={} arena={} set={} rate={} random={} fill={} fill_random={} tsc_khz={} seed={}",
+            "cpus={} pattern={} arena={} set={} dwell={} rate={} random={} fill={} fill_random={} tsc_khz={} \
+             seed={} shared={}",
             self.cpus,
             self.pattern.name(),
             self.arena_bytes,
             self.set_bytes,
+            self.dwell,
             self.rate,
             self.random_percent,
             if self.fill { "all" } else { "none" },
             self.fill_random_percent,
             self.tsc_khz,
-            self.seed
+            self.seed,
+            self.shared_percent
         )
     }
 }
@@ -203,12 +233,13 @@ mod tests {
     fn what_is_printed_is_read_back() {
         let p = Params::parse(
             "console=ttyS0 quiet cpus=4 pattern=working-set arena=1G set=512K rate=20000 random=75 fill=all \
-             virtio_mmio.device=4K@0xd0000000:5 fill_random=100 tsc_khz=2400000 seed=9",
+             virtio_mmio.device=4K@0xd0000000:5 fill_random=100 tsc_khz=2400000 seed=9 dwell=3 shared=60",
         )
         .unwrap();
         assert_eq!((p.cpus, p.pattern, p.arena_bytes), (4, Pattern::WorkingSet, 1 << 30));
         assert_eq!((p.set_bytes, p.rate, p.random_percent), (512 << 10, 20_000, 75));
         assert_eq!((p.percent_at(1), p.percent_at(2)), (100, 75));
+        assert_eq!((p.dwell, p.shared_percent), (3, 60));
         assert_eq!(Params::parse(&p.to_string()), Ok(p));
         for (name, pattern) in Pattern::NAMES {
             assert_eq!(Params::parse(&format!("pattern={name}")).unwrap().pattern, pattern);
@@ -234,6 +265,8 @@ mod tests {
             "fill=some",
             "fill_random=x",
             "ratee=1",
+            "dwell=0",
+            "shared=101",
             "=",
             "arena=é",
         ] {
@@ -241,6 +274,22 @@ mod tests {
             let e = Params::parse(&line).expect_err(word);
             assert_eq!(e.word, word);
             assert!(e.to_string().contains(word), "{e}");
+        }
+    }
+
+    #[test]
+    fn guests_with_one_seed_are_alike_and_others_as_far_as_they_share() {
+        let stamps = |words: &str| {
+            let p = Params::parse(words).unwrap();
+            (0..8192).map(|i| super::super::Stamp::of(&p, i, 1)).collect::<Vec<_>>()
+        };
+        for shared in [0, 25, 60, 100] {
+            let words = |seed| format!("fill=all seed={seed} shared={shared}");
+            let (a, b) = (stamps(&words(1)), stamps(&words(2)));
+            let alike = a.iter().zip(&b).filter(|(a, b)| a == b).count();
+            assert_eq!(alike, (8192_usize * shared).div_ceil(100).next_multiple_of(2), "{shared}");
+            assert_eq!(a, stamps(&words(1)));
+            assert!(a.windows(2).all(|w| w[0] != w[1]), "no two pages of a guest are alike");
         }
     }
 }

@@ -13,10 +13,15 @@ pub const WORDS: usize = 512;
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The version after `version`; 0 stays "never written".
+/// Version of a page that was never written, or was given back to the host since: it is zero.
+pub const NEVER_WRITTEN: u32 = 0;
+/// Version of a page that was out of use: it may hold anything.
+pub const ANYTHING: u32 = u32::MAX;
+
+/// The version after `version`; never one that says that a page was not written.
 pub const fn next_version(version: u32) -> u32 {
     // Not 1, which is the fill's.
-    if version == u32::MAX { 2 } else { version + 1 }
+    if version >= ANYTHING - 1 { 2 } else { version + 1 }
 }
 
 /// The content of one page at one version.
@@ -28,6 +33,12 @@ pub struct Stamp {
 }
 
 impl Stamp {
+    /// Content of page `index` at `version` of a guest with these parameters.
+    #[inline]
+    pub fn of(params: &super::Params, index: u32, version: u32) -> Self {
+        Self::new(params.seed_of(index), index, version, params.percent_at(version))
+    }
+
     /// Content of page `index` at `version`, with `random_percent` (at most 100) of its words random.
     pub fn new(seed: u64, index: u32, version: u32, random_percent: u32) -> Self {
         let head = u64::from(version) << 32 | u64::from(index);
@@ -162,8 +173,7 @@ impl Mismatch {
         found: u64,
         head: [u64; 2],
     ) -> Self {
-        let of =
-            |index, version| Stamp::new(params.seed, index, version, params.percent_at(version));
+        let of = |index, version| Stamp::of(params, index, version);
         #[expect(clippy::cast_possible_truncation, reason = "the low half is the index")]
         let found_index = head[0] as u32;
         #[expect(clippy::cast_possible_truncation, reason = "a word number is below 512")]
@@ -240,7 +250,8 @@ mod tests {
 
     #[test]
     fn versions_never_come_back_to_unwritten_or_to_the_fill() {
-        assert_eq!(next_version(0), 1);
-        assert_eq!(next_version(u32::MAX), 2);
+        assert_eq!(next_version(NEVER_WRITTEN), 1);
+        assert_eq!(next_version(ANYTHING), 2);
+        assert_eq!(next_version(ANYTHING - 1), 2);
     }
 }

@@ -7,7 +7,10 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use super::{Mismatch, Pace, Params, Part, Pattern, Stamp, WORDS, Walk, next_version};
+use super::{
+    ANYTHING, Mismatch, NEVER_WRITTEN, Pace, Params, Part, Pattern, Stamp, WORDS, Walk,
+    next_version,
+};
 
 /// Where the arena and the table of versions lie.
 ///
@@ -37,6 +40,8 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Worker {
     part: Part,
+    /// The first pages of `part`: what it goes over.
+    in_use: Part,
     /// Its place in the pattern.
     pub walk: Walk,
     /// Pages of its part that the fill wrote.
@@ -50,8 +55,10 @@ pub struct Worker {
 impl Worker {
     /// vCPU `cpu`, below `params.cpus`, at the beginning.
     pub fn new(params: &Params, cpu: u32, arena_pages: u64) -> Self {
+        let part = Part::of(cpu, params.cpus, arena_pages);
         Self {
-            part: Part::of(cpu, params.cpus, arena_pages),
+            part,
+            in_use: part,
             walk: Walk::new(params.seed, cpu),
             filled: 0,
             written: 0,
@@ -62,6 +69,26 @@ impl Worker {
     /// Whether the fill of its part is not done.
     pub fn filling(&self, params: &Params) -> bool {
         params.fill && self.filled < self.part.pages
+    }
+
+    /// The pages that it owns.
+    pub fn part(&self) -> Part {
+        self.part
+    }
+
+    /// How many of them, the first ones, it uses.
+    pub fn pages_in_use(&self) -> u64 {
+        self.in_use.pages
+    }
+
+    /// Goes towards using the first `allowed` pages of its part, and at least one. It takes all that are
+    /// allowed at once, and stops using at most `most` in one call: these are returned, and it does not
+    /// touch them any more. Say what they are [expected](expect) to hold when they are taken again.
+    pub fn fit(&mut self, allowed: u64, most: u64) -> Option<Part> {
+        let had = self.in_use.pages;
+        self.in_use.pages = allowed.max(had.saturating_sub(most)).clamp(1, self.part.pages);
+        let given = had.checked_sub(self.in_use.pages).filter(|pages| *pages > 0)?;
+        Some(Part { first: self.in_use.first + self.in_use.pages, pages: given })
     }
 
     /// Visits the next page, if one is due. The fill is not held back by `pace`.
@@ -78,12 +105,17 @@ impl Worker {
     ) -> Result<Step, Mismatch> {
         let fill = self.filling(params);
         let index = if fill {
+            if self.filled >= self.in_use.pages {
+                // The rest is not here to be filled.
+                self.filled = self.part.pages;
+                return Ok(Step::Checked);
+            }
             self.filled += 1;
             self.part.first + self.filled - 1
         } else if params.pattern == Pattern::Idle || !pace.due(now) {
             return Ok(Step::Wait);
         } else {
-            match self.walk.next(params, self.part) {
+            match self.walk.next(params, self.in_use) {
                 Some(index) => index,
                 None => return Ok(Step::Wait),
             }
@@ -94,7 +126,7 @@ impl Worker {
         // SAFETY: parts lie inside the arena, and the trait's contract covers every page of it.
         let table = unsafe { AtomicU32::from_ptr(arena.expected(index)) };
         let version = table.load(Relaxed);
-        if version != 0 {
+        if version != NEVER_WRITTEN && version != ANYTHING {
             // SAFETY: as above.
             unsafe { check(params, page, number, version)? };
             self.checked += 1;
@@ -105,7 +137,7 @@ impl Worker {
         let next = next_version(version);
         // SAFETY: as above.
         unsafe {
-            if version == 0 {
+            if version == NEVER_WRITTEN {
                 check_blank(params, page, number)?;
             }
             write(params, page, number, next);
@@ -114,6 +146,20 @@ impl Worker {
         self.written += 1;
         Ok(Step::Wrote(index))
     }
+}
+
+/// Says that `pages`, which no worker uses, hold [zeros](NEVER_WRITTEN) or [`ANYTHING`].
+pub fn expect(arena: &impl Arena, pages: Part, version: u32) {
+    for index in pages.first..pages.first + pages.pages {
+        // SAFETY: parts lie inside the arena, and the trait's contract covers every page of it.
+        unsafe { AtomicU32::from_ptr(arena.expected(index)) }.store(version, Relaxed);
+    }
+}
+
+/// The version that page `index`, below the arena's length, is expected to have.
+pub fn expected(arena: &impl Arena, index: u64) -> u32 {
+    // SAFETY: the trait's contract covers every page of the arena.
+    unsafe { AtomicU32::from_ptr(arena.expected(index)) }.load(Relaxed)
 }
 
 /// # Safety
@@ -126,7 +172,7 @@ unsafe fn word<'a>(page: *mut u64, i: usize) -> &'a AtomicU64 {
 /// # Safety
 /// `page` points to the [`WORDS`] words of a page.
 unsafe fn check(params: &Params, page: *mut u64, index: u32, version: u32) -> Result<(), Mismatch> {
-    let stamp = Stamp::new(params.seed, index, version, params.percent_at(version));
+    let stamp = Stamp::of(params, index, version);
     // SAFETY: the caller's promise; `try_each` stays below `WORDS`.
     let load = |i| unsafe { word(page, i) }.load(Relaxed);
     match stamp.try_each(|i, wanted| load(i) == wanted) {
@@ -154,7 +200,7 @@ unsafe fn check_blank(params: &Params, page: *mut u64, index: u32) -> Result<(),
 /// # Safety
 /// `page` points to the [`WORDS`] words of a page.
 unsafe fn write(params: &Params, page: *mut u64, index: u32, version: u32) {
-    let stamp = Stamp::new(params.seed, index, version, params.percent_at(version));
+    let stamp = Stamp::of(params, index, version);
     stamp.try_each(|i, wanted| {
         // SAFETY: the caller's promise; `try_each` stays below `WORDS`.
         unsafe { word(page, i) }.store(wanted, Relaxed);
@@ -277,5 +323,52 @@ mod tests {
         assert_eq!((worker.written, worker.checked), (4, 8));
         ram.put(2, &[0; WORDS]);
         assert_eq!(ram.pass(&params, &mut worker).unwrap_err().kind, Kind::Zero);
+    }
+
+    fn visited(ram: &Ram) -> Vec<bool> {
+        ram.table.iter().map(|v| ![NEVER_WRITTEN, ANYTHING].contains(&v.load(Relaxed))).collect()
+    }
+
+    #[test]
+    fn pages_out_of_use_are_touched_by_no_pattern_and_not_by_the_fill() {
+        for words in ["", "pattern=random", "pattern=read", "pattern=moving-set set=8K", "fill=all"]
+        {
+            let params = Params::parse(words).unwrap();
+            let (ram, mut worker) = (Ram::new(), Worker::new(&params, 0, Ram::PAGES.into()));
+            assert_eq!(worker.fit(2, 1), Some(Part { first: 3, pages: 1 }));
+            assert_eq!(worker.fit(2, 1), Some(Part { first: 2, pages: 1 }));
+            assert_eq!(worker.fit(2, 1), None);
+            for page in [2, 3] {
+                // Whoever reads it finds it wrong.
+                ram.put(page, &[9; WORDS]);
+            }
+            for _ in 0..20 {
+                ram.pass(&params, &mut worker).unwrap();
+            }
+            assert!(!worker.filling(&params));
+            assert_eq!(&visited(&ram)[2..], [false, false], "{words}");
+            assert_eq!(
+                worker.fit(0, 9),
+                Some(Part { first: 1, pages: 1 }),
+                "one page always stays"
+            );
+        }
+    }
+
+    #[test]
+    fn a_page_back_in_use_is_zero_or_anything_as_was_said_and_checked_from_then_on() {
+        let (ram, params, mut worker) = after_passes("fill=all", 3);
+        let given = worker.fit(2, 9).unwrap();
+        expect(&ram, given, ANYTHING);
+        ram.put(3, &[9; WORDS]);
+        assert_eq!(worker.fit(9, 1), None);
+        assert_eq!(worker.pages_in_use(), 4, "what is allowed is taken at once");
+        ram.pass(&params, &mut worker).unwrap();
+        assert_eq!(visited(&ram), [true; 4]);
+        let given = worker.fit(3, 9).unwrap();
+        expect(&ram, given, NEVER_WRITTEN);
+        worker.fit(4, 0);
+        let found = ram.pass(&params, &mut worker).unwrap_err();
+        assert_eq!((found.kind, found.index), (Kind::NotBlank, 3));
     }
 }

@@ -50,6 +50,13 @@ impl Walk {
                 let set = params.set_bytes / PAGE_BYTES / u64::from(params.cpus);
                 Some(part.first + self.below(set.clamp(1, part.pages)))
             }
+            Pattern::MovingSet => {
+                let set = params.set_bytes / PAGE_BYTES / u64::from(params.cpus);
+                self.position = self.position.wrapping_add(1);
+                // It moves on by a page each `dwell` visits, and is past a page after `set` times that.
+                let begin = self.position / params.dwell.max(1) % part.pages;
+                Some(part.first + (begin + self.below(set.clamp(1, part.pages))) % part.pages)
+            }
         }
     }
 
@@ -134,6 +141,8 @@ mod tests {
             ("pattern=working-set set=40K cpus=2", 5),
             ("pattern=working-set set=1G", 50),
             ("pattern=working-set set=4K cpus=2", 1),
+            ("pattern=moving-set set=40K cpus=2", 50),
+            ("pattern=moving-set set=1G", 50),
         ] {
             let mut walk = Walk::new(3, 1);
             let seen: std::collections::BTreeSet<_> =
@@ -142,6 +151,27 @@ mod tests {
             assert!(seen.iter().all(|i| (100..150).contains(i)), "{words}");
         }
         assert_eq!(Walk::new(3, 1).next(&params("pattern=idle"), part), None);
+    }
+
+    #[test]
+    fn a_moving_set_leaves_pages_behind_after_so_many_visits_and_comes_round() {
+        let (params, part) =
+            (params("pattern=moving-set set=40K dwell=200"), Part { first: 100, pages: 50 });
+        let mut walk = Walk::new(3, 0);
+        let mut visits = |pages: u64| {
+            let mut visits = [0; 50];
+            for _ in 0..pages * 200 {
+                let page = walk.next(&params, part).unwrap() - part.first;
+                visits[usize::try_from(page).unwrap()] += 1;
+            }
+            visits
+        };
+        let early = visits(20);
+        assert!(early[30..].iter().all(|n| *n == 0), "{early:?}");
+        assert!(early[10..20].iter().all(|n| (100..400).contains(n)), "{early:?}");
+        let later = visits(20);
+        assert!(later[..20].iter().all(|n| *n == 0), "{later:?}");
+        assert!(visits(20)[..10].iter().any(|n| *n > 0));
     }
 
     #[test]

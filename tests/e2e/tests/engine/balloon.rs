@@ -1,0 +1,233 @@
+//! Guests give memory back by their balloons, under load, up and down, and while they are moved: they
+//! check every page all the time.
+
+use std::time::Duration;
+
+use ferry_guest::status::{self, StatusView};
+use ferry_migrate::{Arrival, Guest, Mode, OutcomeKind, SendOptions};
+use ferry_process_guest::{ProcessGuest, Tracker};
+use ferry_refvmm::{DirtyLog, Machine};
+
+use crate::stage::{
+    Destination, Dice, Huge, HugePages, Kvm, Link, Maker, Process, Subject, eventually, goes_on,
+    has_kvm, migrate,
+};
+use crate::{MIB, assert_completed, options};
+
+const MEMORY: u64 = 64 * MIB;
+/// All of memory, by two workers.
+const WHOLE: &str = "pattern=random fill=all random=20";
+
+/// A guest with a balloon.
+trait Ballooned: Subject {
+    /// Sets how much memory it shall have.
+    fn shall_have(&self, bytes: u64);
+    /// Bytes that it gave back, as its host knows it.
+    fn given(&self) -> u64;
+    /// The same, as the guest knows it.
+    fn says_given(&self) -> u64;
+    /// What was wrong with its requests.
+    fn trouble(&self) -> Option<String>;
+}
+
+impl Ballooned for ProcessGuest {
+    fn shall_have(&self, bytes: u64) {
+        self.set_balloon_target(bytes).unwrap();
+    }
+    fn given(&self) -> u64 {
+        self.balloon_bytes()
+    }
+    fn says_given(&self) -> u64 {
+        self.balloon_bytes()
+    }
+    fn trouble(&self) -> Option<String> {
+        self.balloon_trouble()
+    }
+}
+
+impl Ballooned for Machine {
+    fn shall_have(&self, bytes: u64) {
+        self.set_balloon_target(bytes).unwrap();
+    }
+    fn given(&self) -> u64 {
+        self.balloon().ballooned_bytes
+    }
+    fn says_given(&self) -> u64 {
+        let mut page = vec![0; status::BYTES];
+        self.memory().read(status::GPA >> 12, &mut page).unwrap();
+        StatusView::parse(&page).unwrap().ballooned_pages() * 4096
+    }
+    fn trouble(&self) -> Option<String> {
+        self.balloon().last_trouble
+    }
+}
+
+fn process(tracker: Tracker) -> Process {
+    Process { tracker, memory_bytes: MEMORY, workload: WHOLE.into() }
+}
+
+fn kvm(dirty_log: DirtyLog) -> Kvm {
+    Kvm { dirty_log, memory_bytes: MEMORY, workload: WHOLE.into() }
+}
+
+fn resident_bytes(guest: &impl Guest) -> u64 {
+    guest.memory().resident().unwrap().len() * 4096
+}
+
+/// As exactly as pages go: huge ones are only given back when a worker gave up all of one.
+fn slack(guest: &impl Guest) -> u64 {
+    guest.memory().regions().iter().map(|r| if r.unit > 1 { 8 * MIB } else { 0 }).max().unwrap()
+}
+
+fn reaches(guest: &impl Ballooned, target: u64) {
+    guest.shall_have(target);
+    arrives_at(guest, target);
+}
+
+fn arrives_at(guest: &impl Ballooned, target: u64) {
+    eventually("the target is reached", || {
+        let given = MEMORY - target..=MEMORY - target + slack(guest);
+        given.contains(&guest.given()) && given.contains(&guest.says_given())
+            || guest.wrong().is_some()
+    });
+    assert_eq!((guest.wrong(), guest.trouble()), (None, None));
+}
+
+fn gives_back_and_takes(guest: &impl Ballooned) {
+    for target in [40 * MIB, 16 * MIB, 16 * MIB + 4096, 50 * MIB] {
+        let before = guest.given();
+        reaches(guest, target);
+        goes_on(guest, 4000);
+        let resident = resident_bytes(guest);
+        assert!(resident <= target + slack(guest), "{resident} bytes, and {before} were given");
+    }
+    reaches(guest, MEMORY);
+    goes_on(guest, 40_000);
+    assert!(resident_bytes(guest) > 50 * MIB);
+}
+
+#[test]
+fn a_guest_under_load_gives_memory_back_and_takes_it_again() {
+    gives_back_and_takes(&process(Tracker::Software).busy_guest());
+    if has_kvm() {
+        gives_back_and_takes(&kvm(DirtyLog::Auto).busy_guest());
+        if let Some(_host) = HugePages::reserve(2 * MEMORY) {
+            gives_back_and_takes(&Huge(kvm(DirtyLog::Auto)).busy_guest());
+        }
+    }
+}
+
+#[test]
+fn a_target_that_does_not_stay_makes_no_page_wrong() {
+    if !has_kvm() {
+        return;
+    }
+    for workload in [WHOLE, "", "pattern=idle fill=all", "pattern=moving-set set=8M arena=40M"] {
+        let guest = Kvm { workload: workload.into(), ..kvm(DirtyLog::Auto) }.new_guest();
+        eventually("the balloon has a driver", || {
+            guest.balloon().driver || guest.wrong().is_some()
+        });
+        let mut dice = Dice(7);
+        for _ in 0..15 {
+            guest.shall_have(8 * MIB + dice.below(56 * MIB / 4096) * 4096);
+            std::thread::sleep(Duration::from_millis(dice.below(120)));
+        }
+        reaches(&guest, 12 * MIB);
+        assert!(resident_bytes(&guest) <= 12 * MIB, "{workload}");
+        reaches(&guest, MEMORY);
+        if !workload.contains("idle") {
+            goes_on(&guest, 4000);
+        }
+    }
+}
+
+#[test]
+fn the_guest_tells_how_much_memory_it_has_and_uses() {
+    if !has_kvm() {
+        return;
+    }
+    let guest =
+        Kvm { workload: "pattern=working-set set=8M".into(), ..kvm(DirtyLog::Auto) }.busy_guest();
+    goes_on(&guest, 40_000);
+    let ask = || {
+        let before = guest.balloon().statistics_count;
+        guest.ask_balloon_statistics();
+        eventually("it answers", || guest.balloon().statistics_count > before);
+        let figures = guest.balloon().statistics.unwrap();
+        (figures.total_bytes.unwrap(), figures.free_bytes.unwrap())
+    };
+    let (total, free) = ask();
+    assert!((60 * MIB..MEMORY).contains(&total), "{total}");
+    assert!((total - free).abs_diff(8 * MIB) < MIB / 4, "{free} of {total} are free");
+    reaches(&guest, 32 * MIB);
+    assert_eq!(ask(), (total - 32 * MIB, free - 32 * MIB));
+}
+
+/// Moves a guest with half its memory in the balloon, there and back, and goes on with it.
+fn moves_half_empty<M: Maker>(maker: &M, mode: Mode)
+where
+    M::Subject: Ballooned,
+{
+    let mut guest = maker.busy_guest();
+    reaches(&guest, MEMORY / 2);
+    for target in [MEMORY / 4, MEMORY / 2 + 4 * MIB, MEMORY] {
+        let there = MEMORY - guest.given();
+        let destination = Destination::start(Link::Memory, maker.host());
+        let how = SendOptions { mode, rejoin_for: Duration::from_secs(30), ..options(2) };
+        assert_completed(&migrate(&mut guest, &destination.connector, &how));
+        let (arrived, arrival) = destination.arrival().expect("a machine");
+        assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
+        arrives_at(&arrived, there);
+        assert!(resident_bytes(&arrived) <= there + slack(&arrived));
+        goes_on(&arrived, 4000);
+        reaches(&arrived, target);
+        goes_on(&arrived, 4000);
+        guest = arrived;
+    }
+}
+
+#[test]
+fn a_machine_moves_with_its_balloon_in_every_mode_and_goes_on_with_it() {
+    for mode in [Mode::PreCopy, Mode::PostCopy, Mode::Hybrid] {
+        println!("{mode:?}");
+        moves_half_empty(&process(Tracker::UffdWriteProtect), mode);
+        if mode == Mode::PreCopy {
+            moves_half_empty(&process(Tracker::Software), mode);
+        }
+        if has_kvm() {
+            moves_half_empty(&kvm(DirtyLog::Auto), mode);
+        }
+    }
+}
+
+/// The target changes while the pages travel: what was sent is given back, and taken again, on the way.
+/// Whether the guest finds a wrong page is asked here, not whether both sides hold the same in pages that
+/// no vCPU uses.
+#[test]
+fn a_machine_that_moves_while_its_balloon_changes_finds_no_wrong_page() {
+    if !has_kvm() {
+        return;
+    }
+    for (mode, workload) in [(Mode::PreCopy, WHOLE), (Mode::Hybrid, "fill=all rate=20000")] {
+        let maker = Kvm { workload: workload.into(), ..kvm(DirtyLog::Auto) };
+        let mut guest = maker.busy_guest();
+        for target in [MEMORY / 4, MEMORY, MEMORY / 2] {
+            let destination = Destination::start(Link::Memory, maker.host());
+            let slow = Some(80_000_000);
+            let how = SendOptions { mode, bandwidth_bytes_per_s: slow, ..options(2) };
+            let handle = guest.clone();
+            let changes = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(100));
+                // Not while its permit is out.
+                let _ = handle.set_balloon_target(target);
+            });
+            let sent = migrate(&mut guest, &destination.connector, &how);
+            changes.join().unwrap();
+            assert_eq!(sent.report.outcome, OutcomeKind::Completed, "{}", sent.report.reason);
+            let (arrived, _) = destination.arrival().expect("a machine");
+            reaches(&arrived, target);
+            goes_on(&arrived, 10_000);
+            guest = arrived;
+        }
+    }
+}
