@@ -11,6 +11,8 @@
 //!                                     as much as brings it to its allocation
 //! ```
 //!
+//! While enough is free, all may grow, by an eighth of their size in a step as far as there is memory.
+//!
 //! Two sums never exceed what there is: that of the allocations leaves the headroom free, that of what all may
 //! hold at most a third of it. So the budget is kept whatever guests do between two steps, if pages are swapped
 //! at that bound. The rest of the headroom is where memory is taken back without swapping.
@@ -32,8 +34,8 @@ use crate::target::{Means, Step, Target};
 pub const BALLOON_PATIENCE: Duration = Duration::from_secs(5);
 /// How long merging equal pages may.
 pub const SHARE_PATIENCE: Duration = Duration::from_secs(5);
-/// Equal pages are looked for until memory was not short for so long.
-const SHARE_REST: Duration = Duration::from_secs(60);
+/// Equal pages are looked for, and balloons that did not deliver are remembered, until memory was not short for so long.
+const REST: Duration = Duration::from_secs(60);
 /// Pages that came back from swap in the last so many seconds are in use.
 const SWAPPED_IN_S: u64 = 10;
 /// Percent of its memory that a guest keeps, whatever is asked for: balloons take 65 % at most, as in ESX.
@@ -68,6 +70,8 @@ struct Tracked {
     /// What it holds, as far as is known, in bytes.
     held: u64,
     at_most: u64,
+    /// Memory that it touched for the first time, or that came back, since the step before, in bytes.
+    grew: u64,
     /// Memory that its guest shall have, in bytes; none before it was seen.
     guest: Option<u64>,
     late: Option<Late>,
@@ -101,6 +105,7 @@ impl Manager {
             last: Observed::default(),
             held: 0,
             at_most: 0,
+            grew: 0,
             guest: None,
             late: None,
         });
@@ -162,11 +167,11 @@ impl Manager {
     }
 
     fn share(&mut self, now: Duration, merging: bool) {
-        if self.level == Level::High {
-            let since = *self.high_since.get_or_insert(now);
-            self.sharing &= now.saturating_sub(since) < SHARE_REST;
-        } else {
+        if self.level != Level::High {
             self.high_since = None;
+        } else if now.saturating_sub(*self.high_since.get_or_insert(now)) >= REST {
+            self.sharing = false;
+            self.machines.iter_mut().for_each(|t| t.late = None);
         }
         self.sharing |= merging || self.level >= Level::Hard;
     }
@@ -178,26 +183,38 @@ struct Due {
     held: u64,
     allocation: u64,
     at_most: u64,
+    /// How much more it may hold, and is likely to take until the next step.
+    soon: u64,
+    /// How much more it may hold than that.
+    later: u64,
     means: Means,
 }
 
 /// Gives what nobody holds to those who may hold more, and has no sum of promises above `bound`.
 fn finance(bound: u64, all: &mut [Due]) {
-    // What is to be given back is there only when it was given back.
-    let taken = sum(all, |d| d.at_most.max(d.held));
-    let wish = |d: &Due| d.allocation.saturating_sub(d.at_most.max(d.held));
-    let (left, wishes) = (bound.saturating_sub(taken), sum(all, wish));
-    let above = |d: &Due| d.at_most.saturating_sub(d.allocation);
-    let (over, can_fall) = (sum(all, |d| d.at_most).saturating_sub(bound), sum(all, above));
-    for due in all {
-        due.at_most += part(left.min(wishes), wish(due), wishes);
-        // Rounded up: a sum must not exceed the bound by what rounding leaves.
-        let stays = part(can_fall - over.min(can_fall), above(due), can_fall);
-        let cut = above(due) - stays;
-        due.at_most -= cut;
-        if due.at_most < due.held && cut > 0 {
-            due.means = Means::Swap;
+    let promised = sum(all, |d| d.at_most);
+    if promised > bound {
+        let above = |d: &Due| d.at_most.saturating_sub(d.allocation);
+        let can_fall = sum(all, above);
+        let stays = can_fall.saturating_sub(promised - bound);
+        for due in all {
+            due.at_most -= above(due) - part(stays, above(due), can_fall);
+            if due.at_most < due.held {
+                due.means = Means::Swap;
+            }
         }
+        return;
+    }
+    // What is to be given back is there only when it was given back.
+    let mut left = bound.saturating_sub(sum(all, |d| d.at_most.max(d.held)));
+    // First as much as each is likely to take, then as much as it may have.
+    for wish in [|d: &Due| d.soon, |d: &Due| d.later] {
+        let wishes = sum(all, wish);
+        let given = left.min(wishes);
+        for due in &mut *all {
+            due.at_most += part(given, wish(due), wishes);
+        }
+        left -= given;
     }
 }
 
@@ -220,6 +237,8 @@ impl Tracked {
         let back = seen.swap_in_bytes_per_s.saturating_mul(SWAPPED_IN_S).min(seen.swapped_bytes);
         let active = seen.active_bytes.unwrap_or(seen.resident_bytes).saturating_add(back);
         self.activity.look(now, active.min(seen.touched_bytes()));
+        let grew = seen.touched_bytes().saturating_sub(self.last.touched_bytes());
+        self.grew = grew.max(seen.swap_in_bytes_per_s);
         self.last = *seen;
         self.held = seen.held_bytes();
         let size = self.machine.size_bytes;
@@ -249,8 +268,10 @@ impl Tracked {
         let Machine { size_bytes, limit_bytes, can_balloon, can_share, .. } = self.machine;
         let held = self.held;
         let step = size_bytes / 8;
-        let means = if held <= allocation.saturating_add(slack) || level == Level::High {
+        if held <= allocation.saturating_add(slack) {
             self.late = None;
+        }
+        let means = if held <= allocation.saturating_add(slack) || level == Level::High {
             Means::Nothing
         } else {
             let has = size_bytes.saturating_sub(self.last.ballooned_bytes);
@@ -273,7 +294,14 @@ impl Tracked {
         };
         // A machine without swap cannot be held to anything: it has all of its size as a floor.
         let at_most = at_most.clamp(self.machine.floor_bytes(), limit_bytes);
-        Due { held, allocation, at_most, means }
+        let may_hold = match level {
+            Level::High => allocation.max(held.saturating_add(step)).min(limit_bytes),
+            _ => allocation,
+        };
+        let more = may_hold.saturating_sub(held.max(at_most));
+        // It may grow twice as fast as it did, and begin at some pace.
+        let soon = more.min(self.grew.saturating_mul(2).max(size_bytes / 64));
+        Due { held, allocation, at_most, soon, later: more - soon, means }
     }
 
     /// For how long balloon and merging have not brought an eighth of what is due.
@@ -306,7 +334,7 @@ impl Tracked {
     }
 
     /// Memory that the guest shall have. It is raised whenever the allocation allows, but lowered only while memory
-    /// is short, both by no more than a quarter of the machine in a step.
+    /// is short, and no more than a quarter of the machine is moved that the guest uses.
     fn guest_bytes(&mut self, allocation: u64, level: Level, slack: u64) -> u64 {
         let Machine { size_bytes, limit_bytes, can_balloon, .. } = self.machine;
         if !can_balloon {
@@ -314,16 +342,19 @@ impl Tracked {
         }
         // What is merged costs nothing, so the guest may have it beside.
         let wanted = allocation.saturating_add(self.last.saved_bytes) / PAGE_BYTES * PAGE_BYTES;
-        let wanted = wanted.max(self.guest_keeps()).min(size_bytes);
+        let keeps = self.guest_keeps();
+        let wanted = wanted.max(keeps).min(size_bytes);
         let least = if level == Level::High { wanted.max(limit_bytes) } else { wanted };
         let step = size_bytes / 4;
         let guest = self.guest.get_or_insert(size_bytes);
         if *guest > least.saturating_add(slack) {
-            *guest = least.max(*guest - step.min(*guest));
+            // It does not miss what it never touched.
+            let uses = self.last.resident_bytes.saturating_add(self.last.swapped_bytes).min(*guest);
+            *guest = least.max(uses.saturating_sub(step));
         } else if wanted > guest.saturating_add(slack) || wanted == size_bytes {
             *guest = wanted.min(guest.saturating_add(step)).max(*guest);
         }
-        *guest = guest.next_multiple_of(PAGE_BYTES);
+        *guest = (*guest).max(keeps).next_multiple_of(PAGE_BYTES);
         *guest
     }
 }
