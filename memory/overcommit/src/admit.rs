@@ -102,7 +102,7 @@ pub fn needs(host: &Host, machines: &[Machine]) -> Held {
 /// # Errors
 /// Why not, with the numbers.
 pub fn hold(host: &Host, machines: &[Machine]) -> Result<Held, Refusal> {
-    check(host, machines, || "this".into())
+    check(host, machines, || "the plan".into())
 }
 
 /// Whether `host`, which holds `machines`, can hold `new` as well.
@@ -158,8 +158,10 @@ fn count(machines: &[Machine]) -> u64 {
     u64::try_from(machines.len()).unwrap_or(u64::MAX)
 }
 
+/// What is missing, in whole MiB: so much more is enough.
 fn missing(needed: u64, there: u64) -> Option<Size> {
-    needed.checked_sub(there).filter(|short| *short > 0).map(Size)
+    let short = needed.checked_sub(there).filter(|short| *short > 0)?;
+    Some(Size(short.next_multiple_of(1 << 20)))
 }
 
 #[cfg(test)]

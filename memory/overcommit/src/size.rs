@@ -49,14 +49,16 @@ impl fmt::Display for Size {
         let Some((unit, shift)) = UNITS.into_iter().find(|(_, shift)| self.0 >> shift > 0) else {
             return write!(f, "{} bytes", self.0);
         };
+        // In whole units where that is short: it is exact, and can be written into a plan.
+        for (unit, shift) in UNITS {
+            let whole = self.0 >> shift;
+            if whole << shift == self.0 && whole < 10_000 {
+                return write!(f, "{whole} {unit}");
+            }
+        }
         // Rounded down: what is said to be there is there.
         let hundredths = (u128::from(self.0) * 100) >> shift;
-        let (whole, part) = (hundredths / 100, hundredths % 100);
-        match (part, part % 10) {
-            (0, _) => write!(f, "{whole} {unit}"),
-            (_, 0) => write!(f, "{whole}.{} {unit}", part / 10),
-            _ => write!(f, "{whole}.{part:02} {unit}"),
-        }
+        write!(f, "{}.{:02} {unit}", hundredths / 100, hundredths % 100)
     }
 }
 
@@ -70,12 +72,12 @@ mod tests {
             ("0", 0, "0 bytes"),
             ("1023", 1023, "1023 bytes"),
             ("512M", 512 << 20, "512 MiB"),
-            ("1536m", 1536 << 20, "1.5 GiB"),
+            ("1536m", 1536 << 20, "1536 MiB"),
             ("4 GiB", 4 << 30, "4 GiB"),
             ("2T", 2 << 40, "2 TiB"),
-            ("1025K", 1025 << 10, "1 MiB"),
-            ("1034K", 1034 << 10, "1 MiB"),
-            ("1086K", 1086 << 10, "1.06 MiB"),
+            ("1025K", 1025 << 10, "1025 KiB"),
+            ("10001K", 10001 << 10, "9.76 MiB"),
+            ("1000000001", 1_000_000_001, "953.67 MiB"),
             ("18446744073709551615", u64::MAX, "16777215.99 TiB"),
         ] {
             assert_eq!(written.parse(), Ok(Size(bytes)));

@@ -129,15 +129,7 @@ impl Model {
     pub(crate) fn new(host: Host) -> Self {
         let mut manager = Manager::new(host);
         let last = manager.step(Duration::ZERO, &HostSeen::default(), &BTreeMap::new());
-        Self {
-            host,
-            manager,
-            machines: Vec::new(),
-            now: Duration::ZERO,
-            others: 0,
-            hide: None,
-            last,
-        }
+        Self { manager, machines: Vec::new(), now: Duration::ZERO, others: 0, hide: None, last }
     }
 
     pub(crate) fn try_start(&mut self, machine: Machine, guest: Guest) -> bool {
