@@ -55,7 +55,7 @@ pub struct Manager {
 /// What is seen of the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct HostSeen {
-    /// Physical memory of the budget that is in use, in bytes.
+    /// Physical memory of the budget that is in use, in bytes; not page cache that the kernel can drop at any time.
     pub used_bytes: u64,
     /// How long tasks waited for memory.
     pub pressure: Pressure,
@@ -294,6 +294,7 @@ impl Tracked {
         };
         // A machine without swap cannot be held to anything: it has all of its size as a floor.
         let at_most = at_most.clamp(self.machine.floor_bytes(), limit_bytes);
+        let means = if at_most < held { Means::Swap } else { means };
         let may_hold = match level {
             Level::High => allocation.max(held.saturating_add(step)).min(limit_bytes),
             _ => allocation,

@@ -47,16 +47,20 @@ fn turns(series: &[u64], noise: u64) -> usize {
 
 #[test]
 fn a_constant_load_comes_to_rest_without_swinging() {
-    for touched in [GIB, 2 * GIB, 3 * GIB] {
-        let mut model = three(|i, _, guest| {
+    for (touched, balloons) in
+        [GIB, 2 * GIB, 3 * GIB].into_iter().flat_map(|t| [(t, true), (t, false)])
+    {
+        let mut model = three(|i, machine, guest| {
+            machine.can_balloon = balloons;
             guest.touches = touched;
             guest.works_on = [3 * GIB, GIB, 0][i].min(touched);
         });
-        let mut series: [Vec<u64>; 3] = Default::default();
+        let mut series: [Vec<u64>; 6] = Default::default();
         for _ in 0..600 {
             let step = model.step();
-            for (line, target) in series.iter_mut().zip(&step.targets) {
-                line.push(target.guest_bytes);
+            let figures = step.targets.iter().flat_map(|t| [t.guest_bytes, t.allocation_bytes]);
+            for (line, figure) in series.iter_mut().zip(figures) {
+                line.push(figure);
             }
         }
         for line in &series {
@@ -70,9 +74,24 @@ fn a_constant_load_comes_to_rest_without_swinging() {
                 &line[300..]
             );
         }
-        let faults = model.swapped_in_last(100);
-        assert_eq!(faults[2], 0, "who does nothing waits for nothing");
+        let back = model.swapped_in_last(100);
+        assert_eq!(back[2], 0, "who does nothing waits for nothing");
     }
+}
+
+#[test]
+fn a_load_that_swings_moves_less_memory_than_it_swings() {
+    let mut model = three(|_, _, guest| guest.touches = 3 * GIB);
+    model.guest("b").works_on = 2 * GIB;
+    let mut guest_bytes = Vec::new();
+    for second in 0..600 {
+        model.guest("a").works_on = GIB + if second / 5 % 2 == 0 { 0 } else { 512 * MIB };
+        guest_bytes.push(model.step().targets[0].guest_bytes);
+    }
+    let late = &guest_bytes[300..];
+    let moved: u64 = late.windows(2).map(|pair| pair[0].abs_diff(pair[1])).sum();
+    // It swings 60 times by 512 MiB.
+    assert!(moved < 60 * 512 * MIB / 10, "{} MiB: {late:?}", moved / MIB);
 }
 
 #[test]
