@@ -64,6 +64,9 @@ pub(crate) enum Command {
     /// Look at bundles, and lend them to other hosts.
     #[command(subcommand)]
     Bundle(Bundle),
+    /// Plan how machines share less memory than they have in all.
+    #[command(subcommand)]
+    Memory(Memory),
     /// Serve the memory of a Firecracker snapshot page by page, while its machine runs.
     #[command(
         after_help = "Example:\n  ferry pager --socket /run/fc1.uffd --memory /snapshots/fc1/memory\n  \
@@ -428,6 +431,24 @@ pub(crate) struct BundleServe {
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Memory {
+    /// Say whether a host can hold the machines of a plan, and what each gets.
+    #[command(after_long_help = concat!(
+        "Example:\n  ferry memory plan host1.toml\n  ferry memory plan host1.toml --json\n\n",
+        "Exit status: 0 it can be held whatever the guests do; 1 it cannot, or FILE is no plan. The reason is said with its \
+         numbers.\n\nA plan:\n\n",
+        include_str!("../../../memory/overcommit/example.toml")
+    ))]
+    Plan {
+        /// A plan: a TOML file.
+        file: PathBuf,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -3,9 +3,15 @@
 mod args;
 mod balloon;
 mod bundle;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "for `ferry memory run`, which holds machines to a limit by it")
+)]
+mod cgroup;
 mod demo;
 mod hosted;
 mod machine;
+mod memory;
 mod migrate;
 mod pager;
 mod places;
@@ -81,6 +87,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Save(args) => save::main(&runtime()?, &args)?,
         Command::Restore(args) => restore::main(&runtime()?, &args)?,
         Command::Bundle(command) => bundle::main(&command)?,
+        Command::Memory(command) => return memory::main(&command),
         Command::Pager(args) => pager::main(&args)?,
         Command::Balloon(args) => return balloon::main(&runtime()?, &args),
         Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,
