@@ -12,6 +12,7 @@ mod page_cost;
 mod plain;
 mod rate;
 mod restore;
+mod sharing;
 
 use std::process::ExitCode;
 
@@ -52,6 +53,8 @@ enum What {
     Fetch,
     /// Saving a running guest, and restoring it eagerly and lazily.
     Restore,
+    /// Finding equal pages and having the kernel merge them.
+    Sharing,
 }
 
 /// How to measure.
@@ -112,6 +115,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Restore) {
         restore::measure(&plan)?;
+    }
+    if wanted(What::Sharing) {
+        sharing::measure(&plan)?;
     }
     Ok(())
 }

@@ -1,0 +1,146 @@
+//! How fast equal pages are found, beside plain hashing and the kernel's own search, and how soon merged.
+
+use std::fs;
+use std::hint::black_box;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ferry_memory::{GuestView, Mapping};
+use ferry_pages::{PAGE_BYTES, PageSet};
+use ferry_sharing::{Between, Ksm, MergeError, Options, Scanner, Sharing, Tenant};
+use rand::Rng;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::figures::Figures;
+use crate::{Failure, GIB, Plan};
+
+const PAGES: u64 = GIB / PAGE_BYTES as u64;
+const GOAL_PLAIN: f64 = 0.6;
+const GOAL_KSMD: f64 = 50.0;
+const GOAL_SOONER: f64 = 20.0;
+/// The kernel's settings as it boots (Documentation/admin-guide/mm/ksm.rst).
+const DEFAULTS: [(&str, &str); 3] =
+    [("pages_to_scan", "100"), ("sleep_millisecs", "20"), ("smart_scan", "1")];
+const SYSFS: &str = "/sys/kernel/mm/ksm";
+/// For how long the kernel's own search is looked at.
+const LOOK: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Passes until a page that nobody writes is read.
+const PASSES: usize = 3;
+
+pub(crate) fn measure(plan: &Plan) -> Result<(), Failure> {
+    println!("\nFinding and merging equal pages, 1 GiB of private memory");
+    let (mut plain, mut unlike, mut alike) = (vec![], vec![], vec![]);
+    for equal in [false, true] {
+        let (view, bytes) = filled(equal)?;
+        for turn in 0..=plan.repeats {
+            let (hashed, scanned) = (plain_rate(&bytes), scanner_rate(&view)?);
+            if turn > 0 {
+                plain.push(hashed);
+                if equal { &mut alike } else { &mut unlike }.push((scanned, scanned / hashed));
+            }
+        }
+    }
+    println!("  plain xxh3 of each page: {:.2} GB/s", Figures::new(plain));
+    for (what, pairs) in [("no equal pages", &unlike), ("each page twice", &alike)] {
+        let rate = Figures::new(pairs.iter().map(|(rate, _)| *rate));
+        let share = Figures::new(pairs.iter().map(|(_, share)| *share));
+        let verdict = if share.median() >= GOAL_PLAIN { "met" } else { "MISSED" };
+        println!(
+            "  scanner, {what}: {rate:.2} GB/s, {share:.2} of that (goal: {GOAL_PLAIN}): {verdict}"
+        );
+    }
+    let ours = Figures::new(alike.iter().map(|(rate, _)| *rate)).median();
+    let (view, _bytes) = filled(true)?;
+    let mut sharing = Sharing::new(view, Options::default())?;
+    let began = Instant::now();
+    for _ in 0..PASSES {
+        sharing.pass(&PageSet::new())?;
+    }
+    let ksmd = match ksmd_rate() {
+        Ok(ksmd) => ksmd,
+        Err(e) => {
+            println!("  the kernel's thread was not compared: {e}");
+            return Ok(());
+        }
+    };
+    let faster = ours / ksmd;
+    let verdict = if faster >= GOAL_KSMD { "met" } else { "MISSED" };
+    println!(
+        "  the kernel's thread at its default settings: {:.1} MB/s over {LOOK:?}; the scanner is {faster:.0} times as \
+         fast (goal: {GOAL_KSMD:.0}): {verdict}",
+        ksmd * 1e3
+    );
+    let looked = began.elapsed();
+    let began = Instant::now();
+    let report = sharing.merge(PATIENCE, &|| false);
+    let _ = looked;
+    let took = began.elapsed().as_secs_f64();
+    println!("{report}");
+    let all = 2.0 * GIB as f64 / 1e9 / ksmd;
+    let sooner = all / took;
+    println!("  first merge {took:.2} s; default {all:.0}; {sooner:.1} {GOAL_SOONER}");
+    Ok(())
+}
+
+/// A machine of random pages, each of them twice if `equal`, and the same bytes in plain memory.
+fn filled(equal: bool) -> Result<(GuestView, Vec<u8>), Failure> {
+    let mut bytes = vec![0; usize::try_from(GIB)?];
+    let (first, second) = bytes.split_at_mut(usize::try_from(GIB / 2)?);
+    rand::rng().fill_bytes(first);
+    if equal {
+        second.copy_from_slice(first);
+    } else {
+        rand::rng().fill_bytes(second);
+    }
+    let view = GuestView::of(vec![(0, Mapping::anonymous(PAGES)?)])?;
+    view.write(0, &bytes)?;
+    Ok((view, bytes))
+}
+
+/// GB/s.
+fn plain_rate(bytes: &[u8]) -> f64 {
+    let began = Instant::now();
+    let hashes = black_box(bytes).chunks(PAGE_BYTES).map(xxh3_64).fold(0, |all, hash| all ^ hash);
+    black_box(hashes);
+    bytes.len() as f64 / 1e9 / began.elapsed().as_secs_f64()
+}
+
+/// GB/s of the pass that reads everything, with its census.
+fn scanner_rate(view: &GuestView) -> Result<f64, Failure> {
+    let mut scanner = Scanner::new(Between::OneTenant, PASSES - 1)?;
+    let machine = scanner.add(view.clone(), Tenant::default())?;
+    let mut last = scanner.pass(machine, &PageSet::new())?;
+    for _ in 1..PASSES {
+        last = scanner.pass(machine, &PageSet::new())?;
+    }
+    if last.scanned_pages != PAGES {
+        return Err(format!("{} pages were scanned of {PAGES}", last.scanned_pages).into());
+    }
+    Ok(last.bytes_per_second() / 1e9)
+}
+
+/// GB/s that the kernel's thread looks at as the host boots it, while something is advised.
+fn ksmd_rate() -> Result<f64, Failure> {
+    let file = |name: &str| Path::new(SYSFS).join(name);
+    let scanned = || -> Result<f64, Failure> {
+        Ok(fs::read_to_string(file("pages_scanned"))?.trim().parse::<f64>()?)
+    };
+    // Sets back what the settings were before.
+    let burst = Ksm::default().burst(PATIENCE)?;
+    let mut burst_settings = Vec::new();
+    for (name, value) in DEFAULTS {
+        burst_settings.push((name, fs::read_to_string(file(name))?));
+        fs::write(file(name), value)?;
+    }
+    let (began, before) = (Instant::now(), scanned()?);
+    thread::sleep(LOOK);
+    let rate = (scanned()? - before) * PAGE_BYTES as f64 / 1e9 / began.elapsed().as_secs_f64();
+    // What a burst finds changed it leaves alone.
+    for (name, value) in burst_settings {
+        fs::write(file(name), value.trim())?;
+    }
+    burst.end().map_err(|e: MergeError| e)?;
+    Ok(rate)
+}
