@@ -273,6 +273,18 @@ impl Census {
         self.groups.reserve(additional, |id| pages_of[*id as usize].hash);
     }
 
+    /// Looks where `contents` would be in the table, so that [`hold`](Self::hold) finds it in the cache: of looks
+    /// that depend on nothing, many wait for memory together.
+    pub fn look_ahead(&self, contents: &[Content]) {
+        for content in contents {
+            if let Content::Hash(hash) = content {
+                std::hint::black_box(
+                    self.groups.find(*hash, |id| self.pages[*id as usize].hash == *hash),
+                );
+            }
+        }
+    }
+
     /// Holds page `gfn` of `machine`, which has `content`. Before it counts as equal to another, `same` is
     /// asked whether the two are, byte by byte. A page that is held already is taken as new; one that the
     /// machine does not have is not taken.

@@ -51,36 +51,52 @@ pub(crate) fn measure(plan: &Plan) -> Result<(), Failure> {
             "  scanner, {what}: {rate:.2} GB/s, {share:.2} of that (goal: {GOAL_PLAIN}): {verdict}"
         );
     }
-    let ours = Figures::new(alike.iter().map(|(rate, _)| *rate)).median();
-    let (view, _bytes) = filled(true)?;
+    let scanner = Figures::new(unlike.iter().map(|(rate, _)| *rate)).median();
+    match merging(scanner) {
+        // Not for us to set, or not there: said by the error.
+        Err(e) if e.is::<MergeError>() => println!("  not compared with the kernel's thread: {e}"),
+        ended => ended?,
+    }
+    Ok(())
+}
+
+/// How soon 1 GiB of pages that are all there twice is merged, once: a merge cannot be repeated.
+fn merging(scanner: f64) -> Result<(), Failure> {
+    let (view, _) = filled(true)?;
     let mut sharing = Sharing::new(view, Options::default())?;
     let began = Instant::now();
     for _ in 0..PASSES {
         sharing.pass(&PageSet::new())?;
     }
-    let ksmd = match ksmd_rate() {
-        Ok(ksmd) => ksmd,
-        Err(e) => {
-            println!("  the kernel's thread was not compared: {e}");
-            return Ok(());
-        }
-    };
-    let faster = ours / ksmd;
+    let found = began.elapsed();
+    let ksmd = ksmd_rate()?;
+    let faster = scanner / ksmd;
     let verdict = if faster >= GOAL_KSMD { "met" } else { "MISSED" };
-    println!(
-        "  the kernel's thread at its default settings: {:.1} MB/s over {LOOK:?}; the scanner is {faster:.0} times as \
-         fast (goal: {GOAL_KSMD:.0}): {verdict}",
-        ksmd * 1e3
-    );
-    let looked = began.elapsed();
+    println!("  the kernel's thread at its defaults: {:.1} MB/s, in {LOOK:?}", ksmd * 1e3);
+    println!("    the scanner is {faster:.0} times as fast (goal: {GOAL_KSMD:.0}): {verdict}");
     let began = Instant::now();
-    let report = sharing.merge(PATIENCE, &|| false);
-    let _ = looked;
-    let took = began.elapsed().as_secs_f64();
-    println!("{report}");
-    let all = 2.0 * GIB as f64 / 1e9 / ksmd;
-    let sooner = all / took;
-    println!("  first merge {took:.2} s; default {all:.0}; {sooner:.1} {GOAL_SOONER}");
+    sharing.merge(PATIENCE, &|| false);
+    let took = found + began.elapsed();
+    let report = sharing.report();
+    if report.read_back.merging_pages < PAGES {
+        return Err(format!(
+            "{} pages were merged of {PAGES}: {report}",
+            report.read_back.merging_pages
+        )
+        .into());
+    }
+    // It notes a page's checksum at a first look, and merges it at a second.
+    let default = 2.0 * GIB as f64 / 1e9 / ksmd;
+    let sooner = default / took.as_secs_f64();
+    let verdict = if sooner >= GOAL_SOONER { "met" } else { "MISSED" };
+    println!(
+        "  1 GiB found ({found:.1?}) and merged by a burst after {took:.1?}, {} bytes of profit",
+        report.read_back.profit_bytes
+    );
+    println!(
+        "    {sooner:.0} times sooner than at the defaults, two looks at all of it: {default:.0} s, extrapolated from \
+         {LOOK:?} (goal: {GOAL_SOONER:.0}): {verdict}"
+    );
     Ok(())
 }
 
@@ -141,6 +157,6 @@ fn ksmd_rate() -> Result<f64, Failure> {
     for (name, value) in burst_settings {
         fs::write(file(name), value.trim())?;
     }
-    burst.end().map_err(|e: MergeError| e)?;
+    burst.end()?;
     Ok(rate)
 }
