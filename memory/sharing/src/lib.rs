@@ -14,8 +14,8 @@
 //! [`Merger`] advises only ranges with enough equal pages, wakes the kernel's thread for as long as it has
 //! something to do, and sets it back to what it was. [`Sharing`] is all of that for one machine.
 //!
-//! Nothing is ever merged by a hash: in one process the bytes are compared before pages count as equal (all of
-//! them: it costs less than hashing did, and once for a page that lasts), across processes only hashes are
+//! Nothing is ever merged by a hash: in one process the bytes of some pages are compared before they count as equal
+//! (of one in eight, and of all once any was found that only seemed equal), across processes only hashes are
 //! exchanged, and the kernel compares before it merges, always.
 //!
 //! # Tenants

@@ -17,9 +17,9 @@ use crate::{Between, Census, Content, MachineNo, ScanError, Tenant};
 /// page is copied out by itself, since 4 KiB stay in the nearest cache until they are hashed.
 const BLOCK_PAGES: usize = 64;
 /// Of so many pages with a known hash one is compared with a page of that hash, byte by byte. By chance two of
-/// 2,000,000 different pages have one hash in a ten millionth of all cases. If somebody makes such pages on
-/// purpose, they gain nothing, since the kernel compares before it merges; and once one was found, all are
-/// compared. To compare all in any case would cost half of the time that hashing takes.
+/// 2,000,000 different pages have one hash in a ten millionth of all cases. Who makes such pages on purpose, which
+/// is easy, gains nothing, since the kernel compares before it merges; and once some were found, all are compared
+/// as long as those are held. To compare all in any case would cost half of the time that hashing takes.
 const COMPARE_ONE_IN: u64 = 8;
 
 /// Pages that are in memory, as opposed to swapped out; not the page of zeros that the kernel shows.
@@ -229,11 +229,14 @@ impl Scanner {
                         return true;
                     }
                     compared += 1;
-                    let mut read =
-                        |view: &GuestView, gfn, bytes: &mut [u8]| view.read(gfn, bytes).is_ok();
-                    read(view, gfn, &mut page.0)
-                        && view_of(no).is_some_and(|view| read(view, at, &mut other.0))
-                        && page.0 == other.0
+                    let other_read = view_of(no).is_some_and(|v| v.read(at, &mut other.0).is_ok());
+                    if !other_read || view.read(gfn, &mut page.0).is_err() {
+                        return false;
+                    }
+                    // One that was written since it was hashed goes out in the next pass, and says nothing of
+                    // the other.
+                    let was = |page: &[u8]| Content::Hash(page_hash(page)) == content;
+                    page.0 == other.0 || !was(&page.0) || !was(&other.0)
                 });
             }
         }

@@ -150,6 +150,8 @@ fn ksmd_rate() -> Result<f64, Failure> {
         burst_settings.push((name, fs::read_to_string(file(name))?));
         fs::write(file(name), value)?;
     }
+    // What it had begun at full speed.
+    thread::sleep(LOOK / 6);
     let (began, before) = (Instant::now(), scanned()?);
     thread::sleep(LOOK);
     let rate = (scanned()? - before) * PAGE_BYTES as f64 / 1e9 / began.elapsed().as_secs_f64();
