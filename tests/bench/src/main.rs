@@ -13,6 +13,7 @@ mod page_cost;
 mod plain;
 mod rate;
 mod restore;
+mod sharing;
 
 use std::process::ExitCode;
 
@@ -55,6 +56,8 @@ enum What {
     Restore,
     /// A balloon that is inflated, beside a plain discard.
     Balloon,
+    /// Finding equal pages and having the kernel merge them.
+    Sharing,
 }
 
 /// How to measure.
@@ -118,6 +121,8 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Balloon) {
         balloon::measure(&plan)?;
+    if wanted(What::Sharing) {
+        sharing::measure(&plan)?;
     }
     Ok(())
 }
