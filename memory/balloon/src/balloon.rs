@@ -270,20 +270,27 @@ impl Balloon {
         self.give(STATISTICS, ram, &[head])
     }
 
-    /// Asks the guest which pages are free. What was hinted before is forgotten.
+    /// Whether the guest can be asked which pages are free.
     ///
     /// # Errors
-    /// The guest does not say, or its free pages are not free to the host.
-    pub fn hint_begin(&mut self) -> Result<Interrupt, Refused> {
+    /// It does not say, or its free pages are not free to the host.
+    pub fn can_hint(&self) -> Result<(), Refused> {
         match self.poison() {
             _ if !self.started => Err(Refused::NoDriver),
             _ if self.features & feature::FREE_PAGE_HINT == 0 => Err(Refused::NoHints),
-            0 => {
-                self.hints.begin();
-                Ok(self.change_config())
-            }
+            0 => Ok(()),
             poison => Err(Refused::Poisoned(poison)),
         }
+    }
+
+    /// Asks the guest which pages are free. What was hinted before is forgotten.
+    ///
+    /// # Errors
+    /// As [`can_hint`](Self::can_hint).
+    pub fn hint_begin(&mut self) -> Result<Interrupt, Refused> {
+        self.can_hint()?;
+        self.hints.begin();
+        Ok(self.change_config())
     }
 
     /// Adds to `into` the pages that were hinted since this was last called; whether no more will come.

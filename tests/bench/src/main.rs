@@ -121,6 +121,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Balloon) {
         balloon::measure(&plan)?;
+    }
     if wanted(What::Sharing) {
         sharing::measure(&plan)?;
     }

@@ -80,6 +80,10 @@ impl BalloonDevice {
         self.try_act(|balloon| balloon.set_target(bytes))
     }
 
+    pub(crate) fn can_hint(&self) -> bool {
+        self.registers().balloon.can_hint().is_ok()
+    }
+
     pub(crate) fn hint_begin(&self) -> Result<(), Refused> {
         self.try_act(Balloon::hint_begin)
     }

@@ -2,7 +2,8 @@
 
 use ferry_dirtylog::DirtySource;
 use ferry_memory::GuestView;
-use ferry_migrate::{Guest, GuestError};
+use ferry_migrate::{FreePages, Guest, GuestError};
+use ferry_pages::PageSet;
 use ferry_protocol::{DeviceSpec, MachineSpec, RunPermit, StateReader, StateWriter, wire};
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,25 @@ struct MachineState {
 
 fn refuse(e: impl std::fmt::Display) -> GuestError {
     GuestError::new(e.to_string())
+}
+
+/// Free pages, by the balloon's driver.
+struct Hinting(Machine);
+
+impl FreePages for Hinting {
+    fn begin(&mut self) {
+        if let Err(e) = self.0.begin_free_page_hints() {
+            tracing::debug!("the guest does not say which pages are free: {e}");
+        }
+    }
+
+    fn take(&mut self, into: &mut PageSet) {
+        self.0.take_free_page_hints(into);
+    }
+
+    fn end(&mut self) {
+        self.0.end_free_page_hints();
+    }
 }
 
 impl Guest for Machine {
@@ -75,6 +95,10 @@ impl Guest for Machine {
 
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
         self.0.board.dirty_sources().map_err(refuse)
+    }
+
+    fn free_pages(&mut self) -> Option<Box<dyn FreePages>> {
+        self.0.board.balloon.can_hint().then(|| Box::new(Hinting(self.clone())) as _)
     }
 
     fn pause(&mut self) -> Result<RunPermit, GuestError> {
