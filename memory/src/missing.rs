@@ -242,6 +242,17 @@ impl MissingPages {
         })
     }
 
+    /// Maps the shared page of zeros at the pages of `run`, up to the first that is there: whoever writes to one
+    /// later gets a page of its own from the kernel. Nobody is told how far it came, and nothing is woken for those
+    /// that were there.
+    pub fn map_zeros(&self, run: Run) {
+        let _ = self.each(run, |part| {
+            // Partly done is as good as done.
+            let _ = self.userfault.zeros(part.address(), part.bytes);
+            Ok(part.bytes)
+        });
+    }
+
     /// Shows huge pages; how many bytes of them are there.
     fn show(&self, part: &Part) -> io::Result<usize> {
         let unit = part.region.unit;

@@ -23,6 +23,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// Pages brought along at most when they are touched in a row.
 const LONGEST_ROW: u64 = 16;
 
+/// Pages mapped as zeros at most where memory is touched for the first time.
+const AHEAD: u64 = 64;
+
 const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// What became of a page that is to be brought back.
@@ -104,6 +107,9 @@ impl Inner {
                 };
                 state.figures.first_touches += 1;
                 state.resident += u64::from(write);
+                if write {
+                    self.map_ahead(&mut state, gfn);
+                }
                 self.or_later(&mut state, gfn, placed)
             }
             Err(e) => self.or_later(&mut state, gfn, Err(e)),
@@ -150,6 +156,28 @@ impl Inner {
         state.pool.remove(gfn);
         state.is_back(gfn);
         Ok(Some(Brought::Back))
+    }
+
+    /// Memory is touched for the first time mostly in a row: spares the touches that come next a wait, as long as the
+    /// limit is far. A page of zeros takes no memory; those that are mapped count as if they were written, until all
+    /// are counted again.
+    fn map_ahead(&self, state: &mut State, gfn: u64) {
+        let room = state.limit_pages.unwrap_or(u64::MAX).saturating_sub(state.used());
+        let (Some(serving), true) = (self.serving.get(), room > 8 * AHEAD) else { return };
+        let Some(region) =
+            self.memory.regions().iter().find(|r| r.run.start <= gfn && gfn < r.run.end())
+        else {
+            return;
+        };
+        let ahead = Run::new(gfn + 1, AHEAD.min(region.run.end() - gfn - 1));
+        let away = state.pool.pages().runs_in(ahead).next().map(|run| run.start);
+        let leaving =
+            state.transit.keys().copied().filter(|gfn| ahead.start <= *gfn && *gfn < ahead.end());
+        let end = away.into_iter().chain(leaving).min().unwrap_or(ahead.end());
+        if end > ahead.start {
+            serving.missing.map_zeros(Run::new(ahead.start, end - ahead.start));
+            state.resident += end - ahead.start;
+        }
     }
 
     /// Pages are touched one after the other: brings those that come next.

@@ -180,10 +180,14 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Pages of the host that the machine and its pool use, beyond the limit.
+    /// Of what is [`used`](Self::used), what is beyond the limit.
     pub(crate) fn excess(&self) -> u64 {
-        let pool = self.pool.holds().arena_bytes / PAGE_BYTES as u64;
-        self.limit_pages.map_or(0, |limit| (self.resident + pool).saturating_sub(limit))
+        self.limit_pages.map_or(0, |limit| self.used().saturating_sub(limit))
+    }
+
+    /// Pages of the host that the machine and its pool use.
+    pub(crate) fn used(&self) -> u64 {
+        self.resident + self.pool.holds().arena_bytes / PAGE_BYTES as u64
     }
 
     /// The operator is told.

@@ -336,3 +336,15 @@ fn what_cannot_be_is_refused_with_what_to_do() {
     let cause = std::error::Error::source(&e).unwrap().to_string();
     assert!(cause.contains("only private memory"), "{cause}");
 }
+
+#[test]
+fn memory_that_is_touched_in_a_row_is_not_waited_for_page_by_page_and_takes_no_more() {
+    let machine = Machine::new(4096);
+    let swap = Swap::new(&machine.view, &pool(4 << 20)).unwrap();
+    swap.set_limit(Some(32 << 20)).unwrap();
+    (0..1000).for_each(|gfn| machine.write(gfn, 1));
+    assert!(swap.figures().first_touches < 100, "{:?}", swap.figures());
+    assert_eq!(machine.view.resident().unwrap().len(), 1000);
+    (0..4096).for_each(|gfn| machine.check(gfn, u64::from(gfn < 1000)));
+    assert_eq!(machine.view.resident().unwrap().len(), 1000);
+}

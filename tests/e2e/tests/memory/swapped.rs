@@ -110,10 +110,7 @@ fn moves_as_it_is<M: Maker>(maker: &M) {
 
 #[test]
 fn a_machine_that_is_half_swapped_moves_as_it_is() {
-    every_kind(
-        |kind| of_process(kind, |process| moves_as_it_is(process)),
-        |kvm| moves_as_it_is(&kvm),
-    );
+    every_kind(|kind| of_process(kind, moves_as_it_is), |kvm| moves_as_it_is(&kvm));
 }
 
 /// Moves a guest by post-copy, whose pages are elsewhere than in memory at one side or both.
