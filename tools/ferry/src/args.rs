@@ -259,6 +259,8 @@ pub(crate) struct Receive {
     /// newest bundle there are sent. May be given more than once.
     #[arg(long, value_name = "DIR")]
     pub(crate) bundles: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) swap: SwapArgs,
     /// Take in one machine, and exit when it ends.
     #[arg(long)]
     pub(crate) once: bool,
@@ -433,6 +435,30 @@ pub(crate) struct BundleServe {
     pub(crate) identity: PathBuf,
 }
 
+/// Where cold pages go.
+#[derive(Debug, Args)]
+pub(crate) struct SwapArgs {
+    /// Most memory of this host that compressed pages of a machine may take, such as 256M.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) swap_pool: Option<u64>,
+    /// A directory on a disk, for a file that takes what the pool cannot.
+    #[arg(long, value_name = "DIR", requires_all = ["swap_pool", "swap_size"])]
+    pub(crate) swap_dir: Option<PathBuf>,
+    /// Most that the file may take, such as 4G.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, requires = "swap_dir")]
+    pub(crate) swap_size: Option<u64>,
+}
+
+impl SwapArgs {
+    pub(crate) fn options(&self) -> Option<ferry_swap::Options> {
+        Some(ferry_swap::Options {
+            pool_bytes: self.swap_pool?,
+            dir: self.swap_dir.clone(),
+            file_bytes: self.swap_size.unwrap_or(0),
+        })
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Memory {
     /// Say whether a host can hold the machines of a plan, and what each gets.
@@ -449,6 +475,57 @@ pub(crate) enum Memory {
         #[arg(long)]
         json: bool,
     },
+    /// Keep the machines of a plan within its budget, until this is stopped: they run on as they are then.
+    #[command(
+        after_help = "Example:\n  ferry memory run host1.toml\n  ferry memory run host1.toml --once --json\n\n\
+                      Machines of the plan that do not run yet are waited for. A machine keeps what it was last allowed when \
+                      this ends, however it ends.\n\n\
+                      Exit status: 0 stopped, or --once; 1 the plan cannot be held, or FILE is no plan."
+    )]
+    Run {
+        /// A plan: a TOML file; see `ferry memory plan --help`.
+        file: PathBuf,
+        /// Do one step, and end.
+        #[arg(long)]
+        once: bool,
+        /// Print each step as one JSON object on a line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep a machine within so much of this host's memory: its cold pages are compressed, and go to a file at last.
+    #[command(
+        after_help = "Example:\n  ferry memory limit web1 512M --swap-pool 128M --swap-dir /var/tmp --swap-size 2G\n  \
+                      ferry memory limit web1 none\n\n\
+                      The pool counts as memory of the machine. What is in pool and file comes back when it is touched, \
+                      and is moved as it is when the machine moves."
+    )]
+    Limit {
+        /// The machine.
+        name: String,
+        /// Such as 512M, or none.
+        #[arg(value_parser = parse_limit)]
+        limit: Limit,
+        #[command(flatten)]
+        swap: SwapArgs,
+    },
+    /// Show how the machines of this host use its memory, and what they save.
+    #[command(after_help = "Example:\n  ferry memory report\n  ferry memory report --json")]
+    Report {
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// How much memory a machine may use; none: as much as it likes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit(pub(crate) Option<u64>);
+
+fn parse_limit(text: &str) -> Result<Limit, String> {
+    match text {
+        "none" => Ok(Limit(None)),
+        text => parse_bytes(text).map(|bytes| Limit(Some(bytes))),
+    }
 }
 
 #[derive(Debug, Args)]

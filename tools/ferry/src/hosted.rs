@@ -7,17 +7,20 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_bundle::Chain;
+use ferry_memory::resident;
 use ferry_migrate::{
     Canceller, Fetching, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report,
     SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions,
     Whereabouts, reattach, save, send, words,
 };
+use ferry_sharing::Ksm;
+use ferry_swap::Swap;
 use ferry_transport::{Identity, QuicConnector};
 
 use crate::machine::{AnyMachine, PAGE_BYTES};
 use crate::protocol::{
-    BalloonInfo, BalloonRequest, Conversation, MachineInfo, MigrateRequest, Progress, Reply,
-    Request, SaveRequest,
+    BalloonInfo, BalloonRequest, Conversation, LimitRequest, MachineInfo, MigrateRequest, Progress,
+    Reply, Request, SaveRequest,
 };
 use crate::runtime_dir::{Reservation, RuntimeError};
 
@@ -51,6 +54,8 @@ struct Inner {
     detached: Option<Reattach>,
     /// It runs here, and lacks pages that are elsewhere, or in files.
     fetching: Option<Fetching>,
+    /// Its cold pages may be elsewhere than in memory.
+    swap: Option<Swap>,
     /// It was stopped: what its guest makes of that is not how it ended.
     stopped: bool,
     ending: Option<Ending>,
@@ -89,6 +94,11 @@ impl Hosted {
     /// Says whether pages of the machine are still at its source, or in its bundle.
     pub(crate) fn set_fetching(&self, fetching: Option<Fetching>) {
         self.inner().fetching = fetching;
+    }
+
+    /// Says by what its cold pages leave memory.
+    pub(crate) fn set_swap(&self, swap: Option<Swap>) {
+        self.inner().swap = swap;
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -148,6 +158,7 @@ impl Hosted {
                 }
                 report.map(|r| Reply::Report(Box::new(r)))
             }
+            Request::Limit(what) => self.limit(&what),
             Request::Balloon(what) => {
                 self.balloon(&what).map(|info| Reply::Balloon(Box::new(info)))
             }
@@ -178,7 +189,8 @@ impl Hosted {
             }
             None => self.machine.state(),
         };
-        let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
+        let resident = self.resident();
+        let (merged, saves) = merged_pages();
         let lacks = |gfn| inner.fetching.as_ref().is_some_and(|fetching| fetching.lacks(gfn));
         let counters = self.machine.counters(lacks);
         MachineInfo {
@@ -195,6 +207,9 @@ impl Hosted {
             pages_written: counters.map(|c| c.0),
             pages_checked: counters.map(|c| c.1),
             // The device may wait for a page of its own that does not come.
+            merged_bytes: merged * PAGE_BYTES,
+            merged_saves_bytes: saves * PAGE_BYTES,
+            swap: inner.swap.as_ref().map(Swap::figures),
             balloon: inner.fetching.is_none().then(|| self.machine.balloon().ok()).flatten(),
         }
     }
@@ -280,9 +295,17 @@ impl Hosted {
         if inner.migrating.is_some() || inner.saving.is_some() {
             self.check_at_rest(&inner)?;
         }
-        match inner.fetching.clone() {
-            None => self.machine.stop(),
-            Some(fetching) => std::thread::scope(|scope| {
+        match (inner.fetching.clone(), inner.swap.clone()) {
+            (None, None) => self.machine.stop(),
+            (None, Some(swap)) => std::thread::scope(|scope| {
+                let stopping = scope.spawn(|| self.machine.stop());
+                std::thread::sleep(Duration::from_millis(200));
+                // Of pages that cannot be read there is no end of waiting.
+                if !stopping.is_finished() {
+                    swap.abandon();
+                }
+            }),
+            (Some(fetching), _) => std::thread::scope(|scope| {
                 scope.spawn(|| self.machine.stop());
                 // vCPUs that wait for a page end when it will not come; by now they know that they shall.
                 std::thread::sleep(Duration::from_millis(20));
@@ -291,6 +314,39 @@ impl Hosted {
         }
         inner.stopped = true;
         Ok(Reply::Done(format!("machine `{}` is stopped", self.name())))
+    }
+
+    /// Pages in memory.
+    fn resident(&self) -> u64 {
+        resident(self.machine.memory().regions()).map_or(0, |pages| pages.len())
+    }
+
+    fn limit(&self, what: &LimitRequest) -> Result<Reply, String> {
+        let (mut inner, name) = (self.inner(), self.name());
+        if inner.fetching.is_some() {
+            self.check_at_rest(&inner)?;
+        }
+        let swap = match (&inner.swap, &what.swap) {
+            (Some(swap), _) => swap.clone(),
+            (None, Some(options)) => {
+                Swap::new(&self.machine.memory(), options).map_err(|e| words(&e))?
+            }
+            (None, None) if what.bytes.is_none() => {
+                return Ok(Reply::Done(format!("machine `{name}` has no limit")));
+            }
+            (None, None) => {
+                return Err(format!(
+                    "machine `{name}` has no swap: say how much memory compressed pages may take (--swap-pool)"
+                ));
+            }
+        };
+        // From here on pages may be with it.
+        inner.swap = Some(swap.clone());
+        swap.set_limit(what.bytes).map_err(|e| words(&e))?;
+        Ok(Reply::Done(match what.bytes {
+            Some(bytes) => format!("machine `{name}` keeps within {} MiB of memory", bytes >> 20),
+            None => format!("machine `{name}` has no limit"),
+        }))
     }
 
     fn balloon(&self, what: &BalloonRequest) -> Result<BalloonInfo, String> {
@@ -310,8 +366,10 @@ impl Hosted {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
-        let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
-        Ok(BalloonInfo { resident_bytes: resident * PAGE_BYTES, balloon: self.machine.balloon()? })
+        Ok(BalloonInfo {
+            resident_bytes: self.resident() * PAGE_BYTES,
+            balloon: self.machine.balloon()?,
+        })
     }
 
     fn cancel(&self) -> Result<Reply, String> {
@@ -508,4 +566,13 @@ pub(crate) fn follow(progress: &mut Progress, event: SendEvent) {
         P::LinkLost(why) => format!("{why}; trying to come back"),
         P::InDoubt(why) => format!("{why}; asking the destination what became of the machine"),
     });
+}
+
+/// Pages of this process that are one with others, and how many of them that saves: all who share a page have a part
+/// in it.
+fn merged_pages() -> (u64, u64) {
+    let merged = Ksm::own_figures().merging_pages;
+    let host = Ksm::default().figures().unwrap_or_default();
+    let all = host.shared_pages + host.sharing_pages;
+    (merged, (merged * host.sharing_pages).checked_div(all).unwrap_or(0))
 }

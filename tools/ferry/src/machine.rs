@@ -117,7 +117,7 @@ impl AnyMachine {
     pub(crate) fn set_balloon_target(&self, bytes: u64) -> Result<(), String> {
         match self {
             Self::Kvm(m) => m.set_balloon_target(bytes).map_err(|e| e.to_string()),
-            Self::Process(_) => Err(NO_BALLOON.into()),
+            Self::Process(p) => lock(p).set_balloon_target(bytes).map_err(|e| e.to_string()),
         }
     }
 
@@ -125,7 +125,19 @@ impl AnyMachine {
     pub(crate) fn balloon(&self) -> Result<ferry_balloon::Status, String> {
         match self {
             Self::Kvm(m) => Ok(m.balloon()),
-            Self::Process(_) => Err(NO_BALLOON.into()),
+            Self::Process(p) => {
+                let p = lock(p);
+                let (memory_bytes, given) = (p.config().memory_bytes, p.balloon_bytes());
+                Ok(ferry_balloon::Status {
+                    driver: true,
+                    memory_bytes,
+                    target_bytes: p.balloon_target(),
+                    actual_bytes: memory_bytes - given,
+                    ballooned_bytes: given,
+                    last_trouble: p.balloon_trouble(),
+                    ..ferry_balloon::Status::default()
+                })
+            }
         }
     }
 
@@ -143,8 +155,6 @@ impl AnyMachine {
         }
     }
 }
-
-const NO_BALLOON: &str = "a balloon is not supported by a process guest: run the machine on KVM (`--kernel :guest`, or a kernel of its own)";
 
 /// Bytes in a page of guest memory.
 pub(crate) const PAGE_BYTES: u64 = 4096;

@@ -87,7 +87,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Save(args) => save::main(&runtime()?, &args)?,
         Command::Restore(args) => restore::main(&runtime()?, &args)?,
         Command::Bundle(command) => bundle::main(&command)?,
-        Command::Memory(command) => return memory::main(&command),
+        Command::Memory(command) => return memory::main(&runtime()?, &command),
         Command::Pager(args) => pager::main(&args)?,
         Command::Balloon(args) => return balloon::main(&runtime()?, &args),
         Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,

@@ -26,6 +26,16 @@ pub(crate) enum Request {
     Migrate(MigrateRequest),
     Save(SaveRequest),
     Balloon(BalloonRequest),
+    Limit(LimitRequest),
+}
+
+/// How much of the host's memory a machine may use.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LimitRequest {
+    /// Bytes, its pool included; none: as much as it likes.
+    pub(crate) bytes: Option<u64>,
+    /// Where its cold pages go, if it has no swap yet.
+    pub(crate) swap: Option<ferry_swap::Options>,
 }
 
 /// What of the balloon.
@@ -98,6 +108,11 @@ pub(crate) struct MachineInfo {
     pub(crate) pages_checked: Option<u64>,
     /// Where there is one, unless pages are still fetched.
     pub(crate) balloon: Option<ferry_balloon::Status>,
+    /// Bytes of its pages that are one with others (KSM), and the part of them that this saves.
+    pub(crate) merged_bytes: u64,
+    pub(crate) merged_saves_bytes: u64,
+    /// Where there is one.
+    pub(crate) swap: Option<ferry_swap::Figures>,
 }
 
 /// How a machine's balloon stands.

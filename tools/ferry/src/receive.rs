@@ -6,10 +6,12 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ferry_migrate::{
-    Arrival, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, is_machine_name, receive,
+    Arrival, Guest, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, is_machine_name,
+    receive, words,
 };
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::{RefHost, SerialSink};
+use ferry_swap::Swap;
 use ferry_transport::{Identity, Listener, QuicListener};
 
 use crate::Failure;
@@ -25,6 +27,10 @@ struct AnyHost {
     kvm: RefHost,
     /// Names of machines on their way in, by their name at the source.
     reserved: Mutex<HashMap<String, Reservation>>,
+    /// By what cold pages of machines leave memory; none, and they stay.
+    swap: Option<ferry_swap::Options>,
+    /// Of machines on their way in, by their name at the source.
+    swaps: Mutex<HashMap<String, Swap>>,
     /// Machines that run here and fetch pages, by their name at the source.
     fetching: Mutex<HashMap<String, Weak<Hosted>>>,
 }
@@ -32,6 +38,10 @@ struct AnyHost {
 impl AnyHost {
     fn take_reservation(&self, source_name: &str) -> Option<Reservation> {
         self.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(source_name)
+    }
+
+    fn swaps(&self) -> MutexGuard<'_, HashMap<String, Swap>> {
+        self.swaps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fetching(&self) -> MutexGuard<'_, HashMap<String, Weak<Hosted>>> {
@@ -64,6 +74,11 @@ impl Host for AnyHost {
             }
             _ => self.kvm.prepare(spec).map(AnyMachine::Kvm),
         }?;
+        if let Some(options) = &self.swap {
+            let swap = Swap::new(&machine.memory(), options)
+                .map_err(|e| vec![Refusal::new("memory", words(&e))])?;
+            self.swaps().insert(spec.name.clone(), swap);
+        }
         let mut reserved = self.reserved.lock().unwrap_or_else(PoisonError::into_inner);
         reserved.insert(spec.name.clone(), reservation);
         Ok(machine)
@@ -106,6 +121,8 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             },
         },
         reserved: Mutex::default(),
+        swap: args.swap.options(),
+        swaps: Mutex::default(),
         fetching: Mutex::default(),
     });
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -158,6 +175,7 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
             let name = reservation.name().to_owned();
             match Hosted::start(guest.clone(), reservation) {
                 Ok(hosted) => {
+                    hosted.set_swap(host.swaps().remove(&spec.name));
                     if fetching.is_some() {
                         hosted.set_fetching(fetching);
                         host.fetching().insert(spec.name, Arc::downgrade(&hosted));
@@ -179,6 +197,7 @@ fn arrival_event(host: &AnyHost, event: ReceiveEvent<AnyMachine>, notices: &Send
         }
         ReceiveEvent::Ended { name, arrival } => {
             drop(host.take_reservation(&name));
+            drop(host.swaps().remove(&name));
             if let Some(hosted) = host.fetching().remove(&name).and_then(|weak| weak.upgrade()) {
                 hosted.set_fetching(None);
             }

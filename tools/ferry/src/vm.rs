@@ -12,6 +12,7 @@ use crate::args::{DirtyLogArg, Run, Vm};
 use crate::balloon;
 use crate::hosted::{Ending, Hosted};
 use crate::machine::AnyMachine;
+use crate::memory;
 use crate::protocol::{Conversation, MachineInfo, Reply, Request};
 use crate::runtime_dir::RuntimeDir;
 
@@ -144,6 +145,9 @@ fn show(runtime: &RuntimeDir, name: &str, json: bool) -> Result<(), Failure> {
     }
     println!("kind       {}, {} vCPUs", m.kind, m.cpus);
     println!("memory     {}, {} resident", mib(m.memory_bytes), mib(m.resident_bytes));
+    if let Some(swap) = &m.swap {
+        println!("swap       {}", memory::swap_line(swap));
+    }
     if let Some(balloon) = &m.balloon {
         println!("balloon    {}", balloon::line(balloon));
     }

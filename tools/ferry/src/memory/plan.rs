@@ -1,4 +1,4 @@
-//! `ferry memory`: machines that share less memory than they have in all.
+//! `ferry memory plan`: whether a host can hold the machines of a plan, and what each gets.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use ferry_overcommit::{Outlook, Plan, Refusal, Size, hold};
 use serde::Serialize;
 
 use crate::Failure;
-use crate::args::Memory;
+use crate::memory::table;
 
 /// What `memory plan --json` prints.
 #[derive(Serialize)]
@@ -21,13 +21,7 @@ struct Planned<'a> {
     outlook: Outlook,
 }
 
-pub(crate) fn main(command: &Memory) -> Result<ExitCode, Failure> {
-    match command {
-        Memory::Plan { file, json } => plan(file, *json),
-    }
-}
-
-fn plan(file: &Path, json: bool) -> Result<ExitCode, Failure> {
+pub(crate) fn main(file: &Path, json: bool) -> Result<ExitCode, Failure> {
     let plan = read(file)?;
     let outlook = Outlook::of(&plan);
     let refusal = hold(&plan.host, &plan.machines).err();
@@ -50,7 +44,7 @@ fn plan(file: &Path, json: bool) -> Result<ExitCode, Failure> {
     })
 }
 
-fn read(file: &Path) -> Result<Plan, Failure> {
+pub(crate) fn read(file: &Path) -> Result<Plan, Failure> {
     let text = std::fs::read_to_string(file).map_err(|e| {
         let file = file.display();
         Failure::words(format!(
@@ -115,25 +109,6 @@ fn words(outlook: &Outlook) -> String {
     out
 }
 
-/// Columns as wide as their widest word; the first and the last to the left, figures to the right.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let width =
-        |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: [usize; N] = std::array::from_fn(width);
-    let mut out = String::new();
-    for row in rows {
-        let cells =
-            row.iter().zip(widths).enumerate().map(|(column, (cell, width))| match column {
-                0 => format!("{cell:<width$}"),
-                _ if column == N - 1 => cell.clone(),
-                _ => format!("{cell:>width$}"),
-            });
-        out += &cells.collect::<Vec<_>>().join("  ");
-        out.push('\n');
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,18 +117,18 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let file = dir.path().join("plan.toml");
         std::fs::write(&file, text).expect("written");
-        plan(&file, false)
+        main(&file, false)
     }
 
     #[test]
     fn a_plan_that_cannot_be_held_is_a_failure_and_one_that_can_is_none() {
-        let example = include_str!("../../../memory/overcommit/example.toml");
+        let example = include_str!("../../../../memory/overcommit/example.toml");
         assert_eq!(plan_of(example).expect("a plan"), ExitCode::SUCCESS);
         let without = example.replace("size = \"4G\"", "size = \"1G\"");
         assert_eq!(plan_of(&without).expect("a plan"), ExitCode::FAILURE);
         let said = plan_of("host = 1").expect_err("no plan").to_string();
         assert!(said.contains("plan.toml: ") && said.contains("line 1"), "{said}");
-        let said = plan(Path::new("/nowhere/x"), false).expect_err("no file").to_string();
+        let said = main(Path::new("/nowhere/x"), false).expect_err("no file").to_string();
         assert!(said.contains("/nowhere/x") && said.contains("--help"), "{said}");
     }
 
