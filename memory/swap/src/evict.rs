@@ -215,7 +215,8 @@ impl Inner {
             state.figures.zero_pages += u64::from(zero);
             state.resident = state.resident.saturating_sub(1);
         } else {
-            if !wanted {
+            // With a file, there is room again soon, or that is told.
+            if !wanted && self.file.is_none() {
                 state.trouble(format!(
                     "{POOL} is full, and pages stay in memory: give the machine more swap, or a higher limit"
                 ));
