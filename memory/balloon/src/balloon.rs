@@ -222,19 +222,18 @@ impl Balloon {
 
     /// The guest reads its configuration from byte `offset` on; there are zeros behind it.
     pub fn read_config(&self, offset: u64, out: &mut [u8]) {
+        out.fill(0);
         let config = self.config();
-        for (byte, at) in out.iter_mut().zip(offset..) {
-            *byte = usize::try_from(at).ok().and_then(|at| config.get(at)).copied().unwrap_or(0);
+        for (place, byte) in out.iter_mut().zip(config.iter().skip(place(offset))) {
+            *place = *byte;
         }
     }
 
     /// The guest writes its configuration: how many pages are in the balloon, and the poison. The rest stays.
     pub fn write_config(&mut self, offset: u64, bytes: &[u8]) {
         let mut config = self.config();
-        for (byte, at) in bytes.iter().zip(offset..) {
-            if let Some(place) = usize::try_from(at).ok().and_then(|at| config.get_mut(at)) {
-                *place = *byte;
-            }
+        for (place, byte) in config.iter_mut().skip(place(offset)).zip(bytes) {
+            *place = *byte;
         }
         let word = |n: usize| {
             let bytes = config.get(n * 4..n * 4 + 4).and_then(|b| b.try_into().ok());
@@ -476,6 +475,11 @@ impl Balloon {
         }
         due
     }
+}
+
+/// A place in the configuration.
+fn place(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
 }
 
 /// A queue that the driver did not set up.

@@ -4,6 +4,7 @@
 //! medians, with the least and the most beside them. Both hosts live in this process (for `fetch`: in two
 //! network namespaces), and the link is QUIC: one machine does the work of two.
 
+mod balloon;
 mod downtime;
 mod fetch;
 mod figures;
@@ -52,6 +53,8 @@ enum What {
     Fetch,
     /// Saving a running guest, and restoring it eagerly and lazily.
     Restore,
+    /// A balloon that is inflated, beside a plain discard.
+    Balloon,
 }
 
 /// How to measure.
@@ -112,6 +115,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Restore) {
         restore::measure(&plan)?;
+    }
+    if wanted(What::Balloon) {
+        balloon::measure(&plan)?;
     }
     Ok(())
 }

@@ -38,6 +38,7 @@ fn no_library_knows_the_tools_or_a_vmm() {
         "ferry-depot",
         "ferry-transport",
         "ferry-memory",
+        "ferry-balloon",
         "ferry-dirtylog",
         "ferry-firecracker",
     ] {

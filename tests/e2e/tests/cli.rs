@@ -178,6 +178,17 @@ fn a_kvm_machine_can_be_listed_shown_paused_resumed_and_stopped() {
     }
 }
 
+#[test]
+fn a_machine_without_a_balloon_says_so() {
+    let host = Hosts::new().source;
+    let _runner = host.boot("m", PROCESS, &[]);
+    for more in [&[][..], &["--target", "32M"], &["--target", "32M", "--no-wait", "--json"]] {
+        host.run(&[&["balloon", "m"], more].concat()).failed(&["not supported by a process guest"]);
+    }
+    host.run(&["balloon", "n", "--target", "32M"]).failed(&["no machine `n`"]);
+    host.works("m");
+}
+
 fn stays_paused(kernel: &str) {
     let (hosts, runner, _receiver, to) = set_out(kernel, &[]);
     hosts.source.run(&["vm", "pause", "m"]).succeeded();

@@ -83,6 +83,16 @@ pub(crate) enum Command {
                             ferry serve-spool /var/spool/ferry/web1 --to 192.0.2.7:7000 --identity /etc/ferry/pki/host-a\n\n\
                             Exit status: 0 all pages are there; 1 they are not, and the spool is kept; 3 memory differs: stop the machine.")]
     ServeSpool(ServeSpool),
+    /// Have a running guest give memory back to this host, or take it again; show how it uses its memory.
+    #[command(
+        after_help = "Example:\n  ferry balloon web1 --target 512M    (a machine of 1G gives 512M back)\n  \
+                      ferry balloon web1 --target 1G      (and takes it again)\n  ferry balloon web1\n\n\
+                      The guest gives what it does not need; it needs a driver for it (Linux: virtio_balloon). Memory in huge \
+                      pages is given back in whole ones.\n\n\
+                      Exit status: 0 the guest has what it shall have, or --no-wait; 1 it stands still before that, or was not \
+                      asked; 2 the command line is wrong."
+    )]
+    Balloon(Balloon),
     /// End the migration or the save of a machine; it goes on here. Nothing changes once it is handed over.
     #[command(after_help = "Example:\n  ferry cancel web1")]
     Cancel {
@@ -333,6 +343,22 @@ pub(crate) struct Save {
     /// Do not save if the guest, which runs on, would stand still for longer than this.
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = humantime::parse_duration)]
     pub(crate) max_stop: Duration,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Balloon {
+    /// The machine.
+    pub(crate) name: String,
+    /// Memory that the guest shall have, such as 512M; it gives the rest of its machine's memory back. Without it,
+    /// only show.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) target: Option<u64>,
+    /// Do not wait until the guest has done it.
+    #[arg(long, requires = "target")]
+    pub(crate) no_wait: bool,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

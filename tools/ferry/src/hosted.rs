@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferry_bundle::Chain;
 use ferry_migrate::{
@@ -16,9 +16,13 @@ use ferry_transport::{Identity, QuicConnector};
 
 use crate::machine::{AnyMachine, PAGE_BYTES};
 use crate::protocol::{
-    Conversation, MachineInfo, MigrateRequest, Progress, Reply, Request, SaveRequest,
+    BalloonInfo, BalloonRequest, Conversation, MachineInfo, MigrateRequest, Progress, Reply,
+    Request, SaveRequest,
 };
 use crate::runtime_dir::{Reservation, RuntimeError};
+
+/// What a guest says of its memory is waited for no longer than this; the last that it said is shown then.
+const GUEST_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 
 /// How a machine's stay on this host ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +135,7 @@ impl Hosted {
         };
         let mut ending = None;
         let reply = match request {
-            Request::Show => Ok(Reply::Machine(self.info())),
+            Request::Show => Ok(Reply::Machine(Box::new(self.info()))),
             Request::Pause => self.pause(),
             Request::Resume { destination_is_dead } => self.resume(destination_is_dead),
             Request::Stop => self.stop().inspect(|_| ending = Some(Ending::Stopped)),
@@ -143,6 +147,9 @@ impl Hosted {
                     ending = Some(Ending::Moved(to));
                 }
                 report.map(|r| Reply::Report(Box::new(r)))
+            }
+            Request::Balloon(what) => {
+                self.balloon(&what).map(|info| Reply::Balloon(Box::new(info)))
             }
             Request::Save(how) => self.save(&how, &mut client).map(|report| {
                 ending = how.stop.then_some(Ending::Saved(how.dir));
@@ -187,6 +194,8 @@ impl Hosted {
             saving_to: inner.saving.as_ref().map(|(to, _)| to.clone()),
             pages_written: counters.map(|c| c.0),
             pages_checked: counters.map(|c| c.1),
+            // The device may wait for a page of its own that does not come.
+            balloon: inner.fetching.is_none().then(|| self.machine.balloon().ok()).flatten(),
         }
     }
 
@@ -282,6 +291,27 @@ impl Hosted {
         }
         inner.stopped = true;
         Ok(Reply::Done(format!("machine `{}` is stopped", self.name())))
+    }
+
+    fn balloon(&self, what: &BalloonRequest) -> Result<BalloonInfo, String> {
+        if self.inner().fetching.is_some() {
+            self.check_at_rest(&self.inner())?;
+        }
+        let before = self.machine.balloon()?;
+        if let Some(bytes) = what.target_bytes {
+            self.machine.set_balloon_target(bytes)?;
+        }
+        if what.ask_guest && before.driver {
+            self.machine.ask_balloon_statistics();
+            let begun = Instant::now();
+            while begun.elapsed() < GUEST_ANSWERS_WITHIN
+                && self.machine.balloon()?.statistics_count == before.statistics_count
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
+        Ok(BalloonInfo { resident_bytes: resident * PAGE_BYTES, balloon: self.machine.balloon()? })
     }
 
     fn cancel(&self) -> Result<Reply, String> {

@@ -113,6 +113,29 @@ impl AnyMachine {
         }
     }
 
+    /// Has the guest use no more than `bytes` of its memory.
+    pub(crate) fn set_balloon_target(&self, bytes: u64) -> Result<(), String> {
+        match self {
+            Self::Kvm(m) => m.set_balloon_target(bytes).map_err(|e| e.to_string()),
+            Self::Process(_) => Err(NO_BALLOON.into()),
+        }
+    }
+
+    /// How its balloon stands.
+    pub(crate) fn balloon(&self) -> Result<ferry_balloon::Status, String> {
+        match self {
+            Self::Kvm(m) => Ok(m.balloon()),
+            Self::Process(_) => Err(NO_BALLOON.into()),
+        }
+    }
+
+    /// Asks the guest how it uses its memory; the answer comes into [`balloon`](Self::balloon).
+    pub(crate) fn ask_balloon_statistics(&self) {
+        if let Self::Kvm(m) = self {
+            m.ask_balloon_statistics();
+        }
+    }
+
     fn with<R>(&mut self, act: impl FnOnce(&mut dyn Guest) -> R) -> R {
         match self {
             Self::Kvm(m) => act(m),
@@ -120,6 +143,8 @@ impl AnyMachine {
         }
     }
 }
+
+const NO_BALLOON: &str = "a balloon is not supported by a process guest: run the machine on KVM (`--kernel :guest`, or a kernel of its own)";
 
 /// Bytes in a page of guest memory.
 pub(crate) const PAGE_BYTES: u64 = 4096;

@@ -1,6 +1,7 @@
 //! The `ferry` command: hosts machines, moves them, and shows what happens.
 
 mod args;
+mod balloon;
 mod bundle;
 mod demo;
 mod hosted;
@@ -81,6 +82,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Restore(args) => restore::main(&runtime()?, &args)?,
         Command::Bundle(command) => bundle::main(&command)?,
         Command::Pager(args) => pager::main(&args)?,
+        Command::Balloon(args) => return balloon::main(&runtime()?, &args),
         Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,
     }
     Ok(ExitCode::SUCCESS)

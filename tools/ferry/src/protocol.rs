@@ -25,6 +25,16 @@ pub(crate) enum Request {
     Cancel,
     Migrate(MigrateRequest),
     Save(SaveRequest),
+    Balloon(BalloonRequest),
+}
+
+/// What of the balloon.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct BalloonRequest {
+    /// Memory that the guest shall have from now on.
+    pub(crate) target_bytes: Option<u64>,
+    /// Wait a moment for what the guest says of its memory now.
+    pub(crate) ask_guest: bool,
 }
 
 /// How to save.
@@ -58,12 +68,13 @@ pub(crate) struct MigrateRequest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Reply {
-    Machine(MachineInfo),
+    Machine(Box<MachineInfo>),
     Done(String),
     Error(String),
     Progress(Progress),
     Report(Box<Report>),
     Saved(Box<SaveReport>),
+    Balloon(Box<BalloonInfo>),
 }
 
 /// What `vm show` shows.
@@ -85,6 +96,16 @@ pub(crate) struct MachineInfo {
     /// For the test guests: pages written and checked.
     pub(crate) pages_written: Option<u64>,
     pub(crate) pages_checked: Option<u64>,
+    /// Where there is one, unless pages are still fetched.
+    pub(crate) balloon: Option<ferry_balloon::Status>,
+}
+
+/// How a machine's balloon stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct BalloonInfo {
+    pub(crate) resident_bytes: u64,
+    #[serde(flatten)]
+    pub(crate) balloon: ferry_balloon::Status,
 }
 
 /// How a migration goes on.

@@ -9,6 +9,7 @@ use ferry_refvmm::{Machine, MachineConfig, RefHost, SerialSink};
 
 use crate::Failure;
 use crate::args::{DirtyLogArg, Run, Vm};
+use crate::balloon;
 use crate::hosted::{Ending, Hosted};
 use crate::machine::AnyMachine;
 use crate::protocol::{Conversation, MachineInfo, Reply, Request};
@@ -143,6 +144,9 @@ fn show(runtime: &RuntimeDir, name: &str, json: bool) -> Result<(), Failure> {
     }
     println!("kind       {}, {} vCPUs", m.kind, m.cpus);
     println!("memory     {}, {} resident", mib(m.memory_bytes), mib(m.resident_bytes));
+    if let Some(balloon) = &m.balloon {
+        println!("balloon    {}", balloon::line(balloon));
+    }
     println!("dirty log  {}", m.dirty_log);
     if let (Some(written), Some(checked)) = (m.pages_written, m.pages_checked) {
         println!("workload   {written} pages written, {checked} checked");
@@ -157,7 +161,7 @@ fn mib(bytes: u64) -> String {
 
 pub(crate) fn info(runtime: &RuntimeDir, name: &str) -> Result<MachineInfo, Failure> {
     match exchange(runtime, name, &Request::Show)? {
-        Reply::Machine(info) => Ok(info),
+        Reply::Machine(info) => Ok(*info),
         other => Err(unexpected(&other)),
     }
 }
@@ -180,7 +184,11 @@ pub(crate) fn ask_quietly(
     }
 }
 
-fn exchange(runtime: &RuntimeDir, name: &str, request: &Request) -> Result<Reply, Failure> {
+pub(crate) fn exchange(
+    runtime: &RuntimeDir,
+    name: &str,
+    request: &Request,
+) -> Result<Reply, Failure> {
     let mut host = Conversation::new(runtime.connect(name)?);
     host.say(request)?;
     let gone =

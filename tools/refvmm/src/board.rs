@@ -16,13 +16,13 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use crate::arch::cpuid;
 use crate::arch::registers::Entry;
+use crate::balloon::BalloonDevice;
 use crate::config::{MAX_CPUS, Shape};
 use crate::console::Console;
 use crate::error::Asked;
 use crate::memory::{self, GuestRam};
 use crate::state::{self, Format};
 use crate::vcpu::{Devices, Vcpus};
-use crate::virtio_mmio::BalloonDevice;
 use crate::{DirtyLog, SerialSink, VmmError};
 
 /// Three pages that Intel CPUs need for real mode, in the hole below 4 GiB.

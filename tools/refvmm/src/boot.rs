@@ -22,7 +22,7 @@ use crate::arch::registers::{self, Entry};
 use crate::config::MAX_CMDLINE_BYTES;
 use crate::kernel::{self, Loaded};
 use crate::memory::{self, GuestRam};
-use crate::{MachineConfig, VmmError, virtio_mmio};
+use crate::{MachineConfig, VmmError, balloon};
 
 const START_INFO: u64 = 0x6000;
 const MODULES: u64 = 0x6040;
@@ -46,7 +46,7 @@ struct Initrd {
 pub(crate) fn prepare(ram: &GuestRam, config: &MachineConfig) -> Result<Entry, VmmError> {
     check_cmdline(&config.cmdline)?;
     // In front: what follows `--` is not for the kernel.
-    let cmdline = format!("{}{}", virtio_mmio::CMDLINE, config.cmdline);
+    let cmdline = format!("{}{}", balloon::CMDLINE, config.cmdline);
     let loaded = kernel::load(ram, config.memory_bytes, &config.kernel)?;
     let initrd = match &config.initrd {
         Some(path) => Some(load_initrd(ram, config.memory_bytes, &loaded, path)?),

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{VmmError, memory, virtio_mmio};
+use crate::{VmmError, balloon, memory};
 
 /// The longest kernel command line: Linux's `COMMAND_LINE_SIZE`, without its NUL and the words that tell of the
 /// balloon.
-pub const MAX_CMDLINE_BYTES: usize = 2047 - virtio_mmio::CMDLINE.len();
+pub const MAX_CMDLINE_BYTES: usize = 2047 - balloon::CMDLINE.len();
 
 /// No machine has more vCPUs than this: the MP table's APIC ids have 8 bits.
 pub const MAX_CPUS: u32 = 240;

@@ -6,6 +6,7 @@
 //! its business; nor is how a machine's memory and state travel.
 
 mod arch;
+mod balloon;
 mod board;
 mod boot;
 mod config;

@@ -29,9 +29,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::VmmError;
+use crate::balloon::BalloonDevice;
 use crate::console::{Console, ConsoleState};
 use crate::error::Asked;
-use crate::virtio_mmio::{BalloonDevice, DeviceState};
+use crate::virtio_mmio::DeviceState;
 
 const VERSION: u16 = 1;
 const TSC_DEADLINE: u32 = 0x6e0;

@@ -26,9 +26,9 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::VmmError;
+use crate::balloon::BalloonDevice;
 use crate::console::Console;
 use crate::ports::{self, Asks};
-use crate::virtio_mmio::BalloonDevice;
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 const KICK_AGAIN: Duration = Duration::from_millis(2);

@@ -1,12 +1,7 @@
-//! The balloon's place in the machine: virtio over memory-mapped registers (virtio 1.2, section 4.2), at a fixed
-//! address in the hole below 4 GiB, interrupt 5.
+//! Virtio over memory-mapped registers (virtio 1.2, section 4.2), with a balloon behind them.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use ferry_balloon::{Balloon, BalloonState, DEVICE_ID, Interrupt, Refused, Status, feature};
+use ferry_balloon::{Balloon, BalloonState, DEVICE_ID, Interrupt, feature};
 use ferry_memory::GuestView;
-use ferry_pages::PageSet;
-use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::{virtio_config, virtio_mmio as register};
 use virtio_queue::{Queue, QueueT};
@@ -14,20 +9,14 @@ use vm_memory::GuestAddress;
 
 use crate::memory::GuestRam;
 
-/// What tells a Linux guest of the device, in front of the rest of its command line.
-pub(crate) const CMDLINE: &str = "virtio_mmio.device=4K@0xd0000000:5 ";
-const ADDRESS: u64 = 0xd000_0000;
-const BYTES: u64 = 4096;
-const IRQ: u32 = 5;
-
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VENDOR: u32 = u32::from_le_bytes(*b"FERY");
 const VERSION: u32 = 2;
 const CONFIG: u64 = register::VIRTIO_MMIO_CONFIG as u64;
 
 /// The registers, and the device behind them.
-struct Registers {
-    balloon: Balloon,
+pub(crate) struct Registers {
+    pub(crate) balloon: Balloon,
     status: u32,
     /// Which half of the features is shown, and which is taken.
     device_half: u32,
@@ -50,7 +39,7 @@ pub(crate) struct DeviceState {
 }
 
 impl Registers {
-    fn new(memory_bytes: u64) -> Self {
+    pub(crate) fn new(memory_bytes: u64) -> Self {
         Self {
             balloon: Balloon::new(memory_bytes),
             status: 0,
@@ -63,7 +52,7 @@ impl Registers {
     }
 
     /// Registers are read and written whole; the configuration in any way.
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
+    pub(crate) fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= CONFIG {
             return self.balloon.read_config(offset - CONFIG, data);
         }
@@ -96,7 +85,13 @@ impl Registers {
     }
 
     /// Whether an interrupt is to be raised.
-    fn write(&mut self, offset: u64, data: &[u8], ram: &GuestRam, view: &GuestView) -> bool {
+    pub(crate) fn write(
+        &mut self,
+        offset: u64,
+        data: &[u8],
+        ram: &GuestRam,
+        view: &GuestView,
+    ) -> bool {
         if offset >= CONFIG {
             self.balloon.write_config(offset - CONFIG, data);
             return false;
@@ -168,12 +163,12 @@ impl Registers {
         None
     }
 
-    fn raise(&mut self, due: Option<Interrupt>) -> bool {
+    pub(crate) fn raise(&mut self, due: Option<Interrupt>) -> bool {
         self.interrupts |= due.map_or(0, Interrupt::bit);
         due.is_some()
     }
 
-    fn save(&self) -> DeviceState {
+    pub(crate) fn save(&self) -> DeviceState {
         DeviceState {
             status: self.status,
             device_half: self.device_half,
@@ -185,7 +180,7 @@ impl Registers {
         }
     }
 
-    fn restore(state: DeviceState, view: &GuestView) -> Result<(Self, bool), String> {
+    pub(crate) fn restore(state: DeviceState, view: &GuestView) -> Result<(Self, bool), String> {
         let (balloon, due) = Balloon::restore(state.balloon, view).map_err(|e| e.to_string())?;
         let mut registers = Self {
             balloon,
@@ -234,107 +229,181 @@ fn half(features: u64, which: u32) -> u32 {
     u32::try_from(bits).unwrap_or(0)
 }
 
-/// The device in a machine. Calls that touch guest memory are for a machine that runs.
-pub(crate) struct BalloonDevice {
-    registers: Mutex<Registers>,
-    vm: Arc<VmFd>,
-    /// Not used any more when `view` is gone.
-    ram: GuestRam,
-    view: GuestView,
-}
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
 
-impl BalloonDevice {
-    pub(crate) fn new(vm: &Arc<VmFd>, ram: &GuestRam, view: &GuestView, memory_bytes: u64) -> Self {
-        let registers = Mutex::new(Registers::new(memory_bytes));
-        Self { registers, vm: Arc::clone(vm), ram: ram.clone(), view: view.clone() }
+    use ferry_balloon::{INFLATE, QUEUE_SIZE};
+    use ferry_dirtylog::{DirtySource, SoftwareBitmap};
+    use ferry_pages::{PageSet, Run};
+    use vm_memory::Bytes;
+
+    use super::*;
+    use crate::memory;
+
+    const MACHINE_BYTES: u64 = 8 << 20;
+    /// Frames of the inflate queue's parts, of a list of pages, and of the page in it.
+    const TABLE: u64 = 16;
+    const AVAIL: u64 = 17;
+    const USED: u64 = 18;
+    const LIST: u64 = 19;
+    const GIVEN: u64 = 64;
+
+    struct Machine {
+        registers: Registers,
+        ram: GuestRam,
+        view: GuestView,
     }
 
-    fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    impl Machine {
+        fn new() -> Self {
+            let (ram, view) = memory::map(MACHINE_BYTES, false).unwrap();
+            Self { registers: Registers::new(MACHINE_BYTES), ram, view }
+        }
 
-    /// The guest reads memory that is none; whether this device answers.
-    pub(crate) fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        let Some(offset) = offset(address) else { return false };
-        self.registers().read(offset, data);
-        true
-    }
+        fn set(&mut self, offset: u64, value: u32) -> bool {
+            self.registers.write(offset, &value.to_le_bytes(), &self.ram, &self.view)
+        }
 
-    /// The guest writes memory that is none.
-    pub(crate) fn write(&self, address: u64, data: &[u8]) {
-        let Some(offset) = offset(address) else { return };
-        let raise = self.registers().write(offset, data, &self.ram, &self.view);
-        self.interrupt(raise);
-    }
+        fn register(&mut self, offset: u64) -> u32 {
+            let mut bytes = [0xee; 4];
+            self.registers.read(offset, &mut bytes);
+            u32::from_le_bytes(bytes)
+        }
 
-    /// An edge, delivered when this returns: state that is saved next holds it.
-    fn interrupt(&self, raise: bool) {
-        if raise {
-            let edge = self.vm.set_irq_line(IRQ, true).and(self.vm.set_irq_line(IRQ, false));
-            if let Err(e) = edge {
-                tracing::warn!("interrupt {IRQ} of the balloon is lost: {e}");
+        /// As a driver does it (virtio 1.2, section 3.1.1), with all features.
+        fn start(&mut self) {
+            for status in [0, 1, 3] {
+                self.set(0x70, status);
             }
+            for half in [0, 1] {
+                self.set(0x14, half);
+                let offered = self.register(0x10);
+                self.set(0x24, half);
+                self.set(0x20, offered);
+            }
+            self.set(0x70, 11);
+            assert_eq!(self.register(0x70), 11, "features are accepted");
+            self.set(0x30, INFLATE.into());
+            assert_eq!(self.register(0x34), u32::from(QUEUE_SIZE));
+            for (offset, value) in [(0x38, 16), (0x80, TABLE), (0x90, AVAIL), (0xa0, USED)] {
+                let value = if offset == 0x38 { value } else { value * 4096 };
+                self.set(offset, u32::try_from(value).unwrap());
+            }
+            self.set(0x44, 1);
+            assert_eq!(self.register(0x44), 1);
+            self.set(0x70, 15);
+        }
+
+        /// Puts page `GIVEN` into the balloon as request number `n`; whether there is an interrupt.
+        fn inflate(&mut self, n: u16) -> bool {
+            let at = |frame: u64| GuestAddress(frame * 4096);
+            let given = u32::try_from(GIVEN).unwrap();
+            self.ram.write_obj(given, at(LIST)).unwrap();
+            self.ram.write_obj(LIST * 4096, at(TABLE)).unwrap();
+            self.ram.write_obj(4u32, GuestAddress(TABLE * 4096 + 8)).unwrap();
+            self.ram.write_obj(n, GuestAddress(AVAIL * 4096 + 2)).unwrap();
+            self.set(0x50, INFLATE.into())
+        }
+
+        fn used(&self) -> u16 {
+            self.ram.read_obj(GuestAddress(USED * 4096 + 2)).unwrap()
         }
     }
 
-    fn act(&self, act: impl FnOnce(&mut Balloon) -> Option<Interrupt>) {
-        let mut registers = self.registers();
-        let due = act(&mut registers.balloon);
-        let raise = registers.raise(due);
-        drop(registers);
-        self.interrupt(raise);
+    #[test]
+    fn a_driver_finds_a_balloon_and_gives_a_page_back() {
+        let mut m = Machine::new();
+        let found = [0, 4, 8].map(|offset| m.register(offset));
+        assert_eq!(found, [0x7472_6976, 2, 5]);
+        m.start();
+        m.view.write(GIVEN, &[1]).unwrap();
+        assert!(m.inflate(1), "an interrupt");
+        assert!(!m.view.resident().unwrap().contains(GIVEN));
+        assert_eq!((m.used(), m.register(0x60)), (1, 1));
+        m.set(0x64, 1);
+        assert_eq!(m.register(0x60), 0);
+
+        let due = m.registers.balloon.set_target(MACHINE_BYTES - (5 << 12)).unwrap();
+        assert!(m.registers.raise(Some(due)));
+        assert_eq!((m.register(0x60), m.register(0x100)), (2, 5));
+
+        m.set(0x70, 0);
+        assert_eq!((m.register(0x70), m.register(0x60), m.register(0x44)), (0, 0, 0));
+        assert!(m.registers.balloon.ballooned().is_empty());
+        assert!(!m.inflate(2), "there is no driver now");
     }
 
-    fn try_act(
-        &self,
-        act: impl FnOnce(&mut Balloon) -> Result<Interrupt, Refused>,
-    ) -> Result<(), Refused> {
-        let mut result = Ok(());
-        self.act(|balloon| act(balloon).map_err(|e| result = Err(e)).ok());
-        result
+    #[test]
+    fn what_no_driver_does_changes_nothing() {
+        let mut m = Machine::new();
+        // Features that are not offered are not accepted, and there is no driver without features.
+        m.set(0x24, 0);
+        m.set(0x20, u32::MAX);
+        m.set(0x70, 8);
+        assert_eq!(m.register(0x70) & 8, 0);
+        m.set(0x70, 4);
+        assert!(!m.registers.balloon.status().driver);
+
+        m.start();
+        let before = serde_json::to_string(&m.registers.save()).unwrap();
+        // The features are settled; sizes, queues and addresses that cannot be; registers that are not whole.
+        for (offset, value) in
+            [(0x20, 0), (0x38, 17), (0x38, 0), (0x80, 8), (0x90, 1), (0xa0, 2), (0xf8, 1)]
+        {
+            assert!(!m.set(offset, value));
+        }
+        for bytes in [&[][..], &[1], &[0; 8]] {
+            let (ram, view) = (m.ram.clone(), m.view.clone());
+            assert!(!m.registers.write(0x70, bytes, &ram, &view));
+        }
+        let after = serde_json::to_string(&m.registers.save()).unwrap();
+        assert_eq!(before, after);
+        let mut half = [0xee; 2];
+        m.registers.read(0, &mut half);
+        assert_eq!(half, [0, 0]);
+        for queue in [5, u32::MAX] {
+            m.set(0x30, queue);
+            assert_eq!((m.register(0x34), m.register(0x44)), (0, 0));
+            assert!(!m.set(0x50, queue));
+        }
     }
 
-    pub(crate) fn set_target(&self, bytes: u64) -> Result<(), Refused> {
-        self.try_act(|balloon| balloon.set_target(bytes))
+    #[test]
+    fn what_the_device_writes_is_found_by_the_dirty_log() {
+        let mut m = Machine::new();
+        m.start();
+        let mut devices = Arc::new(SoftwareBitmap::of_memory(&m.ram));
+        devices.start().unwrap();
+        // Written as a vCPU would: not through the device's view of memory.
+        for (frame, bytes) in [
+            (LIST, u32::try_from(GIVEN).unwrap().to_le_bytes().to_vec()),
+            (TABLE, [(LIST * 4096).to_le_bytes().to_vec(), vec![4, 0, 0, 0]].concat()),
+            (AVAIL, vec![0, 0, 1, 0]),
+        ] {
+            m.view.write(frame, &bytes).unwrap();
+        }
+        let mut found = PageSet::new();
+        devices.collect(&mut found).unwrap();
+        assert!(found.is_empty());
+        assert!(m.set(0x50, INFLATE.into()));
+        assert_eq!(m.used(), 1);
+        devices.collect(&mut found).unwrap();
+        assert_eq!(found, [Run::new(USED, 1)].into_iter().collect());
     }
 
-    pub(crate) fn hint_begin(&self) -> Result<(), Refused> {
-        self.try_act(Balloon::hint_begin)
+    #[test]
+    fn registers_and_queues_go_on_where_they_were_saved() {
+        let mut m = Machine::new();
+        m.start();
+        assert!(m.inflate(1));
+        let saved = serde_json::to_string(&m.registers.save()).unwrap();
+        let state = serde_json::from_str(&saved).unwrap();
+        let (registers, raise) = Registers::restore(state, &m.view).unwrap();
+        assert!(!raise, "nothing new to tell");
+        m.registers = registers;
+        assert_eq!((m.register(0x70), m.register(0x60), m.used()), (15, 1, 1));
+        assert!(m.inflate(2));
+        assert_eq!(m.used(), 2);
     }
-
-    pub(crate) fn take_hints(&self, into: &mut PageSet) -> bool {
-        self.registers().balloon.take_hints(into)
-    }
-
-    pub(crate) fn hint_end(&self) {
-        self.act(Balloon::hint_end);
-    }
-
-    pub(crate) fn ask_statistics(&self) {
-        self.act(|balloon| balloon.ask_statistics(&self.ram));
-    }
-
-    pub(crate) fn status(&self) -> Status {
-        self.registers().balloon.status()
-    }
-
-    pub(crate) fn save(&self) -> DeviceState {
-        self.registers().save()
-    }
-
-    /// Takes over saved registers; whether [`announce`](Self::announce) is needed.
-    pub(crate) fn load(&self, state: DeviceState) -> Result<bool, String> {
-        let (registers, raise) = Registers::restore(state, &self.view)?;
-        *self.registers() = registers;
-        Ok(raise)
-    }
-
-    /// Raises the interrupt that loading made due, once the interrupt controllers are loaded.
-    pub(crate) fn announce(&self) {
-        self.interrupt(true);
-    }
-}
-
-fn offset(address: u64) -> Option<u64> {
-    address.checked_sub(ADDRESS).filter(|offset| *offset < BYTES)
 }

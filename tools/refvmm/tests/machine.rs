@@ -174,3 +174,24 @@ fn more_writes_than_a_dirty_ring_holds_are_all_reported() {
         assert_eq!(dirty.count_in(tiny::SWEPT), tiny::SWEPT.pages, "{dirty_log:?}");
     }
 }
+
+#[test]
+fn every_machine_has_a_balloon_and_without_a_driver_it_says_so() {
+    if !tiny::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Machine::boot(&tiny::config(dir.path(), &tiny::elf(tiny::MAGIC, 0))).unwrap();
+    machine.resume_by_operator().unwrap();
+    tiny::eventually("output", || tiny::printed(dir.path()).len() >= 4);
+    assert_eq!(tiny::printed(dir.path()), b"virt");
+    let status = machine.balloon();
+    assert!(!status.driver && status.troubles == 0);
+    assert_eq!((status.target_bytes, status.actual_bytes), (8 << 20, 8 << 20));
+    machine.ask_balloon_statistics();
+    machine.end_free_page_hints();
+    for refused in [machine.set_balloon_target(4 << 20), machine.begin_free_page_hints()] {
+        let said = refused.unwrap_err().to_string();
+        assert!(said.contains("tiny") && said.contains("no driver"), "{said}");
+    }
+}

@@ -88,4 +88,13 @@ mod tests {
             assert_eq!(44 + usize::from(cpus) * 20 + 8 + 8 + 16 * 8 + 2 * 8, length);
         }
     }
+
+    #[test]
+    fn the_interrupts_of_console_and_balloon_are_pins_of_the_ioapic() {
+        let bytes = table(2);
+        for irq in [4, 5] {
+            let entry = [IO_INTERRUPT, INT, 0, 0, ISA_BUS, irq, 2, irq];
+            assert!(bytes.windows(8).any(|w| w == entry), "{irq}");
+        }
+    }
 }

@@ -47,6 +47,16 @@ pub(crate) const PROBE: &[u8] = &[
     0xb0, 0x2e, 0xee, 0xeb, 0xfe, //        mov al, '.'; out dx, al; jmp $
 ];
 
+/// Prints the first register of the balloon, byte by byte.
+pub(crate) const MAGIC: &[u8] = &[
+    0xba, 0xf8, 0x03, 0x00, 0x00, //        mov edx, 0x3f8
+    0xa1, 0x00, 0x00, 0x00, 0xd0, //        mov eax, [0xd0000000]
+    0xee, 0xc1, 0xe8, 0x08, //              out dx, al; shr eax, 8
+    0xee, 0xc1, 0xe8, 0x08, //              out dx, al; shr eax, 8
+    0xee, 0xc1, 0xe8, 0x08, //              out dx, al; shr eax, 8
+    0xee, 0xeb, 0xfe, //                    out dx, al; jmp $
+];
+
 /// Echoes what is typed, plus one.
 pub(crate) const ECHO: &[u8] = &[
     0xba, 0xfd, 0x03, 0x00, 0x00, //  wait: mov edx, 0x3fd
