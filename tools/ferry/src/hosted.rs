@@ -195,7 +195,7 @@ impl Hosted {
             pages_written: counters.map(|c| c.0),
             pages_checked: counters.map(|c| c.1),
             // The device may wait for a page of its own that does not come.
-            balloon: inner.fetching.is_none().then(|| self.machine.balloon().ok()).flatten(),
+            balloon: inner.fetching.is_none().then(|| self.machine.balloon()),
         }
     }
 
@@ -297,21 +297,20 @@ impl Hosted {
         if self.inner().fetching.is_some() {
             self.check_at_rest(&self.inner())?;
         }
-        let before = self.machine.balloon()?;
+        let before = self.machine.balloon();
         if let Some(bytes) = what.target_bytes {
             self.machine.set_balloon_target(bytes)?;
         }
-        if what.ask_guest && before.driver {
-            self.machine.ask_balloon_statistics();
+        if what.ask_guest && before.driver && self.machine.ask_balloon_statistics() {
             let begun = Instant::now();
             while begun.elapsed() < GUEST_ANSWERS_WITHIN
-                && self.machine.balloon()?.statistics_count == before.statistics_count
+                && self.machine.balloon().statistics_count == before.statistics_count
             {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
         let resident = self.machine.memory().resident().map_or(0, |pages| pages.len());
-        Ok(BalloonInfo { resident_bytes: resident * PAGE_BYTES, balloon: self.machine.balloon()? })
+        Ok(BalloonInfo { resident_bytes: resident * PAGE_BYTES, balloon: self.machine.balloon() })
     }
 
     fn cancel(&self) -> Result<Reply, String> {
