@@ -3,64 +3,19 @@
 
 use std::time::Duration;
 
-use ferry_guest::status::{self, StatusView};
 use ferry_migrate::{Arrival, Guest, Mode, OutcomeKind, SendOptions};
-use ferry_process_guest::{ProcessGuest, Tracker};
-use ferry_refvmm::{DirtyLog, Machine};
+use ferry_process_guest::Tracker;
+use ferry_refvmm::DirtyLog;
 
 use crate::stage::{
-    Destination, Dice, Huge, HugePages, Kvm, Link, Maker, Process, Subject, eventually, goes_on,
-    has_kvm, migrate,
+    Ballooned, Destination, Dice, Huge, HugePages, Kvm, Link, Maker, Process, Subject, eventually,
+    goes_on, has_kvm, migrate,
 };
 use crate::{MIB, assert_completed, options};
 
 const MEMORY: u64 = 64 * MIB;
 /// All of memory, by two workers.
 const WHOLE: &str = "pattern=random fill=all random=20";
-
-/// A guest with a balloon.
-trait Ballooned: Subject {
-    /// Sets how much memory it shall have.
-    fn shall_have(&self, bytes: u64);
-    /// Bytes that it gave back, as its host knows it.
-    fn given(&self) -> u64;
-    /// The same, as the guest knows it.
-    fn says_given(&self) -> u64;
-    /// What was wrong with its requests.
-    fn trouble(&self) -> Option<String>;
-}
-
-impl Ballooned for ProcessGuest {
-    fn shall_have(&self, bytes: u64) {
-        self.set_balloon_target(bytes).unwrap();
-    }
-    fn given(&self) -> u64 {
-        self.balloon_bytes()
-    }
-    fn says_given(&self) -> u64 {
-        self.balloon_bytes()
-    }
-    fn trouble(&self) -> Option<String> {
-        self.balloon_trouble()
-    }
-}
-
-impl Ballooned for Machine {
-    fn shall_have(&self, bytes: u64) {
-        self.set_balloon_target(bytes).unwrap();
-    }
-    fn given(&self) -> u64 {
-        self.balloon().ballooned_bytes
-    }
-    fn says_given(&self) -> u64 {
-        let mut page = vec![0; status::BYTES];
-        self.memory().read(status::GPA >> 12, &mut page).unwrap();
-        StatusView::parse(&page).unwrap().ballooned_pages() * 4096
-    }
-    fn trouble(&self) -> Option<String> {
-        self.balloon().last_trouble
-    }
-}
 
 fn process(tracker: Tracker) -> Process {
     Process { tracker, memory_bytes: MEMORY, workload: WHOLE.into() }
