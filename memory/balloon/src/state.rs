@@ -3,7 +3,7 @@
 use ferry_memory::GuestView;
 use ferry_pages::{PageSet, Run};
 use serde::{Deserialize, Serialize};
-use virtio_queue::{Queue, QueueState};
+use virtio_queue::{Queue, QueueState, QueueT};
 
 use crate::balloon::{Balloon, Interrupt, QUEUE_SIZE, QUEUES, STATISTICS, feature};
 use crate::hints::Hints;
@@ -131,10 +131,6 @@ impl Balloon {
         for (queue, saved) in balloon.queues.iter_mut().zip(&state.queues) {
             *queue = saved.restore().map_err(|e| BadState(format!("a queue: {e}")))?;
         }
-        let statistics = state.queues.get(usize::from(STATISTICS)).map_or(0, |q| q.size);
-        if state.held.is_some_and(|head| head >= statistics) {
-            return Err(BadState("statistics in a place that the queue does not have".into()));
-        }
         if u64::from(state.wanted_pages) > pages {
             return Err(BadState(format!("{} pages of {pages} wanted", state.wanted_pages)));
         }
@@ -146,7 +142,9 @@ impl Balloon {
         balloon.poison = state.poison;
         balloon.reported_pages = state.reported_pages;
         balloon.hints = Hints::restored(state.hint_id, state.hint_command);
-        balloon.held = state.held;
+        // A guest may make the queue smaller meanwhile, and shall not keep its machine from moving by that.
+        let size = balloon.queues[usize::from(STATISTICS)].size();
+        balloon.held = state.held.filter(|head| *head < size);
         balloon.statistics = state.statistics;
         balloon.statistics_count = state.statistics_count;
         balloon.troubles = Troubles { count: state.troubles, last: state.last_trouble };

@@ -12,6 +12,7 @@ use ferry_balloon::{
 };
 use ferry_pages::{PageSet, Run};
 use huge_pages::HugePages;
+use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 const USED: Option<Interrupt> = Some(Interrupt::UsedBuffers);
@@ -369,4 +370,58 @@ fn a_reset_forgets_what_the_driver_said_and_leaves_memory_and_target_alone() {
     assert_eq!(guest.resident(Run::new(FIRST_FREE, 2)), 1);
     assert_eq!(guest.balloon.ask_statistics(&guest.ram), None);
     assert_eq!(guest.notify(INFLATE), None);
+}
+
+/// One step of a driver that follows its target: a list of at most `most` pages, out of `pages` of the machine.
+fn follow(guest: &mut Guest, pages: Run, most: u64) {
+    let wanted = u64::from(config_word(&guest.balloon, 0));
+    let inside = guest.ballooned().clone();
+    let of =
+        |members: bool| (pages.start..pages.end()).filter(move |g| inside.contains(*g) == members);
+    let (queue, named): (u16, Vec<u64>) = if inside_pages(guest) < wanted {
+        let room = most.min(wanted - inside_pages(guest));
+        (INFLATE, of(false).take(usize::try_from(room).unwrap()).collect())
+    } else {
+        let room = most.min(inside_pages(guest) - wanted);
+        (DEFLATE, of(true).take(usize::try_from(room).unwrap()).collect())
+    };
+    let list = guest.list(named.iter().copied());
+    assert_eq!(guest.send(queue, &[list]), USED);
+    if queue == DEFLATE {
+        named.iter().for_each(|gfn| guest.touch(Run::new(*gfn, 1)));
+    }
+    let actual = u32::try_from(inside_pages(guest)).unwrap();
+    guest.balloon.write_config(4, &actual.to_le_bytes());
+}
+
+fn inside_pages(guest: &Guest) -> u64 {
+    guest.ballooned().len()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_guest_whose_target_moves_while_it_follows_gets_there_and_loses_nothing(
+        targets in proptest::collection::vec((0u64..300, 0usize..6), 1..12),
+        most in 1u64..80,
+    ) {
+        let mut guest = Guest::new();
+        let pages = Run::new(FIRST_FREE, 300);
+        guest.touch(pages);
+        for (wanted, steps) in &targets {
+            let _ = guest.balloon.set_target(MACHINE_BYTES - wanted * PAGE).unwrap();
+            (0..*steps).for_each(|_| follow(&mut guest, pages, most));
+        }
+        (0..300).for_each(|_| follow(&mut guest, pages, most));
+        let status = guest.balloon.status();
+        prop_assert_eq!(status.actual_bytes, status.target_bytes);
+        prop_assert_eq!(MACHINE_BYTES - status.ballooned_bytes, status.target_bytes);
+        prop_assert_eq!(status.troubles, 0);
+        for gfn in (pages.start..pages.end()).filter(|gfn| !guest.ballooned().contains(*gfn)) {
+            let mut word = [0; 8];
+            guest.view.read(gfn, &mut word).unwrap();
+            prop_assert_eq!(u64::from_le_bytes(word), gfn, "a page in use lost what was in it");
+        }
+    }
 }

@@ -254,7 +254,7 @@ fn act() -> impl Strategy<Value = Act> {
             .prop_map(|(queue, first, all)| Act::Describe(queue, first, all)),
         8 => (0..QUEUES, 0u16..18).prop_map(|(queue, head)| Act::Offer(queue, head)),
         8 => queue.prop_map(Act::Notify),
-        1 => (0u32..QUEUES.into(), any::<u16>(), [address(), address(), address()])
+        1 => (0u32..QUEUES.into(), (0u32..16).prop_map(|n| 1 << n), [address(), address(), address()])
             .prop_map(|(queue, size, places)| Act::SetUp(queue, size, places)),
         1 => (0u64..20, proptest::collection::vec(any::<u8>(), 1..8)).prop_map(|(at, b)| Act::Config(at, b)),
         1 => any::<bool>().prop_map(Act::Hint),
@@ -266,7 +266,7 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 5000, ..ProptestConfig::default() })]
 
     #[test]
     fn nothing_that_a_guest_does_ends_the_device_or_names_a_page_that_is_not_its(
@@ -308,6 +308,11 @@ proptest! {
             prop_assert_eq!(status.troubles == 0, status.last_trouble.is_none());
         }
     }
+
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
     #[test]
     fn the_balloon_holds_what_went_in_and_did_not_come_out(

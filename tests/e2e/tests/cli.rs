@@ -179,14 +179,28 @@ fn a_kvm_machine_can_be_listed_shown_paused_resumed_and_stopped() {
 }
 
 #[test]
-fn a_machine_without_a_balloon_says_so() {
+fn a_guest_has_as_much_memory_as_it_is_told_to_have() {
     let host = Hosts::new().source;
-    let _runner = host.boot("m", PROCESS, &[]);
-    for more in [&[][..], &["--target", "32M"], &["--target", "32M", "--no-wait", "--json"]] {
-        host.run(&[&["balloon", "m"], more].concat()).failed(&["not supported by a process guest"]);
+    let mut kinds = vec![("m", PROCESS)];
+    if kvm() {
+        kinds.push(("k", KVM));
+    }
+    for (name, kernel) in kinds {
+        let _runner = host.boot(name, kernel, &[]);
+        host.works(name);
+        for (target, bytes) in [("32M", 32 << 20), ("64M", 64 << 20)] {
+            host.run(&["balloon", name, "--target", target]).succeeded();
+            let shown = host.run(&["balloon", name, "--json"]).json();
+            assert_eq!(
+                (&shown["reached"], &shown["actual_bytes"]),
+                (&true.into(), &u64::into(bytes)),
+                "{shown}"
+            );
+            host.works(name);
+        }
+        host.run(&["balloon", name, "--target", "1T"]).failed(&["67108864"]);
     }
     host.run(&["balloon", "n", "--target", "32M"]).failed(&["no machine `n`"]);
-    host.works("m");
 }
 
 fn stays_paused(kernel: &str) {

@@ -210,7 +210,7 @@ impl Hosted {
             merged_bytes: merged * PAGE_BYTES,
             merged_saves_bytes: saves * PAGE_BYTES,
             swap: inner.swap.as_ref().map(Swap::figures),
-            balloon: inner.fetching.is_none().then(|| self.machine.balloon().ok()).flatten(),
+            balloon: inner.fetching.is_none().then(|| self.machine.balloon()),
         }
     }
 
@@ -353,22 +353,21 @@ impl Hosted {
         if self.inner().fetching.is_some() {
             self.check_at_rest(&self.inner())?;
         }
-        let before = self.machine.balloon()?;
+        let before = self.machine.balloon();
         if let Some(bytes) = what.target_bytes {
             self.machine.set_balloon_target(bytes)?;
         }
-        if what.ask_guest && before.driver {
-            self.machine.ask_balloon_statistics();
+        if what.ask_guest && before.driver && self.machine.ask_balloon_statistics() {
             let begun = Instant::now();
             while begun.elapsed() < GUEST_ANSWERS_WITHIN
-                && self.machine.balloon()?.statistics_count == before.statistics_count
+                && self.machine.balloon().statistics_count == before.statistics_count
             {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
         Ok(BalloonInfo {
             resident_bytes: self.resident() * PAGE_BYTES,
-            balloon: self.machine.balloon()?,
+            balloon: self.machine.balloon(),
         })
     }
 

@@ -122,30 +122,35 @@ impl AnyMachine {
     }
 
     /// How its balloon stands.
-    pub(crate) fn balloon(&self) -> Result<ferry_balloon::Status, String> {
+    pub(crate) fn balloon(&self) -> ferry_balloon::Status {
         match self {
-            Self::Kvm(m) => Ok(m.balloon()),
+            Self::Kvm(m) => m.balloon(),
             Self::Process(p) => {
                 let p = lock(p);
-                let (memory_bytes, given) = (p.config().memory_bytes, p.balloon_bytes());
-                Ok(ferry_balloon::Status {
+                let (memory_bytes, ballooned_bytes) = (p.config().memory_bytes, p.balloon_bytes());
+                let last_trouble = p.balloon_trouble();
+                ferry_balloon::Status {
                     driver: true,
                     memory_bytes,
                     target_bytes: p.balloon_target(),
-                    actual_bytes: memory_bytes - given,
-                    ballooned_bytes: given,
-                    last_trouble: p.balloon_trouble(),
+                    actual_bytes: memory_bytes - ballooned_bytes,
+                    ballooned_bytes,
+                    troubles: last_trouble.is_some().into(),
+                    last_trouble,
                     ..ferry_balloon::Status::default()
-                })
+                }
             }
         }
     }
 
-    /// Asks the guest how it uses its memory; the answer comes into [`balloon`](Self::balloon).
-    pub(crate) fn ask_balloon_statistics(&self) {
-        if let Self::Kvm(m) = self {
-            m.ask_balloon_statistics();
+    /// Asks the guest how it uses its memory; the answer comes into [`balloon`](Self::balloon). Whether there
+    /// is somebody to ask.
+    pub(crate) fn ask_balloon_statistics(&self) -> bool {
+        match self {
+            Self::Kvm(m) => m.ask_balloon_statistics(),
+            Self::Process(_) => return false,
         }
+        true
     }
 
     fn with<R>(&mut self, act: impl FnOnce(&mut dyn Guest) -> R) -> R {

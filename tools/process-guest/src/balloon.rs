@@ -116,6 +116,9 @@ mod tests {
                         let why = format!("{s:?} target {target} given {given}");
                         assert!(pages - given <= target, "{why}");
                         assert!(given < pages - target + unit * u64::from(cpus), "{why}");
+                        let again =
+                            s.given_back(pages - given, s.limits(pages - given).into_iter());
+                        assert_eq!(again, given, "what is reached is a target of its own: {why}");
                     }
                     assert_eq!(s.limits(pages), s.parts().map(|p| p.pages).collect::<Vec<_>>());
                     assert!(s.limits(0).iter().all(|l| (1..=u64::max(unit, 1)).contains(l)));

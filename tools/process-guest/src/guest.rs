@@ -159,13 +159,13 @@ impl ProcessGuest {
         Ok(())
     }
 
-    /// How much memory the guest shall have at most, in bytes: all of it, if nobody said otherwise.
+    /// How much memory the guest will have, in bytes: the target, or what is below it in whole units (huge
+    /// pages); all of it, if nobody said otherwise.
     pub fn balloon_target(&self) -> u64 {
         self.workers.balloon_target() * PAGE
     }
 
-    /// Bytes that the guest has given back at the moment. In huge pages it is up to one for each worker
-    /// more than the target asks for.
+    /// Bytes that the guest has given back at the moment.
     pub fn balloon_bytes(&self) -> u64 {
         self.workers.given_back() * PAGE
     }

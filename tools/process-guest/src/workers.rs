@@ -180,17 +180,20 @@ impl Workers {
         self.shared.shares
     }
 
-    /// The guest shall have `target` pages; the workers see to it as soon as they run.
+    /// The guest shall have `target` pages, or as many fewer as whole units need; the workers see to it as
+    /// soon as they run.
     pub(crate) fn set_balloon_target(&self, target: u64) {
-        let balloon = &self.shared.balloon;
+        let Shared { balloon, shares, plan, .. } = &*self.shared;
+        let limits = shares.limits(target);
+        let will_have = plan.memory_pages - shares.given_back(target, limits.iter().copied());
         *lock(&balloon.trouble) = None;
-        balloon.target.store(target, Ordering::Relaxed);
-        for (limit, pages) in balloon.limits.iter().zip(self.shared.shares.limits(target)) {
+        balloon.target.store(will_have, Ordering::Relaxed);
+        for (limit, pages) in balloon.limits.iter().zip(limits) {
             limit.store(pages, Ordering::Relaxed);
         }
     }
 
-    /// Pages that the guest shall have.
+    /// Pages that the guest shall have, and will.
     pub(crate) fn balloon_target(&self) -> u64 {
         self.shared.balloon.target.load(Ordering::Relaxed)
     }

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, unreachable_pub, unused_imports, reason = "each test file uses its part")]
 
+mod balloon;
 mod field;
 mod guests;
 #[path = "../../../../memory/tests/host/huge_pages.rs"]
@@ -11,6 +12,7 @@ mod relay;
 mod shared;
 mod watched;
 
+pub use balloon::Ballooned;
 pub use field::{Destination, Link, Links, migrate};
 pub use guests::{Huge, Kind, Kvm, Maker, Process, Subject, has_kvm};
 pub(crate) use huge_pages::HugePages;
