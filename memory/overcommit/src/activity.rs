@@ -58,7 +58,7 @@ mod tests {
         assert_eq!(look(1000, 1), 1000);
         let after_one_more = look(0, 1);
         assert!(
-            (50..200).contains(&after_one_more),
+            (150..200).contains(&after_one_more),
             "a single look is not yet a habit: {after_one_more}"
         );
         assert_eq!(look(1000, 300), 1000);
