@@ -356,6 +356,32 @@ proptest! {
     }
 
     #[test]
+    fn any_constant_load_ends_within_a_sixteenth_of_a_machine(
+        machines in prop::collection::vec((machine(), load()), 1..6),
+    ) {
+        let mut model = Model::new(host());
+        for (i, ((mut machine, mut guest), (touches, works_on))) in machines.into_iter().enumerate() {
+            machine.name = i.to_string();
+            (guest.touches, guest.works_on) = (touches, works_on);
+            guest.grows_per_step = guest.grows_per_step.max(16 * MIB);
+            if !model.try_start(machine, guest) {
+                break;
+            }
+        }
+        let mut series = vec![Vec::new(); 2 * model.count()];
+        for _ in 0..900 {
+            let step = model.step();
+            let figures = step.targets.iter().flat_map(|t| [t.guest_bytes, t.allocation_bytes]);
+            series.iter_mut().zip(figures).for_each(|(line, figure)| line.push(figure));
+        }
+        for line in &series {
+            let late = &line[700..];
+            let (min, max) = late.iter().fold((u64::MAX, 0), |(a, b), v| (a.min(*v), b.max(*v)));
+            prop_assert!(max - min <= 192 * MIB, "still moves by {} MiB: {:?}", (max - min) / MIB, late);
+        }
+    }
+
+    #[test]
     fn figures_that_cannot_be_are_no_reason_to_panic(
         raw in prop::collection::vec(any::<[u64; 6]>(), 1..20), used in any::<u64>(), some in any::<f64>()
     ) {

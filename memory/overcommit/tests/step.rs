@@ -216,10 +216,9 @@ fn what_is_swapped_makes_the_pool_grow_and_more_is_swapped_for_that() {
 fn pages_that_come_back_from_swap_are_in_use() {
     let mut two = Two::with_free(|_| (), 300);
     two.a.swapped_bytes = GIB;
-    let before = two.a().active_bytes;
-    two.a.swap_in_bytes_per_s = 10 * MIB;
-    assert_eq!(before, 0);
-    assert_eq!(two.a().active_bytes, 100 * MIB);
+    assert_eq!(two.a().active_bytes, 0);
+    two.a.swap_in_bytes_per_s = 11 * MIB;
+    assert_eq!(two.a().active_bytes, 10 * MIB);
 }
 
 #[test]
@@ -286,8 +285,9 @@ fn balloons_that_did_not_deliver_are_remembered_for_a_minute() {
 
 #[test]
 fn trifles_are_not_moved() {
-    let mut two = Two::with_free(|_| (), 300);
+    let mut two = Two::with_free(|m| m.shares = if m.name == "a" { 3000 } else { 1000 }, 300);
     two.pressure.some = 20.0;
+    two.a.active_bytes = Some(20 * MIB);
     for _ in 0..20 {
         let a = two.a();
         two.a.resident_bytes = a.allocation_bytes.next_multiple_of(PAGE_BYTES);
