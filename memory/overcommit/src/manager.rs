@@ -36,8 +36,6 @@ pub const BALLOON_PATIENCE: Duration = Duration::from_secs(5);
 pub const SHARE_PATIENCE: Duration = Duration::from_secs(5);
 /// Equal pages are looked for, and balloons that did not deliver are remembered, until memory was not short for so long.
 const REST: Duration = Duration::from_secs(60);
-/// Pages that came back from swap in the last so many seconds are in use.
-const SWAPPED_IN_S: u64 = 10;
 /// Percent of its memory that a guest keeps, whatever is asked for: balloons take 65 % at most, as in ESX.
 const GUEST_KEEPS: u64 = 35;
 
@@ -234,9 +232,8 @@ impl Tracked {
             self.held = self.held.max(self.at_most);
             return;
         };
-        let back = seen.swap_in_bytes_per_s.saturating_mul(SWAPPED_IN_S).min(seen.swapped_bytes);
-        let active = seen.active_bytes.unwrap_or(seen.resident_bytes).saturating_add(back);
-        self.activity.look(now, active.min(seen.touched_bytes()));
+        let active = seen.active_bytes.unwrap_or(seen.resident_bytes).min(seen.resident_bytes);
+        self.activity.look(now, active, seen.swapped_bytes, seen.swap_in_bytes_per_s);
         let grew = seen.touched_bytes().saturating_sub(self.last.touched_bytes());
         self.grew = grew.max(seen.swap_in_bytes_per_s);
         self.last = *seen;

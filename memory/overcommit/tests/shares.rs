@@ -143,6 +143,18 @@ fn without_a_tax_shares_alone_count_and_with_it_the_busy_one_gets_what_the_idle_
 }
 
 #[test]
+fn a_floor_that_is_no_whole_page_is_kept_in_whole_pages() {
+    let claim = Claim {
+        floor_bytes: PAGE_BYTES + 1,
+        wanted_bytes: 0,
+        limit_bytes: MIB,
+        shares: 1,
+        active_bytes: 0,
+    };
+    assert_eq!(divide(0, Tax::default(), &[claim]), [2 * PAGE_BYTES]);
+}
+
+#[test]
 fn the_idle_pay_first_and_shares_count_among_the_busy() {
     let machine = |active_mib, shares| Claim {
         floor_bytes: 0,

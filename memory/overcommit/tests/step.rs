@@ -216,10 +216,9 @@ fn what_is_swapped_makes_the_pool_grow_and_more_is_swapped_for_that() {
 fn pages_that_come_back_from_swap_are_in_use() {
     let mut two = Two::with_free(|_| (), 300);
     two.a.swapped_bytes = GIB;
-    let before = two.a().active_bytes;
-    two.a.swap_in_bytes_per_s = 10 * MIB;
-    assert_eq!(before, 0);
-    assert_eq!(two.a().active_bytes, 100 * MIB);
+    assert_eq!(two.a().active_bytes, 0);
+    two.a.swap_in_bytes_per_s = 11 * MIB;
+    assert_eq!(two.a().active_bytes, 10 * MIB);
 }
 
 #[test]
@@ -244,11 +243,129 @@ fn a_machine_that_ended_leaves_its_memory_to_others() {
 #[test]
 fn a_limit_holds_even_while_enough_is_free() {
     let mut two = Two::new(|m| m.limit_bytes = GIB);
-    two.a.resident_bytes = GIB;
+    two.a.resident_bytes = 2 * GIB;
+    let a = two.a();
+    assert_eq!((a.at_most_bytes, a.means), (GIB, Means::Swap));
     for _ in 0..20 {
         two.a();
     }
     let a = two.a();
     assert_eq!((a.at_most_bytes, a.allocation_bytes), (GIB, GIB));
     assert!(a.guest_bytes < 3 * GIB / 2, "its balloon helps to keep it: {a:?}");
+}
+
+#[test]
+fn a_reservation_that_is_new_is_taken_from_the_others_at_once() {
+    let mut two = Two::with_free(|_| (), 500);
+    assert_eq!(two.a().means, Means::Nothing);
+    let new = Machine { reservation_bytes: GIB, ..Machine::new("c", GIB) };
+    two.manager.admit(new).expect("the host holds it");
+    let step = two.step();
+    assert_eq!((step.level, step.targets[0].means), (Level::High, Means::Swap));
+    assert_eq!(step.targets[2].at_most_bytes, GIB);
+    let sum: u64 = step.targets.iter().map(|t| t.at_most_bytes).sum();
+    assert!(sum <= 4 * GIB - 200 * MIB, "{step:?}");
+}
+
+#[test]
+fn balloons_that_did_not_deliver_are_remembered_for_a_minute() {
+    for (rest, means) in [(10, Means::Swap), (70, Means::Balloon)] {
+        let mut two = Two::with_free(|_| (), 300);
+        while two.a().means != Means::Swap {}
+        let busy = two.a.resident_bytes;
+        // Memory is enough for a while, since the other one ended what it did.
+        let other = std::mem::take(&mut two.b.resident_bytes);
+        for _ in 0..rest {
+            assert_eq!(two.a().means, Means::Nothing);
+        }
+        (two.a.resident_bytes, two.b.resident_bytes) = (busy, other);
+        assert_eq!(two.a().means, means, "after {rest} s");
+    }
+}
+
+#[test]
+fn trifles_are_not_moved() {
+    let mut two = Two::with_free(|m| m.shares = if m.name == "a" { 3000 } else { 1000 }, 300);
+    two.pressure.some = 20.0;
+    two.a.active_bytes = Some(20 * MIB);
+    for _ in 0..20 {
+        let a = two.a();
+        two.a.resident_bytes = a.allocation_bytes.next_multiple_of(PAGE_BYTES);
+    }
+    let before = two.a();
+    for i in 0..20 {
+        two.a.resident_bytes = before.allocation_bytes + 20 * MIB;
+        two.b.swap_in_bytes_per_s = if i % 2 == 0 { 299 * MIB } else { 301 * MIB };
+        two.a.active_bytes = Some(i % 2 * 10 * MIB);
+        let a = two.a();
+        assert_eq!(
+            (a.guest_bytes, a.means),
+            (before.guest_bytes, Means::Nothing),
+            "{i}: {before:?}"
+        );
+    }
+}
+
+#[test]
+fn what_was_never_touched_is_not_claimed_and_neither_is_what_is_merged() {
+    let mut two = Two::new(|m| m.shares = if m.name == "a" { 10_000 } else { 1 });
+    two.b.resident_bytes = 3 * GIB;
+    two.a.resident_bytes = GIB / 2;
+    let allocation = two.a().allocation_bytes;
+    assert_eq!(allocation, GIB, "what it touched, and an eighth of its size");
+    two.a.saved_bytes = GIB / 4;
+    two.a.resident_bytes += GIB / 4;
+    assert_eq!(two.a().allocation_bytes, allocation);
+}
+
+#[test]
+fn who_grows_fast_may_grow_faster_than_others() {
+    for (back, ratio) in [(0, 1), (300 * MIB, 5)] {
+        let mut two = Two::with_free(|_| (), 420);
+        two.step();
+        two.b.swap_in_bytes_per_s = back;
+        let step = two.step();
+        let [a, b] = [0, 1].map(|i| step.targets[i].at_most_bytes - step.targets[i].held_bytes);
+        assert_eq!(step.level, Level::High);
+        assert!(a > 10 * MIB && b / a >= ratio && b / a < 2 * ratio, "{a} {b}");
+    }
+}
+
+#[test]
+fn what_runs_machines_is_counted_before_it_is_seen() {
+    let host = Host { overhead_bytes: 100 * MIB, swap_bytes: 8 * GIB, ..Host::new(4 * GIB) };
+    let headroom = host.headroom_bytes;
+    let mut manager = Manager::new(host);
+    for name in ["a", "b"] {
+        manager.admit(Machine::new(name, 4 * GIB)).expect("the host holds it");
+    }
+    for (used, others) in [(0, 200), (150, 200), (300, 300)] {
+        let seen = HostSeen { used_bytes: used * MIB, pressure: NO_PRESSURE };
+        let all = ["a", "b"].map(|name| (name.to_owned(), Observed::default()));
+        let step = manager.step(Duration::from_secs(used), &seen, &BTreeMap::from(all));
+        assert_eq!(step.usable_bytes, 4 * GIB - headroom - others * MIB);
+    }
+}
+
+#[test]
+fn waiting_tasks_are_a_reason_to_look_for_equal_pages_though_all_hold_what_they_may() {
+    let mut two = Two::new(|_| ());
+    two.pressure = Pressure { some: 50.0, full: 50.0 };
+    let a = two.a();
+    assert!(a.share && a.means == Means::Nothing, "{a:?}");
+}
+
+#[test]
+fn a_guest_gets_all_of_its_memory_back_where_there_is_enough() {
+    for (ballooned_mib, guest_mib) in [(3 * 1024, [2048, 3072, 4096, 4096]), (10, [4096; 4])] {
+        let mut manager = Manager::new(Host::new(10 * GIB));
+        manager.admit(Machine::new("a", 4 * GIB)).expect("the host holds it");
+        let seen = Observed { ballooned_bytes: ballooned_mib * MIB, ..Observed::default() };
+        let all = BTreeMap::from([("a".to_owned(), seen)]);
+        // A quarter of its size in a step, and the last bit, too.
+        for (second, mib) in (0..).zip(guest_mib) {
+            let step = manager.step(Duration::from_secs(second), &HostSeen::default(), &all);
+            assert_eq!(step.targets[0].guest_bytes, mib * MIB);
+        }
+    }
 }

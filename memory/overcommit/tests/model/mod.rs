@@ -19,8 +19,12 @@ pub(crate) struct Guest {
     pub(crate) grows_per_step: u64,
     pub(crate) balloon_per_step: u64,
     pub(crate) balloon_answers: bool,
+    /// What can be swapped out to come down to a lower bound; nobody grows above a bound meanwhile.
+    pub(crate) swap_per_step: u64,
     /// Swapped pages take one part in so many (2 or more) in the pool, or they go to the file; 0: all do.
     pub(crate) compresses: u64,
+    /// The last word on its balloon, and how much it may hold.
+    told: (u64, u64),
     size: u64,
     /// No more than this is in the pool.
     most_pool: u64,
@@ -39,7 +43,9 @@ impl Guest {
             grows_per_step: GIB,
             balloon_per_step: 256 * MIB,
             balloon_answers: true,
+            swap_per_step: 512 * MIB,
             compresses: 3,
+            told: (0, 0),
             size,
             most_pool: 256 * MIB,
             resident: 0,
@@ -97,6 +103,7 @@ impl Guest {
         } else {
             self.ballooned -= (self.ballooned - balloon).min(self.balloon_per_step);
         }
+        let at_most = at_most.max(self.held().saturating_sub(self.swap_per_step));
         self.swap_down_to(at_most);
         let room = self.size - self.ballooned;
         let wants = self.touches.min(room);
@@ -156,11 +163,13 @@ impl Model {
             .collect();
         self.last = self.manager.step(self.now, &seen, &observed);
         for ((machine, guest), target) in self.machines.iter_mut().zip(&self.last.targets) {
+            // Who is not seen is not told either.
             if self.hide.as_ref() != Some(&machine.name) {
                 let balloon =
                     if guest.balloon_answers { guest.size - target.guest_bytes } else { 0 };
-                guest.live(balloon, target.at_most_bytes);
+                guest.told = (balloon, target.at_most_bytes);
             }
+            guest.live(guest.told.0, guest.told.1);
         }
         self.last.clone()
     }
