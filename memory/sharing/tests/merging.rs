@@ -337,6 +337,47 @@ fn a_machine_with_equal_pages_is_merged_and_the_report_says_so() {
 }
 
 #[test]
+fn what_was_merged_stays_advised_though_merging_looks_like_writing() {
+    let Some(alone) = Alone::new() else { return };
+    // A range of zeros, and one of pairs.
+    let view = filled(|gfn| if gfn < 512 { 0 } else { gfn / 2 });
+    let mut tracker = match UffdWriteProtect::new(view.regions().to_vec()) {
+        Ok(tracker) => tracker,
+        Err(e) => return println!("SKIP: {e}: {}", e.source),
+    };
+    tracker.start().unwrap();
+    let mut written = PageSet::new();
+    let options = Options { ksm: alone.ksm.clone(), ..Options::default() };
+    let mut sharing = Sharing::new(view.clone(), options).unwrap();
+    for _ in 0..3 {
+        sharing.pass(&written).unwrap();
+    }
+    assert_eq!(sharing.merge(PATIENCE, &never).ranges, 2);
+    let merged = Ksm::own_figures();
+    for pass in 0..3 * u32::from(Worth::default().patience) {
+        written.clear();
+        tracker.collect(&mut written).unwrap();
+        let report = sharing.pass(&written).unwrap();
+        assert_eq!(report.ranges, 2, "pass {pass}: {report}");
+    }
+    assert!(written.is_empty());
+    let counts = sharing.report().counts;
+    assert_eq!((counts.held, counts.zero, counts.equal), (PAGES, 512, 256));
+    assert_eq!(Ksm::own_figures(), merged);
+    // A page of zeros that is written is a page of data again, and the other way round.
+    view.write(3, &page(PAGES)).unwrap();
+    view.write(700, &page(0)).unwrap();
+    for _ in 0..3 {
+        written.clear();
+        tracker.collect(&mut written).unwrap();
+        sharing.pass(&written).unwrap();
+    }
+    let counts = sharing.report().counts;
+    assert_eq!((counts.held, counts.zero, counts.equal), (PAGES, 512, 255));
+    alone.check_settings();
+}
+
+#[test]
 fn where_the_kernel_cannot_merge_zero_pages_and_unwritten_pages_are_proposed_for_swap() {
     let mapping = Mapping::memfd("sharing", PAGES).unwrap();
     let view = GuestView::of(vec![(0, mapping)]).unwrap();
