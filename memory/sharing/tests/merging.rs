@@ -193,13 +193,19 @@ fn settings_are_what_they_were_after_an_error_a_panic_and_a_process_that_was_kil
     let text = fs::read_to_string(&note).unwrap();
     burst.end().unwrap();
     assert_eq!(fs::read_to_string(&note).unwrap(), "");
-    for (name, value) in [("pages_to_scan", "8192"), ("sleep_millisecs", "0"), ("run", "1")] {
-        fs::write(Path::new(SYSFS).join(name), value).unwrap();
-    }
-    fs::write(&note, text).unwrap();
+    let killed = || {
+        for (name, value) in [("pages_to_scan", "8192"), ("sleep_millisecs", "0"), ("run", "1")] {
+            fs::write(Path::new(SYSFS).join(name), value).unwrap();
+        }
+        fs::write(&note, &text).unwrap();
+    };
+    killed();
     assert!(alone.ksm.recover().unwrap());
     alone.check_settings();
     assert!(!alone.ksm.recover().unwrap());
+    killed();
+    alone.ksm.burst(Duration::ZERO).unwrap().end().unwrap();
+    alone.check_settings();
 }
 
 #[test]
@@ -367,6 +373,7 @@ fn what_was_merged_stays_advised_though_merging_looks_like_writing() {
     // A page of zeros that is written is a page of data again, and the other way round.
     view.write(3, &page(PAGES)).unwrap();
     view.write(700, &page(0)).unwrap();
+    sharing.merge(PATIENCE, &never);
     for _ in 0..3 {
         written.clear();
         tracker.collect(&mut written).unwrap();
