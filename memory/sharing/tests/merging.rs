@@ -331,6 +331,12 @@ fn a_machine_with_equal_pages_is_merged_and_the_report_says_so() {
     for _ in 0..3 {
         sharing.pass(&none).unwrap();
     }
+    // Another process is at it: no reason to swap what is advised.
+    let other = alone.ksm.burst(Duration::ZERO).unwrap();
+    let report = sharing.merge(Duration::ZERO, &never);
+    assert!(matches!(report.why_not(), Some(MergeError::Busy { .. })), "{report}");
+    assert_eq!(sharing.to_swap().1.count_in(Run::new(0, 512)), 0);
+    other.end().unwrap();
     let report = sharing.merge(PATIENCE, &never);
     assert_eq!((report.ranges, report.proposed_pages, report.counts.equal), (1, 512, 256));
     assert_eq!(report.read_back.merging_pages, 512, "{report}");
