@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 
 use ferry_pages::{Layout, PageSet, Run};
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use crate::{Tenant, Twins};
 
@@ -306,36 +307,30 @@ impl Census {
             return;
         };
         self.pages[id as usize] = Page { hash, before: END, behind: END };
-        match self.first_of(id) {
-            None => {
-                let pages = &self.pages;
-                self.groups.insert_unique(hash, id, |id| pages[*id as usize].hash);
-            }
-            Some(first) => {
-                let (other, at) = self.place_of(first);
-                if same(other, at) {
-                    self.link(first, id);
-                } else {
-                    self.pages[id as usize].before = ODD;
-                }
+        if let Some(first) = self.join(id) {
+            let (other, at) = self.place_of(first);
+            if same(other, at) {
+                self.link(first, id);
+            } else {
+                self.pages[id as usize].before = ODD;
             }
         }
         self.account(id, true);
     }
 
-    /// The first page of the group of page `id`, by hash and color.
-    fn first_of(&self, id: u32) -> Option<u32> {
-        let (hash, color) = (self.pages[id as usize].hash, self.color(id));
-        self.groups
-            .find(hash, |other| {
-                self.pages[*other as usize].hash == hash && self.color(*other) == color
-            })
-            .copied()
-    }
-
-    fn color(&self, id: u32) -> u32 {
-        let machine = self.ranges[(id >> RANGE_SHIFT) as usize].machine;
-        self.machines[machine as usize].as_ref().map_or(0, |m| m.color)
+    /// The first page of the group of page `id`, by hash and color; or none, and it is the first.
+    fn join(&mut self, id: u32) -> Option<u32> {
+        let Self { groups, pages, ranges, machines, .. } = self;
+        let color = |id: u32| color(ranges, machines, id);
+        let (hash, own) = (pages[id as usize].hash, color(id));
+        let equal = |other: &u32| pages[*other as usize].hash == hash && color(*other) == own;
+        match groups.entry(hash, equal, |id| pages[*id as usize].hash) {
+            Entry::Occupied(first) => Some(*first.get()),
+            Entry::Vacant(place) => {
+                place.insert(id);
+                None
+            }
+        }
     }
 
     /// Puts a page behind the first of a group.
@@ -496,4 +491,10 @@ impl Census {
             + self.ranges.capacity() * size_of::<Range>()
             + self.groups.allocation_size()
     }
+}
+
+/// Which groups a page may be in.
+fn color(ranges: &[Range], machines: &[Option<Counted>], id: u32) -> u32 {
+    let machine = ranges[(id >> RANGE_SHIFT) as usize].machine;
+    machines[machine as usize].as_ref().map_or(0, |m| m.color)
 }

@@ -102,3 +102,10 @@ pub enum MergeError {
         source: io::Error,
     },
 }
+
+impl MergeError {
+    /// Whether it may be otherwise in a moment: no reason to swap instead.
+    pub fn is_for_now(&self) -> bool {
+        matches!(self, Self::Busy { .. })
+    }
+}

@@ -121,6 +121,13 @@ impl Census {
         proposal.tenant.clone_from(&self.advised);
         proposal
     }
+
+    /// The pages of `machine` that were last proposed.
+    pub(crate) fn advised_pages(&self, machine: MachineNo) -> PageSet {
+        let stretches = self.machine(machine).map_or(&[][..], |m| &m.stretches);
+        let numbered = stretches.iter().flat_map(|s| s.numbered());
+        numbered.filter(|(no, _)| self.ranges[*no].advised).map(|(_, run)| run).collect()
+    }
 }
 
 /// The equal pages of a range, with an estimate for those elsewhere, of which only a sample is known.

@@ -31,6 +31,22 @@ const IN_MEMORY: Scan = Scan {
     write_protect: false,
 };
 
+/// Pages that show the kernel's page of zeros.
+const SHOWN_AS_ZERO: Scan = Scan {
+    all: Categories::PRESENT.or(Categories::ZERO_PAGE),
+    none: Categories::NONE,
+    ..IN_MEMORY
+};
+
+/// What of a machine is in memory.
+struct Present {
+    /// Pages with data of their own.
+    pages: PageSet,
+    /// Pages of zeros that the kernel merged with its own. Were they forgotten, their range would not seem to be
+    /// worth its advice, and without it they would be in memory again.
+    zeros: PageSet,
+}
+
 /// The hash of a page.
 pub fn page_hash(page: &[u8]) -> u64 {
     xxh3_64(page)
@@ -153,7 +169,7 @@ impl Scanner {
         let Some(mut watched) = self.watched.get_mut(slot).and_then(Option::take) else {
             return Ok(Pass::default());
         };
-        let due = match present(&mut self.pagemap, &watched.view) {
+        let due = match self.present(machine, &watched.view) {
             Ok(present) => self.due(machine, &mut watched, written, &present),
             Err(e) => {
                 self.watched[slot] = Some(watched);
@@ -170,25 +186,41 @@ impl Scanner {
         Ok(Pass { scanned_pages, compared_pages, unstable_pages, took: began.elapsed() })
     }
 
+    fn present(&mut self, machine: MachineNo, view: &GuestView) -> Result<Present, ScanError> {
+        let pages = found(&mut self.pagemap, view, IN_MEMORY)?;
+        let mut zeros = self.census.advised_pages(machine);
+        if !zeros.is_empty() {
+            zeros.intersect_with(&found(&mut self.pagemap, view, SHOWN_AS_ZERO)?);
+        }
+        Ok(Present { pages, zeros })
+    }
+
     /// Sorts out what was written, came and went; the pages that are quiet now.
     fn due(
         &mut self,
         machine: MachineNo,
         watched: &mut Watched,
         written: &PageSet,
-        present: &PageSet,
+        present: &Present,
     ) -> PageSet {
         let mut known = watched.held.clone();
         for pages in &watched.quiet {
             known.union_with(pages);
         }
-        let mut restless = written.clone();
-        restless.intersect_with(present);
-        let mut new = present.clone();
-        new.subtract(&known);
-        restless.union_with(&new);
+        let mut restless = present.pages.clone();
+        restless.subtract(&known);
+        let mut rewritten = written.clone();
+        rewritten.intersect_with(&present.pages);
+        restless.union_with(&rewritten);
+        // Zero as long as they are shown so: they need not be read.
+        let mut zeros = watched.held.clone();
+        zeros.subtract(written);
+        zeros.intersect_with(&present.zeros);
+        let mut new_zeros = present.zeros.clone();
+        new_zeros.subtract(&zeros);
         let mut gone = known;
-        gone.subtract(present);
+        gone.subtract(&present.pages);
+        gone.subtract(&zeros);
         gone.union_with(&restless);
         for pages in &mut watched.quiet {
             pages.subtract(&gone);
@@ -196,6 +228,10 @@ impl Scanner {
         gone.intersect_with(&watched.held);
         self.census.drop_pages(machine, &gone);
         watched.held.subtract(&gone);
+        for gfn in new_zeros.runs().flat_map(|run| run.start..run.end()) {
+            self.census.hold(machine, gfn, Content::Zero, |_, _| false);
+        }
+        watched.held.union_with(&new_zeros);
         watched.quiet.push_back(restless);
         if watched.quiet.len() > self.quiet_passes {
             watched.quiet.pop_front().unwrap_or_default()
@@ -250,15 +286,14 @@ fn blocks(run: Run) -> impl Iterator<Item = Run> {
     starts.map(move |start| Run::new(start, (run.end() - start).min(BLOCK_PAGES as u64)))
 }
 
-fn present(pagemap: &mut Pagemap, view: &GuestView) -> Result<PageSet, ScanError> {
+/// The pages of `view` that `scan` finds.
+fn found(pagemap: &mut Pagemap, view: &GuestView, scan: Scan) -> Result<PageSet, ScanError> {
     let mut pages = PageSet::new();
     for region in view.regions() {
         let found = |first: u64, count: u64| {
             pages.insert_run(Run::new(region.run.start + first, count));
         };
-        pagemap
-            .scan(region.host, region.run.pages, IN_MEMORY, found)
-            .map_err(ScanError::Pagemap)?;
+        pagemap.scan(region.host, region.run.pages, scan, found).map_err(ScanError::Pagemap)?;
     }
     Ok(pages)
 }

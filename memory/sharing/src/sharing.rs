@@ -117,7 +117,7 @@ impl Sharing {
         let mut zeros = self.scanner.census().zeros(self.machine);
         let mut unwritten = self.scanner.unwritten(self.machine);
         unwritten.subtract(&zeros);
-        if self.report.why_not().is_none() {
+        if self.report.why_not().is_none_or(MergeError::is_for_now) {
             zeros.subtract(self.merger.advised());
             unwritten.subtract(self.merger.advised());
         }
@@ -159,6 +159,7 @@ impl fmt::Display for Report {
         )?;
         writeln!(f, "advised {ranges} ranges of 2 MiB with {proposed_pages} equal pages")?;
         match self.why_not() {
+            Some(why) if why.is_for_now() => write!(f, "not merged by the kernel yet: {why}"),
             Some(why) => write!(f, "not merged by the kernel, but proposed for swap: {why}"),
             None => write!(
                 f,

@@ -321,6 +321,8 @@ fn samples_of_different_size_are_compared_by_the_smaller_one() {
     let (two, b) = numbered(0);
     let all = [Fingerprints::of(&one, a, 0), Fingerprints::of(&two, b, 4)];
     assert_eq!(Twins::of(&all, 0, Between::OneTenant), Twins::of(&all, 1, Between::OneTenant));
+    let more = [all[0].clone(), all[1].clone(), Fingerprints::of(&two, b, 0)];
+    assert_eq!(Twins::of(&more, 0, Between::OneTenant), Twins::of(&all, 0, Between::OneTenant));
     let found = estimate(&all, Between::OneTenant)[&Tenant::default()];
     assert!(found.abs_diff(8192) < 2048, "{found}");
 }

@@ -193,13 +193,19 @@ fn settings_are_what_they_were_after_an_error_a_panic_and_a_process_that_was_kil
     let text = fs::read_to_string(&note).unwrap();
     burst.end().unwrap();
     assert_eq!(fs::read_to_string(&note).unwrap(), "");
-    for (name, value) in [("pages_to_scan", "8192"), ("sleep_millisecs", "0"), ("run", "1")] {
-        fs::write(Path::new(SYSFS).join(name), value).unwrap();
-    }
-    fs::write(&note, text).unwrap();
+    let killed = || {
+        for (name, value) in [("pages_to_scan", "8192"), ("sleep_millisecs", "0"), ("run", "1")] {
+            fs::write(Path::new(SYSFS).join(name), value).unwrap();
+        }
+        fs::write(&note, &text).unwrap();
+    };
+    killed();
     assert!(alone.ksm.recover().unwrap());
     alone.check_settings();
     assert!(!alone.ksm.recover().unwrap());
+    killed();
+    alone.ksm.burst(Duration::ZERO).unwrap().end().unwrap();
+    alone.check_settings();
 }
 
 #[test]
@@ -325,6 +331,12 @@ fn a_machine_with_equal_pages_is_merged_and_the_report_says_so() {
     for _ in 0..3 {
         sharing.pass(&none).unwrap();
     }
+    // Another process is at it: no reason to swap what is advised.
+    let other = alone.ksm.burst(Duration::ZERO).unwrap();
+    let report = sharing.merge(Duration::ZERO, &never);
+    assert!(matches!(report.why_not(), Some(MergeError::Busy { .. })), "{report}");
+    assert_eq!(sharing.to_swap().1.count_in(Run::new(0, 512)), 0);
+    other.end().unwrap();
     let report = sharing.merge(PATIENCE, &never);
     assert_eq!((report.ranges, report.proposed_pages, report.counts.equal), (1, 512, 256));
     assert_eq!(report.read_back.merging_pages, 512, "{report}");
@@ -333,6 +345,48 @@ fn a_machine_with_equal_pages_is_merged_and_the_report_says_so() {
     assert!(zeros.is_empty());
     assert_eq!(unwritten, [Run::new(512, 512)].into_iter().collect::<PageSet>());
     check(&view, content);
+    alone.check_settings();
+}
+
+#[test]
+fn what_was_merged_stays_advised_though_merging_looks_like_writing() {
+    let Some(alone) = Alone::new() else { return };
+    // A range of zeros, and one of pairs.
+    let view = filled(|gfn| if gfn < 512 { 0 } else { gfn / 2 });
+    let mut tracker = match UffdWriteProtect::new(view.regions().to_vec()) {
+        Ok(tracker) => tracker,
+        Err(e) => return println!("SKIP: {e}: {}", e.source),
+    };
+    tracker.start().unwrap();
+    let mut written = PageSet::new();
+    let options = Options { ksm: alone.ksm.clone(), ..Options::default() };
+    let mut sharing = Sharing::new(view.clone(), options).unwrap();
+    for _ in 0..3 {
+        sharing.pass(&written).unwrap();
+    }
+    assert_eq!(sharing.merge(PATIENCE, &never).ranges, 2);
+    let merged = Ksm::own_figures();
+    for pass in 0..3 * u32::from(Worth::default().patience) {
+        written.clear();
+        tracker.collect(&mut written).unwrap();
+        let report = sharing.pass(&written).unwrap();
+        assert_eq!(report.ranges, 2, "pass {pass}: {report}");
+    }
+    assert!(written.is_empty());
+    let counts = sharing.report().counts;
+    assert_eq!((counts.held, counts.zero, counts.equal), (PAGES, 512, 256));
+    assert_eq!(Ksm::own_figures(), merged);
+    // A page of zeros that is written is a page of data again, and the other way round.
+    view.write(3, &page(PAGES)).unwrap();
+    view.write(700, &page(0)).unwrap();
+    sharing.merge(PATIENCE, &never);
+    for _ in 0..3 {
+        written.clear();
+        tracker.collect(&mut written).unwrap();
+        sharing.pass(&written).unwrap();
+    }
+    let counts = sharing.report().counts;
+    assert_eq!((counts.held, counts.zero, counts.equal), (PAGES, 512, 255));
     alone.check_settings();
 }
 

@@ -133,6 +133,31 @@ fn once_pages_with_one_hash_were_found_to_differ_all_are_compared() {
 }
 
 #[test]
+fn a_page_that_was_just_written_says_nothing_of_those_that_were_equal_to_it() {
+    let view = private();
+    fill(&view, 0, 1);
+    let (mut scanner, machines) = watched(std::slice::from_ref(&view));
+    for turn in 0..=2 * QUIET_PASSES {
+        if turn == QUIET_PASSES {
+            fill(&view, 8, 1);
+        }
+        if turn == 2 * QUIET_PASSES {
+            // Its tracker tells so after this pass, in which page 8 is compared with it.
+            fill(&view, 0, 2);
+        }
+        scanner.pass(machines[0], &PageSet::new()).unwrap();
+    }
+    assert_eq!((scanner.census().counts().held, scanner.census().counts().odd), (2, 0));
+    scanner.pass(machines[0], &set([0])).unwrap();
+    fill(&view, 100, 1);
+    for _ in 0..=QUIET_PASSES {
+        scanner.pass(machines[0], &PageSet::new()).unwrap();
+    }
+    let counts = scanner.census().counts();
+    assert_eq!((counts.held, counts.odd, counts.equal), (3, 0, 1));
+}
+
+#[test]
 fn scanning_brings_no_page_into_being_and_forgets_those_that_were_given_back() {
     let view = private();
     for gfn in 0..10 {

@@ -11,6 +11,11 @@ pub(crate) fn cpu_time() -> Duration {
     clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
 }
 
+/// CPU time of the calling thread so far.
+pub(crate) fn thread_cpu_time() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
+}
+
 /// What something took.
 #[derive(Clone, Copy)]
 pub(crate) struct Cost {
