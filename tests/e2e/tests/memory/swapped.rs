@@ -11,7 +11,8 @@ use ferry_refvmm::DirtyLog;
 use ferry_swap::{Options, Swap};
 
 use crate::stage::{
-    Destination, Kind, Kvm, Link, Maker, Process, Subject, eventually, goes_on, has_kvm, migrate,
+    Ballooned, Destination, Kind, Kvm, Link, Maker, Process, Subject, eventually, goes_on, has_kvm,
+    migrate,
 };
 
 const MIB: u64 = 1 << 20;
@@ -150,5 +151,62 @@ fn a_machine_that_is_half_swapped_comes_whole_by_post_copy() {
             let workload = MOSTLY_COLD.into();
             comes_whole(&Kvm { dirty_log: DirtyLog::Auto, memory_bytes: 64 * MIB, workload }, mode);
         }
+    }
+}
+
+/// A quarter of the machine is in its balloon, half of it is swapped out.
+fn a_quarter_is_in_memory<M: Maker>(maker: &M)
+where
+    M::Subject: Ballooned,
+{
+    let mut source = maker.busy_guest();
+    source.shall_have(48 * MIB);
+    eventually("the balloon is inflated", || source.given() >= 16 * MIB);
+    let swap = Swap::new(&source.memory(), &pool()).unwrap();
+    // A quarter in memory, and what the pool takes for half.
+    swap.set_limit(Some(34 * MIB)).unwrap();
+    eventually("half is swapped out", || {
+        let before = swap.figures();
+        std::thread::sleep(Duration::from_millis(500));
+        let after = swap.figures();
+        after.swapped_bytes > 24 * MIB && after.pages_in - before.pages_in < 4
+    });
+    let destination = Destination::start(Link::Memory, Swapping(maker.host()));
+    let (before, here) = (swap.figures(), in_memory(&source.memory()));
+    let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
+    let options = SendOptions { goals, mode: Mode::PreCopy, ..SendOptions::default() };
+    let sent = migrate(&mut source, &destination.connector, &options);
+    let report = &sent.report;
+    assert_eq!(report.outcome, OutcomeKind::Completed, "{}", report.reason);
+    assert!(report.digest_verified && !report.memory_differs);
+    let after = swap.figures();
+    assert!(after.pages_in - before.pages_in < 32, "{before:?} {after:?}");
+    let pages = report.pages;
+    let sent_pages = pages.raw + pages.lz4 + pages.zstd + pages.packed;
+    assert!(sent_pages < 50 * MIB / 4096, "what is in the balloon is not sent: {pages:?}");
+    let (arrived, _) = destination.arrival().expect("a machine");
+    let there = in_memory(&arrived.memory());
+    assert!(there <= here + here / 8, "{here} pages in memory became {there}");
+    assert_eq!(arrived.given(), source.given());
+    goes_on(&arrived, SET_PAGES);
+    // It takes its memory again there.
+    arrived.shall_have(64 * MIB);
+    eventually("the balloon is empty", || arrived.given() == 0);
+    goes_on(&arrived, SET_PAGES);
+}
+
+#[test]
+fn a_machine_that_is_half_swapped_and_a_quarter_ballooned_moves_as_it_is() {
+    let workload = "pattern=working-set set=1M fill=all fill_random=60 random=60 rate=20000";
+    a_quarter_is_in_memory(&Process {
+        workload: workload.into(),
+        ..process(Tracker::UffdWriteProtect)
+    });
+    if has_kvm() {
+        a_quarter_is_in_memory(&Kvm {
+            dirty_log: DirtyLog::Auto,
+            memory_bytes: 64 * MIB,
+            workload: workload.into(),
+        });
     }
 }
