@@ -14,6 +14,7 @@ mod plain;
 mod rate;
 mod restore;
 mod sharing;
+mod swap;
 
 use std::process::ExitCode;
 
@@ -58,6 +59,8 @@ enum What {
     Balloon,
     /// Finding equal pages and having the kernel merge them.
     Sharing,
+    /// Pages that come back from the swap pool.
+    Swap,
 }
 
 /// How to measure.
@@ -124,6 +127,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Sharing) {
         sharing::measure(&plan)?;
+    }
+    if wanted(What::Swap) {
+        swap::measure(&plan)?;
     }
     Ok(())
 }
