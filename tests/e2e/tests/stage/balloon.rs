@@ -11,6 +11,8 @@ use super::Subject;
 pub trait Ballooned: Subject {
     /// Sets how much memory it shall have.
     fn shall_have(&self, bytes: u64);
+    /// The same, unless it is being handed over.
+    fn may_have(&self, bytes: u64);
     /// Bytes that it gave back, as its host knows it.
     fn given(&self) -> u64;
     /// The same, as the guest knows it.
@@ -22,6 +24,9 @@ pub trait Ballooned: Subject {
 impl Ballooned for ProcessGuest {
     fn shall_have(&self, bytes: u64) {
         self.set_balloon_target(bytes).unwrap();
+    }
+    fn may_have(&self, bytes: u64) {
+        let _ = self.set_balloon_target(bytes);
     }
     fn given(&self) -> u64 {
         self.balloon_bytes()
@@ -37,6 +42,9 @@ impl Ballooned for ProcessGuest {
 impl Ballooned for Machine {
     fn shall_have(&self, bytes: u64) {
         self.set_balloon_target(bytes).unwrap();
+    }
+    fn may_have(&self, bytes: u64) {
+        let _ = self.set_balloon_target(bytes);
     }
     fn given(&self) -> u64 {
         self.balloon().ballooned_bytes
