@@ -348,3 +348,53 @@ fn memory_that_is_touched_in_a_row_is_not_waited_for_page_by_page_and_takes_no_m
     (0..4096).for_each(|gfn| machine.check(gfn, u64::from(gfn < 1000)));
     assert_eq!(machine.view.resident().unwrap().len(), 1000);
 }
+
+/// A small disk; it goes when this does.
+struct Disk<'a>(&'a std::path::Path);
+
+impl<'a> Disk<'a> {
+    fn mount(at: &'a std::path::Path, options: &str) -> Option<Self> {
+        let mut mount = std::process::Command::new("mount");
+        match mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(at).output() {
+            Ok(done) if done.status.success() => Some(Self(at)),
+            other => {
+                println!("SKIP: cannot mount a small disk: {other:?}");
+                None
+            }
+        }
+    }
+
+    fn remount(&self, options: &str) {
+        let mut mount = std::process::Command::new("mount");
+        assert!(mount.args(["-o", options]).arg(self.0).status().unwrap().success());
+    }
+}
+
+impl Drop for Disk<'_> {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(self.0).status();
+    }
+}
+
+#[test]
+fn pages_stay_in_the_pool_while_the_disk_is_full_and_go_on_when_it_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::mount(dir.path(), "size=1m") else { return };
+    let machine = Machine::new(4096);
+    (0..4096).for_each(|gfn| machine.write(gfn, 1));
+    let options =
+        Options { pool_bytes: 1 << 20, dir: Some(dir.path().into()), file_bytes: 64 << 20 };
+    let swap = Swap::new(&machine.view, &options).unwrap();
+    swap.set_limit(Some(0)).unwrap();
+    let figures = until("it is told", &swap, |f| f.trouble.is_some());
+    let trouble = figures.trouble.unwrap();
+    assert!(trouble.contains("cannot be written") && trouble.contains("No space"), "{trouble}");
+    assert!(machine.in_memory() > 2048);
+    // Meanwhile all is right.
+    (0..4096).step_by(3).for_each(|gfn| machine.check(gfn, 1));
+    disk.remount("remount,size=64m");
+    let figures = until("all are away", &swap, |f| f.swapped_bytes == 4096 * PAGE);
+    assert_eq!(figures.trouble, None);
+    swap.set_limit(None).unwrap();
+    (0..4096).for_each(|gfn| machine.check(gfn, 1));
+}
