@@ -72,13 +72,12 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
-    /// shared memory where private memory is needed
+    /// memory in huge pages where pages come and go
     #[error(
-        "frames {:#x}..{:#x} are shared memory (memfd or huge pages), whose pages cannot be swapped: only private \
-         memory can",
+        "frames {:#x}..{:#x} are in huge pages, which cannot be swapped: give the machine none",
         run.start, run.end()
     )]
-    Shared {
+    Huge {
         /// Which.
         run: Run,
     },

@@ -86,23 +86,23 @@ impl MissingPages {
         Ok(missing)
     }
 
-    /// Watches all memory of `view`, which is private, so that its pages can come and go: those that are given
+    /// Watches all memory of `view`, which is of pages of 4 KiB, so that its pages can come and go: those that are given
     /// back are not told ([`Touch::Removed`]), and an [`UffdWriteProtect`](ferry_dirtylog::UffdWriteProtect)
     /// may track the writes at the same time.
     ///
     /// # Errors
-    /// As [`watch`](Self::watch), or memory that is shared.
+    /// As [`watch`](Self::watch), or memory in huge pages.
     pub fn watch_for_swap(view: GuestView) -> Result<Self, MemoryError> {
         let userfault = Userfault::open_for_swap();
         let userfault = userfault.map_err(|source| MemoryError::Userfault { source })?;
         let regions = view.regions().to_vec();
-        let behind = Mapping::behind([])?;
+        if let Some(region) = regions.iter().find(|region| region.unit > 1) {
+            return Err(MemoryError::Huge { run: region.run });
+        }
+        let behind = Mapping::behind(regions.iter().filter(|r| r.backing.is_some()))?;
         let mut missing =
             Self { view, userfault, registered: Vec::new(), behind, let_go: Once::new() };
         for region in regions {
-            if region.backing.is_some() {
-                return Err(MemoryError::Shared { run: region.run });
-            }
             let watched = missing.userfault.watch_for_swap(&region);
             watched.map_err(|source| MemoryError::Refused {
                 what: "watch (no other userfaultfd may) missing pages of",
@@ -240,6 +240,24 @@ impl MissingPages {
             1 => self.userfault.place_zeros(part.address(), part.bytes, PAGE_BYTES),
             _ => self.show(part),
         })
+    }
+
+    /// Takes page `gfn` of shared memory, which is there, out of the mapping, and copies it: whoever touches it from
+    /// here on waits until it is placed or shown.
+    ///
+    /// # Errors
+    /// It is not in shared memory.
+    pub fn take_shared(&self, gfn: u64, page: &mut [u8]) -> Result<(), MemoryError> {
+        self.view.hide(Run::new(gfn, 1))?;
+        self.behind.read(gfn, page)
+    }
+
+    /// Gives page `gfn`, which was taken, back to the host.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn drop_shared(&self, gfn: u64) -> Result<(), MemoryError> {
+        self.behind.discard(Run::new(gfn, 1))
     }
 
     /// Maps the shared page of zeros at the pages of `run`, up to the first that is there: whoever writes to one

@@ -23,7 +23,8 @@ const EVENTS: usize = 64;
 /// An address that may be named in a question.
 const SOMEWHERE: u64 = 1 << 30;
 /// `UFFD_FEATURE_MINOR_HUGETLBFS` and `UFFD_FEATURE_MINOR_SHMEM` of `linux/userfaultfd.h`.
-const MINOR: u64 = 1 << 9 | 1 << 10;
+const MINOR: u64 = 1 << 9 | MINOR_SHMEM;
+const MINOR_SHMEM: u64 = 1 << 10;
 /// `UFFD_FEATURE_WP_UNPOPULATED` and `UFFD_FEATURE_WP_ASYNC`.
 const WP_ASYNC: u64 = 1 << 13 | 1 << 15;
 
@@ -77,7 +78,9 @@ impl Userfault {
 
     /// For memory whose pages come and go: what is given back is not told, and writes can be tracked.
     pub(crate) fn open_for_swap() -> io::Result<Self> {
-        let features = FeatureFlags::THREAD_ID | FeatureFlags::from_bits_retain(WP_ASYNC);
+        let features = FeatureFlags::THREAD_ID
+            | FeatureFlags::MISSING_SHMEM
+            | FeatureFlags::from_bits_retain(MINOR_SHMEM | WP_ASYNC);
         Self::with(features, false)
     }
 
@@ -124,10 +127,13 @@ impl Userfault {
         self.0.register_with_mode(start, bytes, mode).map(drop).map_err(userfault_error)
     }
 
-    /// Watches missing pages of `region`, which is private, and its writes where somebody tracks them.
+    /// Watches missing pages of `region` as [`watch`](Self::watch) does, and its writes where somebody tracks them.
     pub(crate) fn watch_for_swap(&self, region: &Region) -> io::Result<()> {
         let (start, bytes) = region.host_span();
-        let mode = RegisterMode::MISSING | RegisterMode::WRITE_PROTECT;
+        let mode = match region.backing {
+            None => RegisterMode::MISSING,
+            Some(_) => RegisterMode::MISSING | RegisterMode::MINOR,
+        } | RegisterMode::WRITE_PROTECT;
         self.0.register_with_mode(start, bytes, mode).map(drop).map_err(userfault_error)
     }
 

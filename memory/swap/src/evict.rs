@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_codec::{PackedPage, Packer, is_zero, page_digest};
 use ferry_dirtylog::{DirtySource, UffdWriteProtect};
-use ferry_memory::{Aside, Moved};
+use ferry_memory::Moved;
 use ferry_pages::{PAGE_BYTES, PageSet};
 use memmap2::MmapMut;
 
@@ -125,24 +125,33 @@ impl Inner {
         let aside = &mut *self.aside.lock().unwrap_or_else(PoisonError::into_inner);
         let (aside, packer) = (&aside.0, &mut aside.1);
         let victims = self.victims();
-        let mut moved = Vec::new();
+        let (mut moved, mut gone) = (Vec::new(), 0);
+        let mut page = [0; PAGE_BYTES];
         for gfn in &victims {
-            let region =
-                self.memory.regions().iter().find(|r| r.run.start <= *gfn && *gfn < r.run.end());
-            let Some(region) = region else { continue };
+            let Some(region) = self.region_of(*gfn) else {
+                self.settle(*gfn);
+                continue;
+            };
+            if region.backing.is_some() {
+                gone += usize::from(self.take_shared(*gfn, packer, &mut page));
+                continue;
+            }
             match aside.take(region, *gfn, moved.len() as u64) {
                 Ok(Moved::Yes) => moved.push(*gfn),
-                Ok(Moved::Absent | Moved::Busy) => self.give_up(*gfn),
+                Ok(Moved::Absent | Moved::Busy) => self.settle(*gfn),
                 Err(e) => {
                     self.state().trouble(format!("{e}"));
-                    self.give_up(*gfn);
+                    self.settle(*gfn);
                 }
             }
         }
-        let mut gone = 0;
-        let mut page = [0; PAGE_BYTES];
         for (slot, gfn) in (0..).zip(&moved) {
-            gone += usize::from(self.put_away(*gfn, slot, aside, packer, &mut page));
+            if let Err(e) = aside.read(slot, &mut page) {
+                // It cannot be: the slot is there.
+                self.state().trouble(format!("page {gfn:#x}: {e}"));
+            }
+            gone += usize::from(self.put_away(*gfn, packer, &page));
+            self.settle(*gfn);
         }
         if let Err(e) = aside.clear(moved.len() as u64) {
             self.state().trouble(format!("pages that were moved out still take memory: {e}"));
@@ -182,27 +191,31 @@ impl Inner {
         leaving
     }
 
-    /// Page `gfn` was not moved out.
-    fn give_up(&self, gfn: u64) {
+    /// Page `gfn` is in transit no more; who touched it meanwhile finds it where it is.
+    fn settle(&self, gfn: u64) {
         let wanted = self.state().transit.remove(&gfn) == Some(true);
         if wanted {
             self.bring(gfn, true, Instant::now());
         }
     }
 
-    /// Puts the page in `slot` into the pool, or back; whether it went.
-    fn put_away(
-        &self,
-        gfn: u64,
-        slot: u64,
-        aside: &Aside,
-        packer: &mut Packer,
-        page: &mut [u8; PAGE_BYTES],
-    ) -> bool {
-        if let Err(e) = aside.read(slot, page) {
-            // It cannot be: the slot is there.
-            self.state().trouble(format!("page {gfn:#x}: {e}"));
+    /// Moves page `gfn` of shared memory out; whether it went.
+    fn take_shared(&self, gfn: u64, packer: &mut Packer, page: &mut [u8; PAGE_BYTES]) -> bool {
+        let Some(serving) = self.serving.get() else { return false };
+        let taken = serving.missing.take_shared(gfn, page);
+        let gone = taken.is_ok() && self.put_away(gfn, packer, page);
+        let dropped = if gone { serving.missing.drop_shared(gfn) } else { taken };
+        if let Err(e) = dropped {
+            self.state()
+                .trouble(format!("page {gfn:#x} that is moved out still takes memory: {e}"));
         }
+        // Who touched it after it was put away found it in transit.
+        self.settle(gfn);
+        gone
+    }
+
+    /// Puts `page`, the content of page `gfn`, into the pool, or back; whether it went.
+    fn put_away(&self, gfn: u64, packer: &mut Packer, page: &[u8; PAGE_BYTES]) -> bool {
         let zero = is_zero(page);
         let digest = page_digest(gfn, page);
         let (codec, bytes) = packer.pack(page);
@@ -227,7 +240,8 @@ impl Inner {
                 std::thread::sleep(PAUSE);
             }
         }
-        state.transit.remove(&gfn);
+        // Whoever touches it from here on is served when it is settled.
+        state.transit.insert(gfn, false);
         kept
     }
 }

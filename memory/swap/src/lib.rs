@@ -19,7 +19,8 @@
 //! # Who may touch memory
 //! Anybody, at any time: threads of the process, KVM, system calls. Memory must be given back by
 //! [`GuestView::discard`](ferry_memory::GuestView::discard) only; whoever gives it back otherwise may find the old
-//! content in it later. Only private memory of pages of 4 KiB can be swapped.
+//! content in it later. Memory may be private or shared (memfd); shared memory must be touched by the mapping that
+//! the view knows, and no other. Huge pages cannot be swapped.
 //!
 //! # What goes wrong
 //! A page is in the pool until it is written to the file; if that fails it stays there, and when the pool is full,

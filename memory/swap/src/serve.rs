@@ -164,11 +164,8 @@ impl Inner {
     fn map_ahead(&self, state: &mut State, gfn: u64) {
         let room = state.limit_pages.unwrap_or(u64::MAX).saturating_sub(state.used());
         let (Some(serving), true) = (self.serving.get(), room > 8 * AHEAD) else { return };
-        let Some(region) =
-            self.memory.regions().iter().find(|r| r.run.start <= gfn && gfn < r.run.end())
-        else {
-            return;
-        };
+        // Shared memory has no page of zeros that takes none.
+        let Some(region) = self.region_of(gfn).filter(|r| r.backing.is_none()) else { return };
         let ahead = Run::new(gfn + 1, AHEAD.min(region.run.end() - gfn - 1));
         let away = state.pool.pages().runs_in(ahead).next().map(|run| run.start);
         let leaving =

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ferry_codec::Packer;
+use ferry_dirtylog::Region;
 use ferry_memory::{Aside, GuestView, MemoryError, MissingPages};
 use ferry_pages::{PAGE_BYTES, PageSet};
 use hdrhistogram::Histogram;
@@ -242,8 +243,8 @@ impl Swap {
         if pool_bytes < SLAB_BYTES as u64 || dir.is_some() != has_file {
             return Err(SwapError::TooSmall { pool_bytes, file_bytes });
         }
-        if let Some(region) = memory.regions().iter().find(|r| r.backing.is_some()) {
-            return Err(MemoryError::Shared { run: region.run }.into());
+        if let Some(region) = memory.regions().iter().find(|r| r.unit > 1) {
+            return Err(MemoryError::Huge { run: region.run }.into());
         }
         let file = match dir {
             Some(dir) => Some(
@@ -325,6 +326,11 @@ impl Swap {
 impl Inner {
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The region of page `gfn`.
+    pub(crate) fn region_of(&self, gfn: u64) -> Option<&Region> {
+        self.memory.regions().iter().find(|r| r.run.start <= gfn && gfn < r.run.end())
     }
 
     fn figures(&self) -> Figures {

@@ -19,7 +19,16 @@ struct Machine {
 
 impl Machine {
     fn new(pages: u64) -> Self {
-        let mapping = Mapping::anonymous(pages).unwrap();
+        Self::of(Mapping::anonymous(pages).unwrap())
+    }
+
+    /// In memory that others could map, too.
+    fn shared(pages: u64) -> Self {
+        Self::of(Mapping::memfd("guest", pages).unwrap())
+    }
+
+    fn of(mapping: Mapping) -> Self {
+        let pages = mapping.pages();
         let host = mapping.host();
         Self { view: GuestView::of(vec![(0, mapping)]).unwrap(), host, pages }
     }
@@ -91,8 +100,16 @@ fn until(what: &str, swap: &Swap, done: impl Fn(&Figures) -> bool) -> Figures {
 
 #[test]
 fn pages_that_come_and_go_are_never_wrong() {
+    come_and_go(&Machine::new(8192));
+}
+
+#[test]
+fn pages_of_shared_memory_come_and_go_as_well() {
+    come_and_go(&Machine::shared(8192));
+}
+
+fn come_and_go(machine: &Machine) {
     let dir = tempfile::tempdir().unwrap();
-    let machine = Machine::new(8192);
     let options =
         Options { pool_bytes: 4 << 20, dir: Some(dir.path().into()), file_bytes: 64 << 20 };
     let swap = Swap::new(&machine.view, &options).unwrap();
@@ -100,7 +117,7 @@ fn pages_that_come_and_go_are_never_wrong() {
     let end = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for part in 0..2 {
-            let (machine, end) = (&machine, &end);
+            let end = &end;
             scope.spawn(move || {
                 let mut versions = vec![0; 4096];
                 let mut x = part + 1u64;
@@ -142,7 +159,11 @@ fn pages_that_come_and_go_are_never_wrong() {
 
 #[test]
 fn looking_at_pages_that_are_away_does_not_bring_them_back() {
-    let machine = Machine::new(1024);
+    looks(&Machine::new(1024));
+    looks(&Machine::shared(1024));
+}
+
+fn looks(machine: &Machine) {
     for gfn in 0..1024 {
         machine.write(gfn, if gfn % 4 == 0 { 0 } else { 1 });
     }
@@ -150,8 +171,8 @@ fn looking_at_pages_that_are_away_does_not_bring_them_back() {
     let swap = Swap::new(&machine.view, &pool(16 << 20)).unwrap();
     swap.set_limit(Some(0)).unwrap();
     until("all are away", &swap, |_| machine.in_memory() == 0);
-    let mut bytes = Vec::new();
-    machine.view.read_run(Run::new(0, 1024), &mut bytes).unwrap();
+    let (mut bytes, held) = (Vec::new(), machine.view.resident().unwrap());
+    held.runs().for_each(|run| machine.view.read_run(run, &mut bytes).unwrap());
     assert_eq!(machine.in_memory(), 0);
     assert_eq!(swap.figures().pages_in, 0);
     assert!(!machine.view.is_zero(1).unwrap());
@@ -159,17 +180,21 @@ fn looking_at_pages_that_are_away_does_not_bring_them_back() {
     assert_eq!((all.len(), machine.view.resident().unwrap().len()), (1024, 768));
     assert_eq!(swap.figures().zero_pages, 256);
     swap.set_limit(None).unwrap();
-    for gfn in 0..1024u64 {
-        machine.check(gfn, if gfn % 4 == 0 { 0 } else { 1 });
-        let at = usize::try_from(gfn).unwrap() * PAGE_BYTES;
-        let word = u64::from_le_bytes(bytes[at + 8..at + 16].try_into().unwrap());
+    (0..1024).for_each(|gfn| machine.check(gfn, if gfn % 4 == 0 { 0 } else { 1 }));
+    let pages = held.runs().flat_map(|run| run.start..run.end());
+    for (gfn, page) in pages.zip(bytes.chunks(PAGE_BYTES)) {
+        let word = u64::from_le_bytes(page[8..16].try_into().unwrap());
         assert_eq!(word, machine.word(gfn, 1).load(Ordering::Relaxed));
     }
 }
 
 #[test]
 fn a_page_that_is_given_back_while_it_is_away_reads_as_zeros() {
-    let machine = Machine::new(256);
+    gives_back(&Machine::new(256));
+    gives_back(&Machine::shared(256));
+}
+
+fn gives_back(machine: &Machine) {
     (0..256).for_each(|gfn| machine.write(gfn, 1));
     let swap = Swap::new(&machine.view, &pool(4 << 20)).unwrap();
     swap.set_limit(Some(0)).unwrap();
@@ -189,7 +214,11 @@ fn a_page_that_is_given_back_while_it_is_away_reads_as_zeros() {
 /// Without the swap's word for them, writes to pages that are moved out before anybody looked are lost.
 #[test]
 fn a_write_is_reported_though_its_page_is_moved_out_before_anybody_looks() {
-    let machine = Machine::new(256);
+    reports_writes(&Machine::new(256));
+    reports_writes(&Machine::shared(256));
+}
+
+fn reports_writes(machine: &Machine) {
     (0..256).for_each(|gfn| machine.write(gfn, 1));
     let swap = Swap::new(&machine.view, &pool(4 << 20)).unwrap();
     swap.set_limit(Some(1 << 20)).unwrap();
@@ -331,10 +360,13 @@ fn what_cannot_be_is_refused_with_what_to_do() {
         let e = Swap::new(&machine.view, &options).unwrap_err().to_string();
         assert!(e.contains(word), "{e}");
     }
-    let shared = GuestView::of(vec![(0, Mapping::memfd("shared", 16).unwrap())]).unwrap();
-    let e = Swap::new(&shared, &pool(1 << 20)).unwrap_err();
+    let Ok(huge) = Mapping::huge(512) else {
+        return println!("SKIP: no huge page is reserved here");
+    };
+    let huge = GuestView::of(vec![(0, huge)]).unwrap();
+    let e = Swap::new(&huge, &pool(1 << 20)).unwrap_err();
     let cause = std::error::Error::source(&e).unwrap().to_string();
-    assert!(cause.contains("only private memory"), "{cause}");
+    assert!(cause.contains("in huge pages"), "{cause}");
 }
 
 #[test]
