@@ -410,7 +410,7 @@ pub(crate) fn main(
 pub(crate) fn line(info: &ShareInfo) -> String {
     let bytes = |pages: u64| HumanBytes(pages * crate::machine::PAGE_BYTES);
     format!(
-        "{} last, {} of them zero; {} equal to others in {} that the kernel is advised of; {} change",
+        "{} last, {} of them zero; worth merging: {}; advised: {}; {} change",
         bytes(info.lasting_pages),
         bytes(info.zero_pages),
         bytes(info.advised_equal_pages),
