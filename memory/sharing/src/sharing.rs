@@ -8,7 +8,7 @@ use ferry_pages::PageSet;
 
 use crate::{
     Between, Counts, Fingerprints, Ksm, MachineNo, MergeError, Merged, Merger, Pass,
-    ProcessFigures, ScanError, Scanner, Tenant, Twins, Worth,
+    ProcessFigures, Rest, ScanError, Scanner, Tenant, Twins, Worth,
 };
 
 /// How pages of a machine are shared.
@@ -40,6 +40,8 @@ pub struct Report {
     pub proposed_pages: u64,
     /// What the kernel has merged of this process, as it was last read back.
     pub read_back: ProcessFigures,
+    /// How the last merging ended that was asked for here.
+    pub rest: Rest,
     /// Why the last pass could not advise what is worth it.
     pub not_advised: Option<MergeError>,
     /// Why the kernel could not be had to merge what is advised, when that was last tried.
@@ -61,6 +63,10 @@ pub struct Sharing {
     machine: MachineNo,
     merger: Merger,
     worth: Worth,
+    /// Whose it is, where tenants are kept apart.
+    tenant: Option<Tenant>,
+    /// The tenant that comes first on this host.
+    first: Option<Tenant>,
     report: Report,
 }
 
@@ -73,8 +79,10 @@ impl Sharing {
         let Options { tenant, between, worth, ksm } = options;
         let mut scanner = Scanner::new(between, QUIET_PASSES)?;
         let machine = scanner.add(view.clone(), tenant.clone())?;
-        let merger = Merger::new(view, ksm, tenant, between);
-        Ok(Self { scanner, machine, merger, worth, report: Report::default() })
+        let merger = Merger::new(view, ksm, tenant.clone(), between);
+        let tenant = Some(tenant).filter(|_| between == Between::OneTenant);
+        let report = Report::default();
+        Ok(Self { scanner, machine, merger, worth, tenant, first: None, report })
     }
 
     /// Looks at what became quiet, and advises what is worth it now. `written`: as in [`Scanner::pass`].
@@ -86,9 +94,16 @@ impl Sharing {
         let census = self.scanner.census_mut();
         self.report.counts = census.counts();
         let mut proposal = census.propose(&self.worth);
-        let pages = proposal.pages.remove(&self.machine).unwrap_or_default();
+        let mut pages = proposal.pages.remove(&self.machine).unwrap_or_default();
+        let comes_later = match (&self.tenant, &self.first) {
+            (Some(ours), Some(first)) if ours != first && !pages.is_empty() => {
+                pages = PageSet::new();
+                Some(MergeError::OtherTenant { theirs: first.clone(), ours: ours.clone() })
+            }
+            _ => None,
+        };
         self.report.proposed_pages = proposal.equal_pages;
-        self.report.not_advised = self.merger.advise(&pages).err();
+        self.report.not_advised = self.merger.advise(&pages).err().or(comes_later);
         self.report.ranges = if self.merger.advised().is_empty() { 0 } else { proposal.ranges };
         Ok(&self.report)
     }
@@ -96,8 +111,8 @@ impl Sharing {
     /// Has the kernel merge what is advised, and reads back what came of it: as [`Merger::merge`].
     pub fn merge(&mut self, patience: Duration, stop: &dyn Fn() -> bool) -> &Report {
         match self.merger.merge(patience, stop) {
-            Ok(Merged { own, .. }) => {
-                self.report.read_back = own;
+            Ok(Merged { own, rest, .. }) => {
+                (self.report.read_back, self.report.rest) = (own, rest);
                 self.report.not_merged = None;
             }
             Err(e) => self.report.not_merged = Some(e),
@@ -132,6 +147,12 @@ impl Sharing {
     /// Which pages have equals in other processes; the next pass advises by it.
     pub fn set_elsewhere(&mut self, elsewhere: Twins) {
         self.scanner.census_mut().set_elsewhere(self.machine, elsewhere);
+    }
+
+    /// Says whose pages are merged on this host, by whoever knows all its machines
+    /// ([`best_tenant`](crate::best_tenant)): the next pass advises no others'. None: whoever comes first.
+    pub fn set_first(&mut self, tenant: Option<Tenant>) {
+        self.first = tenant;
     }
 
     /// Advises nothing any more: before the machine moves, or where another tenant comes first.

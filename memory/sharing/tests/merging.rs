@@ -322,6 +322,36 @@ fn pages_of_one_tenant_are_advised_on_a_host_at_a_time() {
 }
 
 #[test]
+fn pages_of_a_tenant_that_does_not_come_first_are_proposed_for_swap() {
+    if !Path::new(SYSFS).exists() {
+        return println!("SKIP: this kernel has no KSM");
+    }
+    let _here = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let locks = tempfile::tempdir().unwrap();
+    let view = filled(|gfn| gfn / 2);
+    let options = Options {
+        tenant: Tenant("one".into()),
+        ksm: Ksm::at(SYSFS, locks.path()),
+        ..Options::default()
+    };
+    let mut sharing = Sharing::new(view, options).unwrap();
+    for (first, ranges) in [(Some("two"), 0), (Some("one"), 2), (Some("two"), 0), (None, 2)] {
+        sharing.set_first(first.map(|name| Tenant(name.into())));
+        for _ in 0..3 {
+            sharing.pass(&PageSet::new()).unwrap();
+        }
+        let report = sharing.report();
+        assert_eq!(report.ranges, ranges, "{first:?}: {report}");
+        assert_eq!(report.why_not().is_none(), ranges > 0, "{first:?}: {report}");
+        let (zeros, unwritten) = sharing.to_swap();
+        let pages = if ranges > 0 { 0 } else { PAGES };
+        assert_eq!(zeros.len() + unwritten.len(), pages, "{first:?}");
+    }
+    let words = sharing.report().to_string();
+    assert!(words.contains("advised 2 ranges"), "{words}");
+}
+
+#[test]
 fn a_machine_with_equal_pages_is_merged_and_the_report_says_so() {
     let Some(alone) = Alone::new() else { return };
     // Two ranges: one in which every page has an equal in it, one in which none has.

@@ -64,7 +64,7 @@ impl Ages {
         }
     }
 
-    /// `gfn` was brought back.
+    /// `gfn` was brought back, or cannot be taken away.
     pub(crate) fn returned(&mut self, gfn: u64) {
         if let Some(index) = self.index(gfn) {
             let returns = ((self.ages[index] >> 4) + 1).min(15);
@@ -74,6 +74,11 @@ impl Ages {
 
     fn coldness(age: u8) -> u8 {
         (age & 15).saturating_sub((age >> 4).saturating_mul(RETURN))
+    }
+
+    /// Whether `gfn` was not in use for a while.
+    pub(crate) fn is_cold(&self, gfn: u64) -> bool {
+        self.index(gfn).is_some_and(|i| Self::coldness(self.ages[i]) > 0)
     }
 
     /// How many of `pages` were in use at the last look.

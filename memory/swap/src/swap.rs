@@ -137,6 +137,8 @@ pub(crate) struct Inner {
     /// Tells the thread that moves pages out.
     pub(crate) wanted: Condvar,
     pub(crate) aside: Mutex<(Aside, Packer)>,
+    /// Held while marks of written pages are taken off, until whoever else needs them is told.
+    pub(crate) marks: Mutex<()>,
     pub(crate) file: Option<SwapFile>,
     pub(crate) serving: OnceLock<Serving>,
     /// Once at a time.
@@ -162,8 +164,15 @@ pub(crate) struct State {
     pub(crate) ages: Ages,
     /// Pages to be moved out next.
     pub(crate) victims: VecDeque<u64>,
-    /// A tracker needs to know of every page that was moved out; see `track`.
+    /// Pages to be moved out before others.
+    pub(crate) preferred: PageSet,
+    /// Pages that may be of zeros: those that are, are dropped without need.
+    pub(crate) zeros: PageSet,
+    /// What a tracker has to report beside what it finds itself: pages that were moved out, and those that a look
+    /// found written; see `track`.
     pub(crate) suspects: Option<PageSet>,
+    /// What a tracker found written since the last look.
+    pub(crate) seen: PageSet,
     pub(crate) limit_pages: Option<u64>,
     /// Pages in memory: counted now and then, and kept up in between.
     pub(crate) resident: u64,
@@ -268,7 +277,10 @@ impl Swap {
             transit: HashMap::new(),
             ages: Ages::new(memory.regions().iter().map(|r| r.run)),
             victims: VecDeque::new(),
+            preferred: PageSet::new(),
+            zeros: PageSet::new(),
             suspects: None,
+            seen: PageSet::new(),
             limit_pages: None,
             resident: 0,
             probes: Vec::new(),
@@ -285,6 +297,7 @@ impl Swap {
             state: Mutex::new(state),
             wanted: Condvar::new(),
             aside: Mutex::new((aside, Packer::default())),
+            marks: Mutex::new(()),
             file,
             serving: OnceLock::new(),
             begin: Mutex::new(()),
@@ -305,6 +318,29 @@ impl Swap {
             Inner::serve(&self.0.0)?;
         }
         self.0.0.state().limit_pages = bytes.map(|bytes| bytes / PAGE_BYTES as u64);
+        self.0.0.wanted.notify_all();
+        Ok(())
+    }
+
+    /// Has cold pages of `pages` moved out before all others when the limit asks for it, in the place of those that
+    /// were preferred before. Pages that were just in use stay, preferred or not.
+    pub fn prefer(&self, pages: &PageSet) {
+        let pages = self.0.0.own(pages);
+        let mut state = self.0.0.state();
+        state.preferred = pages;
+        let State { victims, probes, .. } = &mut *state;
+        victims.retain(|gfn| probes.contains(gfn));
+    }
+
+    /// Gives back those of `pages` that are of zeros, limit or not; all others stay as they are, or are moved out if
+    /// the limit asks for it. It is done a few pages at a time, after this returns.
+    ///
+    /// # Errors
+    /// The memory cannot be watched (yet), as in [`set_limit`](Self::set_limit).
+    pub fn give_back_zeros(&self, pages: &PageSet) -> Result<(), SwapError> {
+        Inner::serve(&self.0.0)?;
+        let pages = self.0.0.own(pages);
+        self.0.0.state().zeros.union_with(&pages);
         self.0.0.wanted.notify_all();
         Ok(())
     }
@@ -331,6 +367,13 @@ impl Inner {
     /// The region of page `gfn`.
     pub(crate) fn region_of(&self, gfn: u64) -> Option<&Region> {
         self.memory.regions().iter().find(|r| r.run.start <= gfn && gfn < r.run.end())
+    }
+
+    /// Those of `pages` that are this machine's.
+    fn own(&self, pages: &PageSet) -> PageSet {
+        let mut own: PageSet = self.memory.regions().iter().map(|r| r.run).collect();
+        own.intersect_with(pages);
+        own
     }
 
     fn figures(&self) -> Figures {

@@ -1,6 +1,6 @@
 //! Which pages were written, of memory that is watched for swap.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use ferry_dirtylog::{DirtySource, TrackError, UffdWriteProtect};
 use ferry_pages::PageSet;
@@ -8,6 +8,7 @@ use ferry_pages::PageSet;
 use crate::swap::Inner;
 
 /// Write-protection by the swap's own userfaultfd. A page that is moved out counts as written: its mark goes with it.
+/// The swap itself looks at the same marks: each tells the other what it found.
 pub(crate) struct SwapTracker {
     swap: Arc<Inner>,
     writes: UffdWriteProtect,
@@ -26,23 +27,28 @@ impl DirtySource for SwapTracker {
     }
 
     fn start(&mut self) -> Result<(), TrackError> {
+        let _alone = self.swap.marks.lock().unwrap_or_else(PoisonError::into_inner);
         // First: nothing that is moved out after a page was protected may be missed.
         self.swap.state().suspects = Some(PageSet::new());
-        self.writes.start()
+        let mut written = PageSet::new();
+        let protected = self.writes.collect(&mut written);
+        self.swap.state().seen.union_with(&written);
+        protected
     }
 
     fn collect(&mut self, into: &mut PageSet) -> Result<(), TrackError> {
+        let _alone = self.swap.marks.lock().unwrap_or_else(PoisonError::into_inner);
         let mut written = PageSet::new();
-        self.writes.collect(&mut written)?;
+        let collected = self.writes.collect(&mut written);
         // After the look: a page that is moved out before it is looked at is named here.
         let mut state = self.swap.state();
         if let Some(suspects) = &mut state.suspects {
             into.union_with(suspects);
             suspects.clear();
         }
-        state.ages.look(&written);
+        state.seen.union_with(&written);
         into.union_with(&written);
-        Ok(())
+        collected
     }
 
     fn rearm(&mut self, _pages: &PageSet) -> Result<(), TrackError> {

@@ -430,3 +430,89 @@ fn pages_stay_in_the_pool_while_the_disk_is_full_and_go_on_when_it_is_not() {
     swap.set_limit(None).unwrap();
     (0..4096).for_each(|gfn| machine.check(gfn, 1));
 }
+
+#[test]
+fn pages_of_zeros_are_given_back_without_need_and_no_write_to_them_is_lost() {
+    let machine = Machine::new(4096);
+    (0..4096).for_each(|gfn| machine.write(gfn, 0));
+    assert_eq!(machine.in_memory(), 4096);
+    let swap = Swap::new(&machine.view, &pool(4 << 20)).unwrap();
+    swap.set_limit(None).unwrap();
+    let all: PageSet = [Run::new(0, 4096)].into_iter().collect();
+    let end = AtomicBool::new(false);
+    let written = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let (mut versions, mut x) = (vec![0; 4096], 1u64);
+            while !end.load(Ordering::Relaxed) {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let gfn = x >> 40 & 4095;
+                let version = &mut versions[usize::try_from(gfn).unwrap()];
+                machine.check(gfn, *version);
+                // Half of them become zeros again.
+                *version = if *version > 0 { 0 } else { x >> 50 };
+                machine.write(gfn, *version);
+            }
+            versions
+        });
+        for _ in 0..30 {
+            swap.give_back_zeros(&all).unwrap();
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        end.store(true, Ordering::Relaxed);
+        writer.join().unwrap()
+    });
+    let figures = swap.figures();
+    assert!(figures.zero_pages > 4000 && figures.trouble.is_none(), "{figures:?}");
+    // Nothing asked for more.
+    assert_eq!((figures.pages_out, figures.swapped_bytes), (figures.zero_pages, 0), "{figures:?}");
+    for (gfn, version) in (0..).zip(&written) {
+        machine.check(gfn, *version);
+    }
+    swap.give_back_zeros(&all).unwrap();
+    // Looking at a page of zeros that was given back takes no memory.
+    let data = written.iter().filter(|version| **version > 0).count() as u64;
+    until("all zeros are given back", &swap, |_| machine.in_memory() == data);
+    let elsewhere: PageSet = [Run::new(1 << 40, 5)].into_iter().collect();
+    swap.give_back_zeros(&elsewhere).unwrap();
+    swap.prefer(&elsewhere);
+}
+
+#[test]
+fn preferred_pages_go_first() {
+    let machine = Machine::new(2048);
+    (0..2048).for_each(|gfn| machine.write(gfn, 1));
+    let swap = Swap::new(&machine.view, &pool(16 << 20)).unwrap();
+    swap.set_limit(Some(2048 * PAGE)).unwrap();
+    // A look later all are cold, and would go from the first on.
+    std::thread::sleep(Duration::from_millis(2500));
+    let preferred = Run::new(1500, 400);
+    swap.prefer(&[preferred].into_iter().collect());
+    swap.set_limit(Some((2048 - 200) * PAGE)).unwrap();
+    until("the limit is kept", &swap, |f| {
+        machine.in_memory() * PAGE + f.pool_bytes <= (2048 - 200) * PAGE
+    });
+    let mut away = machine.view.away().unwrap().pages();
+    let all = away.len();
+    away.remove_run(preferred);
+    // Some go to see whether they come back.
+    assert!(all > 200 && away.len() <= 3 * 64, "{} of {all}", away.len());
+    (0..2048).for_each(|gfn| machine.check(gfn, 1));
+}
+
+#[test]
+fn a_tracker_is_told_what_the_swap_found_written() {
+    let machine = Machine::new(256);
+    (0..256).for_each(|gfn| machine.write(gfn, 1));
+    let swap = Swap::new(&machine.view, &pool(4 << 20)).unwrap();
+    swap.set_limit(Some(2 << 20)).unwrap();
+    let mut tracker = machine.view.away().unwrap().tracker().unwrap();
+    tracker.start().unwrap();
+    tracker.collect(&mut PageSet::new()).unwrap();
+    machine.write(50, 2);
+    // The swap looks at its memory every second.
+    std::thread::sleep(Duration::from_millis(2500));
+    machine.write(60, 2);
+    let mut written = PageSet::new();
+    tracker.collect(&mut written).unwrap();
+    assert!(written.contains(50) && written.contains(60), "{written:?}");
+}

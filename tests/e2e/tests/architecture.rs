@@ -41,6 +41,9 @@ fn no_library_knows_the_tools_or_a_vmm() {
         "ferry-transport",
         "ferry-memory",
         "ferry-balloon",
+        "ferry-sharing",
+        "ferry-swap",
+        "ferry-overcommit",
         "ferry-dirtylog",
         "ferry-firecracker",
     ] {

@@ -508,6 +508,24 @@ pub(crate) enum Memory {
         #[command(flatten)]
         swap: SwapArgs,
     },
+    /// Look for equal pages in machines, and have the kernel merge them, once and now.
+    #[command(
+        after_help = "Example:\n  ferry memory share web1 web2\n  ferry memory share web1 --tenant alice --json\n\n\
+                      It takes some seconds: only pages that the guests leave alone meanwhile are looked at. What is merged \
+                      stays so until it is written. `ferry memory run` does the same by itself when memory is short.\n\n\
+                      Exit status: 0 done; 1 a machine cannot be looked at, or the kernel does not merge. The reason is said."
+    )]
+    Share {
+        /// The machines; their pages are compared with each other, too.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+        /// Whose they are. Pages of different tenants are not merged [default: whose they were].
+        #[arg(long)]
+        tenant: Option<String>,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show how the machines of this host use its memory, and what they save.
     #[command(after_help = "Example:\n  ferry memory report\n  ferry memory report --json")]
     Report {

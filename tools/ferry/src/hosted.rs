@@ -13,16 +13,17 @@ use ferry_migrate::{
     SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions,
     Whereabouts, reattach, save, send, words,
 };
-use ferry_sharing::Ksm;
 use ferry_swap::Swap;
 use ferry_transport::{Identity, QuicConnector};
 
 use crate::machine::{AnyMachine, PAGE_BYTES};
+use crate::merged::Meter;
 use crate::protocol::{
     BalloonInfo, BalloonRequest, Conversation, LimitRequest, MachineInfo, MigrateRequest, Progress,
-    Reply, Request, SaveRequest,
+    Reply, Request, SaveRequest, ShareReply, ShareRequest,
 };
 use crate::runtime_dir::{Reservation, RuntimeError};
+use crate::sharer::Sharer;
 
 /// What a guest says of its memory is waited for no longer than this; the last that it said is shown then.
 const GUEST_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
@@ -41,6 +42,9 @@ pub(crate) enum Ending {
 pub(crate) struct Hosted {
     machine: AnyMachine,
     reservation: Reservation,
+    /// Its lock is taken before that of `inner`, or alone.
+    sharer: Sharer,
+    merged: Meter,
     inner: Mutex<Inner>,
     over: Condvar,
 }
@@ -68,8 +72,14 @@ impl Hosted {
         reservation: Reservation,
     ) -> Result<Arc<Self>, RuntimeError> {
         let listener = reservation.listen()?;
-        let hosted =
-            Arc::new(Self { machine, reservation, inner: Mutex::default(), over: Condvar::new() });
+        let hosted = Arc::new(Self {
+            machine,
+            reservation,
+            sharer: Sharer::default(),
+            merged: Meter::default(),
+            inner: Mutex::default(),
+            over: Condvar::new(),
+        });
         let server = Arc::downgrade(&hosted);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -83,6 +93,7 @@ impl Hosted {
                 if hosted.inner().ending.is_some() {
                     return;
                 }
+                hosted.sharer.rest();
                 if let Some(how) = hosted.machine.wait_ended(Duration::from_millis(200)) {
                     return hosted.end(Ending::Ended(how));
                 }
@@ -109,8 +120,10 @@ impl Hosted {
     pub(crate) fn wait(&self) -> Ending {
         let mut inner = self.inner();
         loop {
-            if let Some(ending) = &inner.ending {
-                return ending.clone();
+            if let Some(ending) = inner.ending.clone() {
+                drop(inner);
+                self.sharer.end();
+                return ending;
             }
             inner = self.over.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
@@ -159,6 +172,7 @@ impl Hosted {
                 report.map(|r| Reply::Report(Box::new(r)))
             }
             Request::Limit(what) => self.limit(&what),
+            Request::Share(what) => self.share(*what).map(|reply| Reply::Shared(Box::new(reply))),
             Request::Balloon(what) => {
                 self.balloon(&what).map(|info| Reply::Balloon(Box::new(info)))
             }
@@ -176,6 +190,7 @@ impl Hosted {
 
     fn info(&self) -> MachineInfo {
         let spec = self.machine.spec();
+        let merged = self.merged.read(&self.machine.memory());
         let inner = self.inner();
         let state = match &inner.in_doubt {
             Some(_) => "paused in doubt".into(),
@@ -190,7 +205,6 @@ impl Hosted {
             None => self.machine.state(),
         };
         let resident = self.resident();
-        let (merged, saves) = merged_pages();
         let lacks = |gfn| inner.fetching.as_ref().is_some_and(|fetching| fetching.lacks(gfn));
         let counters = self.machine.counters(lacks);
         MachineInfo {
@@ -206,10 +220,12 @@ impl Hosted {
             saving_to: inner.saving.as_ref().map(|(to, _)| to.clone()),
             pages_written: counters.map(|c| c.0),
             pages_checked: counters.map(|c| c.1),
-            // The device may wait for a page of its own that does not come.
-            merged_bytes: merged * PAGE_BYTES,
-            merged_saves_bytes: saves * PAGE_BYTES,
+            merged_bytes: merged.bytes,
+            merged_saves_bytes: merged.saves_bytes,
+            merged_zero_bytes: merged.zero_bytes,
+            sharing: self.sharer.last(),
             swap: inner.swap.as_ref().map(Swap::figures),
+            // The device may wait for a page of its own that does not come.
             balloon: inner.fetching.is_none().then(|| self.machine.balloon()),
         }
     }
@@ -342,11 +358,26 @@ impl Hosted {
         };
         // From here on pages may be with it.
         inner.swap = Some(swap.clone());
-        swap.set_limit(what.bytes).map_err(|e| words(&e))?;
+        drop(inner);
+        let set = || swap.set_limit(what.bytes);
+        let limited = match swap.figures().limit_bytes {
+            // The trackers for sharing are in its way where they watch the same memory, the first time.
+            None => self.sharer.aside(set),
+            Some(_) => set(),
+        };
+        limited.map_err(|e| words(&e))?;
         Ok(Reply::Done(match what.bytes {
             Some(bytes) => format!("machine `{name}` keeps within {} MiB of memory", bytes >> 20),
             None => format!("machine `{name}` has no limit"),
         }))
+    }
+
+    fn share(&self, what: ShareRequest) -> Result<ShareReply, String> {
+        // A pass takes a moment, and merging seconds: nobody else waits for it.
+        let swap = || self.inner().swap.clone();
+        let refuse = || self.check_at_rest(&self.inner());
+        refuse()?;
+        self.sharer.pass(&self.machine, swap, refuse, what)
     }
 
     fn balloon(&self, what: &BalloonRequest) -> Result<BalloonInfo, String> {
@@ -424,6 +455,7 @@ impl Hosted {
             inner.migrating = Some((how.to, canceller.clone()));
             detached
         };
+        self.sharer.aside(|| ());
         let options = SendOptions {
             goals: Goals {
                 max_downtime: Duration::from_millis(how.max_downtime_ms),
@@ -476,6 +508,7 @@ impl Hosted {
             self.check_at_rest(&inner)?;
             inner.saving = Some((how.dir.clone(), canceller.clone()));
         }
+        self.sharer.aside(|| ());
         let mut progress = Progress::default();
         let mut watch = |event| {
             follow_save(&mut progress, &event);
@@ -565,13 +598,4 @@ pub(crate) fn follow(progress: &mut Progress, event: SendEvent) {
         P::LinkLost(why) => format!("{why}; trying to come back"),
         P::InDoubt(why) => format!("{why}; asking the destination what became of the machine"),
     });
-}
-
-/// Pages of this process that are one with others, and how many of them that saves: all who share a page have a part
-/// in it.
-fn merged_pages() -> (u64, u64) {
-    let merged = Ksm::own_figures().merging_pages;
-    let host = Ksm::default().figures().unwrap_or_default();
-    let all = host.shared_pages + host.sharing_pages;
-    (merged, (merged * host.sharing_pages).checked_div(all).unwrap_or(0))
 }

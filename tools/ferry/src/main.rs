@@ -12,6 +12,7 @@ mod demo;
 mod hosted;
 mod machine;
 mod memory;
+mod merged;
 mod migrate;
 mod pager;
 mod places;
@@ -20,6 +21,7 @@ mod receive;
 mod restore;
 mod runtime_dir;
 mod save;
+mod sharer;
 mod vm;
 
 use std::process::ExitCode;

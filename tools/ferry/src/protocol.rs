@@ -7,12 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use ferry_migrate::{Report, SaveReport};
+use ferry_sharing::{Fingerprints, Tenant, Twins};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::args::ModeArg;
 
 /// No line is longer than this.
-const MAX_LINE_BYTES: u64 = 1 << 20;
+const MAX_LINE_BYTES: u64 = 1 << 24;
 
 /// From the command.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,6 +28,24 @@ pub(crate) enum Request {
     Save(SaveRequest),
     Balloon(BalloonRequest),
     Limit(LimitRequest),
+    Share(Box<ShareRequest>),
+}
+
+/// Look at a machine's pages once more, and share those that have equals.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ShareRequest {
+    /// Whose machine it is; none: whose it was.
+    pub(crate) tenant: Option<Tenant>,
+    /// Whether its pages may be one with those of other tenants; none: as it was.
+    pub(crate) between_tenants: Option<bool>,
+    /// Whose pages come first on this host; none: whoever comes first.
+    pub(crate) first: Option<Tenant>,
+    /// Which pages have equals in other processes; none: as it was.
+    pub(crate) elsewhere: Option<Twins>,
+    /// Have the kernel merge what is advised, of this machine and all others.
+    pub(crate) merge: bool,
+    /// Tell of its pages.
+    pub(crate) fingerprints: bool,
 }
 
 /// How much of the host's memory a machine may use.
@@ -85,6 +104,41 @@ pub(crate) enum Reply {
     Report(Box<Report>),
     Saved(Box<SaveReport>),
     Balloon(Box<BalloonInfo>),
+    Shared(Box<ShareReply>),
+}
+
+/// What a pass found and did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ShareReply {
+    pub(crate) info: ShareInfo,
+    pub(crate) fingerprints: Option<Fingerprints>,
+}
+
+/// How the sharing of a machine's pages stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ShareInfo {
+    pub(crate) tenant: Tenant,
+    /// Read in the last pass.
+    pub(crate) scanned_pages: u64,
+    /// Left alone: they were written in one of the last passes.
+    pub(crate) changing_pages: u64,
+    /// Pages that were not, and of them those of zeros, and those that have an equal before them here.
+    pub(crate) lasting_pages: u64,
+    pub(crate) zero_pages: u64,
+    pub(crate) equal_pages: u64,
+    /// Ranges of 2 MiB that the kernel is advised of, and pages in them that have an equal.
+    pub(crate) advised_ranges: u64,
+    pub(crate) advised_equal_pages: u64,
+    /// As read back after the last merging that was asked for here.
+    pub(crate) merged_pages: u64,
+    pub(crate) profit_bytes: i64,
+    /// Whether that came to rest.
+    pub(crate) at_rest: bool,
+    /// Why the kernel does not merge; and whether only for now.
+    pub(crate) why_not: Option<String>,
+    pub(crate) for_now: bool,
+    /// Whether what is not merged can be swapped out.
+    pub(crate) can_swap: bool,
 }
 
 /// What `vm show` shows.
@@ -111,6 +165,10 @@ pub(crate) struct MachineInfo {
     /// Bytes of its pages that are one with others (KSM), and the part of them that this saves.
     pub(crate) merged_bytes: u64,
     pub(crate) merged_saves_bytes: u64,
+    /// Bytes of its pages of zeros that are the kernel's one, and take no memory.
+    pub(crate) merged_zero_bytes: u64,
+    /// Where it was looked for equal pages.
+    pub(crate) sharing: Option<ShareInfo>,
     /// Where there is one.
     pub(crate) swap: Option<ferry_swap::Figures>,
 }

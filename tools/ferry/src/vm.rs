@@ -151,6 +151,14 @@ fn show(runtime: &RuntimeDir, name: &str, json: bool) -> Result<(), Failure> {
     if let Some(balloon) = &m.balloon {
         println!("balloon    {}", balloon::line(balloon));
     }
+    if let Some(sharing) = &m.sharing {
+        println!("sharing    {}", memory::sharing_line(sharing));
+        let saves = m.merged_saves_bytes + m.merged_zero_bytes;
+        println!("merged     {}, saves {}", mib(m.merged_bytes + m.merged_zero_bytes), mib(saves));
+        if let Some(why) = memory::not_shared(sharing) {
+            println!("not merged {why}");
+        }
+    }
     println!("dirty log  {}", m.dirty_log);
     if let (Some(written), Some(checked)) = (m.pages_written, m.pages_checked) {
         println!("workload   {written} pages written, {checked} checked");

@@ -3,6 +3,7 @@
 mod plan;
 mod report;
 mod run;
+mod sharing;
 
 use std::process::ExitCode;
 
@@ -14,6 +15,8 @@ use crate::args::Memory;
 use crate::protocol::{LimitRequest, Request};
 use crate::runtime_dir::RuntimeDir;
 
+pub(crate) use sharing::{line as sharing_line, why_not as not_shared};
+
 pub(crate) fn main(runtime: &RuntimeDir, command: &Memory) -> Result<ExitCode, Failure> {
     match command {
         Memory::Plan { file, json } => return plan::main(file, *json),
@@ -21,6 +24,9 @@ pub(crate) fn main(runtime: &RuntimeDir, command: &Memory) -> Result<ExitCode, F
         Memory::Limit { name, limit, swap } => {
             let request = LimitRequest { bytes: limit.0, swap: swap.options() };
             crate::vm::ask(runtime, name, &Request::Limit(request))?;
+        }
+        Memory::Share { names, tenant, json } => {
+            return sharing::main(runtime, names, tenant.as_deref(), *json);
         }
         Memory::Report { json } => report::main(runtime, *json)?,
     }

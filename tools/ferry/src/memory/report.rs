@@ -4,6 +4,7 @@ use indicatif::HumanBytes;
 use serde::Serialize;
 
 use crate::Failure;
+use crate::memory::sharing::why_not;
 use crate::memory::table;
 use crate::protocol::MachineInfo;
 use crate::runtime_dir::RuntimeDir;
@@ -18,7 +19,7 @@ pub(crate) struct Row {
     pub(crate) resident: u64,
     /// What the guest gave back.
     pub(crate) ballooned: u64,
-    /// Of its pages in memory, those that are one with others.
+    /// Its pages that are one with others, or with the kernel's page of zeros.
     pub(crate) shared: u64,
     /// Its pages in pool and file.
     pub(crate) swapped: u64,
@@ -28,6 +29,9 @@ pub(crate) struct Row {
     pub(crate) held: u64,
     /// What balloon, sharing and swap save.
     pub(crate) saved: u64,
+    /// Why its equal pages are not merged, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) not_shared: Option<String>,
     /// What is wrong, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) trouble: Option<String>,
@@ -52,11 +56,13 @@ impl Row {
             size: m.memory_bytes,
             resident: m.resident_bytes,
             ballooned,
-            shared: m.merged_bytes,
+            shared: m.merged_bytes + m.merged_zero_bytes,
             swapped: swap.swapped_bytes,
             pool: swap.pool_bytes,
             held: m.resident_bytes - saves + swap.pool_bytes,
-            saved: (ballooned + saves + swap.swapped_bytes).saturating_sub(swap.pool_bytes),
+            saved: (ballooned + saves + m.merged_zero_bytes + swap.swapped_bytes)
+                .saturating_sub(swap.pool_bytes),
+            not_shared: m.sharing.as_ref().and_then(why_not),
             trouble: swap.trouble,
         }
     }
@@ -139,6 +145,9 @@ fn words(report: &Report) -> String {
         report.carried_by_1_gib,
     );
     for row in &report.machines {
+        if let Some(why) = &row.not_shared {
+            out += &format!("machine `{}` is not shared: {why}\n", row.name);
+        }
         if let Some(why) = &row.trouble {
             out += &format!("machine `{}`: {why}\n", row.name);
         }

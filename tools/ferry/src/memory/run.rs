@@ -1,6 +1,6 @@
 //! `ferry memory run`: keeps the machines of a plan within its budget. The policy decides, this asks and tells.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::Failure;
 use crate::cgroup::{Cgroup, pressure};
 use crate::memory::plan;
+use crate::memory::sharing::Sharers;
 use crate::protocol::{BalloonRequest, LimitRequest, MachineInfo, Reply, Request};
 use crate::runtime_dir::RuntimeDir;
 use crate::vm::{exchange, info};
@@ -27,6 +28,7 @@ pub(crate) struct Keeper<'a> {
     manager: Manager,
     began: Instant,
     known: HashMap<String, Known>,
+    sharers: Sharers,
 }
 
 /// What was last seen of a machine, and told it.
@@ -61,7 +63,9 @@ impl<'a> Keeper<'a> {
         for machine in &plan.machines {
             manager.admit(machine.clone())?;
         }
-        Ok(Self { runtime, plan, manager, began: Instant::now(), known: HashMap::new() })
+        let (began, known) = (Instant::now(), HashMap::new());
+        let sharers = Sharers::new(runtime, &plan);
+        Ok(Self { runtime, plan, manager, began, known, sharers })
     }
 
     /// Looks, decides, and tells the machines. In `group`, if they run in one, their use of memory is measured as a
@@ -96,6 +100,9 @@ impl<'a> Keeper<'a> {
                 Err(e) => troubles.push(format!("machine `{}`: {e}", target.name)),
             }
         }
+        let share = step.targets.iter().filter(|t| t.share && observed.contains_key(&t.name));
+        let share: BTreeSet<&str> = share.map(|t| t.name.as_str()).collect();
+        news.extend(self.sharers.want(&share));
         Kept { used_bytes: used, step, observed, troubles, news }
     }
 
@@ -212,6 +219,9 @@ pub(crate) fn main(
         Ok(keeper) => keeper,
         Err(e) => return Err(Failure::words(format!("{}: {e}", file.display()))),
     };
+    if once {
+        keeper.sharers.none();
+    }
     let mut told = Vec::new();
     loop {
         let kept = keeper.step(None);
