@@ -321,7 +321,8 @@ impl Hosted {
         resident(self.machine.memory().regions()).map_or(0, |pages| pages.len())
     }
 
-    fn limit(&self, what: &LimitRequest) -> Result<Reply, String> {
+    /// Has the machine keep within so much memory from now on.
+    pub(crate) fn limit(&self, what: &LimitRequest) -> Result<Reply, String> {
         let (mut inner, name) = (self.inner(), self.name());
         if inner.fetching.is_some() {
             self.check_at_rest(&inner)?;
