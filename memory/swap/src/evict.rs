@@ -24,7 +24,7 @@ const LONGEST_LOOK: Duration = Duration::from_secs(30);
 /// What a look costs the guest for each page that it writes again: it is to lose no more than a fiftieth of its time.
 const COST_OF_LOOK: Duration = Duration::from_micros(10 * 50);
 /// What trouble with it begins with.
-const FILE: &str = "the swap file";
+pub(crate) const FILE: &str = "the swap file";
 const POOL: &str = "the swap pool";
 /// How long until what could not be done is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -56,7 +56,11 @@ impl Inner {
                 stuck = self.move_out_some() == 0;
             }
             match &mut buffers {
-                Ok(buffers) => stuck |= !self.write_back(buffers),
+                Ok(buffers) => match self.write_back(buffers) {
+                    Some(0) => {}
+                    Some(_) => stuck = false,
+                    None => stuck = true,
+                },
                 Err(e) => self.state().trouble(format!("no memory to write the swap file by: {e}")),
             }
             let state = self.state();
@@ -249,15 +253,16 @@ impl Buffers {
 }
 
 impl Inner {
-    /// Writes the oldest pages of the pool to the file until an eighth of the pool is free; false if that cannot
-    /// be done now.
-    fn write_back(&self, buffers: &mut Option<Buffers>) -> bool {
-        let (Some(file), Some(buffers)) = (&self.file, buffers) else { return true };
+    /// Writes the oldest pages of the pool to the file until an eighth of the pool is free; how many segments that
+    /// were, none if it cannot be done now.
+    fn write_back(&self, buffers: &mut Option<Buffers>) -> Option<u32> {
+        let mut wrote = 0;
+        let (Some(file), Some(buffers)) = (&self.file, buffers) else { return Some(0) };
         while !self.is_ending() {
             let taken = {
                 let mut state = self.state();
                 if !state.pool.is_nearly_full() {
-                    return true;
+                    return Some(wrote);
                 }
                 // The last one is for `compact`.
                 match state.pool.segments.free() {
@@ -271,7 +276,7 @@ impl Inner {
                 }
                 self.state()
                     .trouble(format!("{FILE} is full: what the pool cannot take stays in memory"));
-                return false;
+                return None;
             };
             let leaving = self.state().pool.take_oldest(segment, &mut buffers.out);
             let written = file.write(segment, &buffers.out);
@@ -285,14 +290,15 @@ impl Inner {
                 state.trouble(format!(
                     "{FILE} cannot be written, and its pages stay in the pool: {e}"
                 ));
-                return false;
+                return None;
             }
             state.over(FILE);
             if leaving.is_empty() {
-                return true;
+                return Some(wrote);
             }
+            wrote += 1;
         }
-        true
+        Some(wrote)
     }
 
     /// Writes what is of use in two segments to a third; whether one became free.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use ferry_codec::{Codec, PackedPage, Packer, page_digest};
@@ -25,6 +25,9 @@ const LONGEST_ROW: u64 = 16;
 
 /// Pages mapped as zeros at most where memory is touched for the first time.
 const AHEAD: u64 = 64;
+
+/// Who touches memory while none can be freed waits for no longer than this.
+const HELD_BACK: Duration = Duration::from_millis(100);
 
 const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -106,7 +109,8 @@ impl Inner {
                     false => self.place_zeros(gfn),
                 };
                 state.figures.first_touches += 1;
-                state.resident += u64::from(write);
+                // What is read is written soon after, mostly, and of that nobody is told.
+                state.resident += 1;
                 if write {
                     self.map_ahead(&mut state, gfn);
                 }
@@ -375,20 +379,31 @@ impl Inner {
     /// Moves a few pages out where the limit is passed, in the thread that brought others in: who touches memory
     /// faster than it can be freed waits for it.
     pub(crate) fn relieve(&self) {
-        let excess = {
-            let state = self.state();
-            if state.stuck.is_some_and(|at| at.elapsed() < TRY_AGAIN / 10) {
+        let since = Instant::now();
+        while self.is_over() && since.elapsed() < HELD_BACK && !self.ending.load(Ordering::Relaxed)
+        {
+            self.wanted.notify_all();
+            if let Ok(_moving) = self.stay.try_write() {
+                if self.move_out_some() > 0 {
+                    return;
+                }
+            } else if let Err(TryLockError::WouldBlock) = self.aside.try_lock() {
+                // The thread that moves pages out is at it: that is as good, and it waits for nobody.
+                drop(self.aside.lock());
+                return;
+            } else {
+                // Whoever copies from memory now waits perhaps for this very thread.
                 return;
             }
-            let slack = state.limit_pages.map_or(0, |limit| limit / 64);
-            state.excess().saturating_sub(slack)
-        };
-        if excess > 0 && !self.ending.load(Ordering::Relaxed) {
-            // Whoever copies from memory now waits perhaps for this very thread.
-            if let Ok(_moving) = self.stay.try_write() {
-                self.move_out_some();
-            }
-            self.wanted.notify_all();
+            std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Whether more is in memory than the limit and what is gladly given, and something can be done about it.
+    fn is_over(&self) -> bool {
+        let state = self.state();
+        let slack = state.limit_pages.map_or(0, |limit| limit / 64);
+        let hopeless = state.stuck.is_some_and(|at| at.elapsed() < TRY_AGAIN / 10);
+        state.excess() > slack && (!hopeless || state.file_makes_room(self.file.is_some()))
     }
 }

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ages::Ages;
 use crate::arena::SLAB_BYTES;
-use crate::evict::BATCH;
+use crate::evict::{BATCH, FILE};
 use crate::file::SwapFile;
 use crate::pool::Pool;
 use crate::segments::SEGMENT_BYTES;
@@ -188,6 +188,12 @@ impl State {
     /// Pages of the host that the machine and its pool use.
     pub(crate) fn used(&self) -> u64 {
         self.resident + self.pool.holds().arena_bytes / PAGE_BYTES as u64
+    }
+
+    /// Whether the pool is full only until some of it is written to the file, if there is one.
+    pub(crate) fn file_makes_room(&self, file: bool) -> bool {
+        let fails = self.figures.trouble.as_ref().is_some_and(|why| why.starts_with(FILE));
+        file && !fails && self.pool.is_nearly_full()
     }
 
     /// The operator is told.
