@@ -51,7 +51,7 @@ impl Inner {
                 }
             }
             let mut stuck = false;
-            if self.state().excess() > 0 {
+            if self.state().surplus() > 0 {
                 let _moving = self.stay.write().unwrap_or_else(PoisonError::into_inner);
                 stuck = self.move_out_some() == 0;
             }
@@ -64,7 +64,7 @@ impl Inner {
                 Err(e) => self.state().trouble(format!("no memory to write the swap file by: {e}")),
             }
             let state = self.state();
-            if (state.excess() == 0 || stuck) && !self.is_ending() {
+            if (state.surplus() == 0 || stuck) && !self.is_ending() {
                 let until = next_look.saturating_duration_since(Instant::now()).min(PAUSE);
                 drop(self.wanted.wait_timeout(state, until));
             }

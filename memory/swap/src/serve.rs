@@ -382,7 +382,6 @@ impl Inner {
         let since = Instant::now();
         while self.is_over() && since.elapsed() < HELD_BACK && !self.ending.load(Ordering::Relaxed)
         {
-            self.wanted.notify_all();
             if let Ok(_moving) = self.stay.try_write() {
                 if self.move_out_some() > 0 {
                     return;
@@ -399,11 +398,13 @@ impl Inner {
         }
     }
 
-    /// Whether more is in memory than the limit and what is gladly given, and something can be done about it.
+    /// Whether the limit is passed, and something can be done about it. Where it is near, that is begun.
     fn is_over(&self) -> bool {
         let state = self.state();
-        let slack = state.limit_pages.map_or(0, |limit| limit / 64);
+        if state.surplus() > 0 {
+            self.wanted.notify_all();
+        }
         let hopeless = state.stuck.is_some_and(|at| at.elapsed() < TRY_AGAIN / 10);
-        state.excess() > slack && (!hopeless || state.file_makes_room(self.file.is_some()))
+        state.excess() > 0 && (!hopeless || state.file_makes_room(self.file.is_some()))
     }
 }

@@ -185,6 +185,11 @@ impl State {
         self.limit_pages.map_or(0, |limit| self.used().saturating_sub(limit))
     }
 
+    /// What is to be moved out before anybody must wait for it: a little below the limit, too.
+    pub(crate) fn surplus(&self) -> u64 {
+        self.limit_pages.map_or(0, |limit| self.used().saturating_sub(limit - limit / 64))
+    }
+
     /// Pages of the host that the machine and its pool use.
     pub(crate) fn used(&self) -> u64 {
         self.resident + self.pool.holds().arena_bytes / PAGE_BYTES as u64
