@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_codec::{PackedPage, Packer, is_zero, page_digest};
 use ferry_dirtylog::{DirtySource, UffdWriteProtect};
-use ferry_memory::{Aside, Moved};
+use ferry_memory::{Aside, MemoryError, Moved};
 use ferry_pages::{PAGE_BYTES, PageSet};
 use memmap2::MmapMut;
 
@@ -46,9 +46,8 @@ impl Inner {
             }
             if count_again.elapsed() >= PAUSE {
                 count_again = Instant::now();
-                if let Ok(resident) = self.memory.resident() {
-                    self.state().resident = resident.len();
-                }
+                // It stays as it was counted last.
+                let _ = self.count();
             }
             let mut stuck = false;
             if self.state().surplus() > 0 {
@@ -83,9 +82,8 @@ impl Inner {
             self.state().trouble(format!("writes cannot be tracked: {e}"));
             return (LONGEST_LOOK, false);
         }
-        let Ok(resident) = self.memory.resident() else { return (LONGEST_LOOK, false) };
+        let Ok(resident) = self.count() else { return (LONGEST_LOOK, false) };
         let mut state = self.state();
-        state.resident = resident.len();
         if !was_tracking {
             state.ages.look(&written);
         }
@@ -99,6 +97,15 @@ impl Inner {
         }
         let wait = COST_OF_LOOK.saturating_mul(u32::try_from(written.len()).unwrap_or(u32::MAX));
         (wait.clamp(SHORTEST_LOOK, LONGEST_LOOK), false)
+    }
+
+    /// Counts the pages in memory. Those that come while they are counted are added: never too few are known of.
+    fn count(&self) -> Result<PageSet, MemoryError> {
+        let before = self.state().came;
+        let resident = self.memory.resident()?;
+        let mut state = self.state();
+        state.resident = resident.len() + state.came.saturating_sub(before);
+        Ok(resident)
     }
 
     /// Estimates what share of memory is in use: what was written, and of the rest the share of probes that came

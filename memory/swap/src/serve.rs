@@ -110,7 +110,7 @@ impl Inner {
                 };
                 state.figures.first_touches += 1;
                 // What is read is written soon after, mostly, and of that nobody is told.
-                state.resident += 1;
+                state.have_come(1);
                 if write {
                     self.map_ahead(&mut state, gfn);
                 }
@@ -180,7 +180,7 @@ impl Inner {
         let end = away.into_iter().chain(leaving).min().unwrap_or(ahead.end());
         if end > ahead.start {
             serving.missing.map_zeros(Run::new(ahead.start, end - ahead.start));
-            state.resident += end - ahead.start;
+            state.have_come(end - ahead.start);
         }
     }
 

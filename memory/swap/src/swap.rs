@@ -166,6 +166,8 @@ pub(crate) struct State {
     pub(crate) limit_pages: Option<u64>,
     /// Pages in memory: counted now and then, and kept up in between.
     pub(crate) resident: u64,
+    /// Pages that came into memory so far.
+    pub(crate) came: u64,
     /// Cold pages that were moved out to see whether they come back.
     pub(crate) probes: Vec<u64>,
     pub(crate) figures: Figures,
@@ -215,9 +217,15 @@ const STAYS: Duration = Duration::from_millis(50);
 const RECENT: usize = 256;
 
 impl State {
+    /// So many pages came into memory.
+    pub(crate) fn have_come(&mut self, pages: u64) {
+        self.resident += pages;
+        self.came += pages;
+    }
+
     /// Page `gfn` is back.
     pub(crate) fn is_back(&mut self, gfn: u64) {
-        self.resident += 1;
+        self.have_come(1);
         self.ages.returned(gfn);
         self.recent.push_back((gfn, Instant::now()));
         if self.recent.len() > RECENT {
@@ -281,6 +289,7 @@ impl Swap {
             suspects: None,
             limit_pages: None,
             resident: 0,
+            came: 0,
             probes: Vec::new(),
             figures,
             pool_waits: waits(),
