@@ -21,8 +21,8 @@ const NAMES: [&str; 3] = ["a", "b", "c"];
 const MACHINE: u64 = 3;
 const BUDGET: u64 = 6;
 const ALL: u64 = MACHINE * NAMES.len() as u64;
-/// How long machines work before their speed is measured, and how long it is.
-const SETTLES: Duration = Duration::from_secs(3);
+/// How long machines may take to have what they use in memory, before their speed is measured; and how long it is.
+const SETTLES: Duration = Duration::from_secs(15);
 const MEASURED: Duration = Duration::from_secs(6);
 const SAY_EVERY: Duration = Duration::from_secs(2);
 
@@ -66,6 +66,10 @@ struct Report {
     /// How many times as long the machines took for the same work as with memory enough: with a manager, and after it
     /// was killed.
     slow_down: [f64; 2],
+    /// The same of CPU time, what moves pages included: other processes of a busy host matter less.
+    slow_down_cpu: [f64; 2],
+    /// What other processes took of this host's CPUs: with memory enough, with a manager, after it was killed.
+    others_percent: [f64; 3],
     /// GiB of machines for each GiB of memory that was used.
     carried_by_1_gib: f64,
     /// What is not as it should be.
@@ -81,8 +85,24 @@ struct Scene {
     json: bool,
 }
 
-/// Pages checked in a second, of each machine.
-type Speeds = [f64; 3];
+/// How fast the machines are.
+#[derive(Clone, Copy, Debug)]
+struct Speed {
+    /// Pages checked in a second, of each.
+    pages_per_s: [f64; 3],
+    /// CPU time for a page, of all.
+    ticks_per_page: f64,
+    /// What others took of this host's CPUs meanwhile, in percent.
+    others_percent: f64,
+}
+
+impl Speed {
+    /// How many times as long the same work took.
+    fn slow_down(&self, enough: &Self) -> f64 {
+        let all = |of: &Self| of.pages_per_s.iter().sum::<f64>();
+        all(enough) / all(self).max(1e-9)
+    }
+}
 
 pub(crate) fn main(args: &MemoryDemo) -> Result<ExitCode, Failure> {
     mind_signals()?;
@@ -125,6 +145,8 @@ pub(crate) fn main(args: &MemoryDemo) -> Result<ExitCode, Failure> {
 /// Whole MiB of a unit: as asked for, or what suits this host.
 fn unit(asked: Option<u64>, kvm: bool) -> Result<u64, Failure> {
     const MIB: u64 = 1 << 20;
+    // With less, what runs the machines takes so much of the budget that they cannot work.
+    const LEAST: u64 = 32 * MIB;
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let available = text
         .lines()
@@ -135,11 +157,12 @@ fn unit(asked: Option<u64>, kvm: bool) -> Result<u64, Failure> {
     let most = available / (ALL + 3) / MIB * MIB;
     let unit =
         asked.unwrap_or_else(|| most.min(if kvm { 64 * MIB } else { 128 * MIB })) / MIB * MIB;
-    if unit < 16 * MIB || unit > most {
+    if unit < LEAST || unit > most {
         return Err(Failure::words(format!(
-            "a unit of {} cannot be: it must be 16 MiB at least, and twelve of them are needed for a moment, but only {} \
+            "a unit of {} cannot be: it must be {} at least, and twelve of them are needed for a moment, but only {} \
              are available here",
             Size(unit),
+            Size(LEAST),
             Size(available),
         )));
     }
@@ -186,9 +209,9 @@ impl Scene {
         Ok(())
     }
 
-    /// Watches for `long`, and says how things stand now and then; pages checked in a second.
-    fn measure(&self, stage: &mut Stage, long: Duration) -> Result<Speeds, Failure> {
-        let first = stage.look()?;
+    /// Watches for `long`, and says how things stand now and then.
+    fn measure(&self, stage: &mut Stage, long: Duration) -> Result<Speed, Failure> {
+        let (first, ticks, host) = (stage.look()?, stage.cpu_ticks()?, host_ticks()?);
         let (began, mut said) = (Instant::now(), Instant::now());
         let last = stage.watch("time passes", |all, usage| {
             if said.elapsed() >= SAY_EVERY {
@@ -197,13 +220,21 @@ impl Scene {
             }
             began.elapsed() >= long
         })?;
-        let seconds = began.elapsed().as_secs_f64();
-        let mut speeds = [0.0; 3];
-        for ((speed, first), last) in speeds.iter_mut().zip(&first).zip(&last) {
+        let (seconds, ticks) = (began.elapsed().as_secs_f64(), stage.cpu_ticks()? - ticks);
+        let host = {
+            let now = host_ticks()?;
+            (now.0 - host.0, now.1.saturating_sub(host.1))
+        };
+        let mut pages = [0; 3];
+        for ((pages, first), last) in pages.iter_mut().zip(&first).zip(&last) {
             let of = |m: &MachineInfo| m.pages_checked.unwrap_or(0);
-            *speed = of(last).saturating_sub(of(first)) as f64 / seconds;
+            *pages = of(last).saturating_sub(of(first));
         }
-        Ok(speeds)
+        Ok(Speed {
+            pages_per_s: pages.map(|pages| pages as f64 / seconds),
+            ticks_per_page: ticks as f64 / pages.iter().sum::<u64>().max(1) as f64,
+            others_percent: 100.0 * host.1.saturating_sub(ticks) as f64 / host.0.max(1) as f64,
+        })
     }
 
     fn filled(&self, stage: &mut Stage) -> Result<Vec<MachineInfo>, Failure> {
@@ -218,18 +249,39 @@ impl Scene {
         })
     }
 
+    /// Watches until machines have in memory what they use: hardly a page comes back within a second, or for long enough.
+    fn settled(&self, stage: &mut Stage) -> Result<(), Failure> {
+        let (began, mut said, mut looked) = (Instant::now(), Instant::now(), Instant::now());
+        let (mut before, hardly) = (0, self.unit / 4096 / 16);
+        stage.watch("machines settle", |all, usage| {
+            if said.elapsed() >= SAY_EVERY {
+                said = Instant::now();
+                self.say(&line(all, usage, began));
+            }
+            if looked.elapsed() < Duration::from_secs(1) {
+                return false;
+            }
+            looked = Instant::now();
+            let back = |m: &MachineInfo| m.swap.as_ref().map_or(0, |swap| swap.pages_in);
+            let now: u64 = all.iter().map(back).sum();
+            let few = now - std::mem::replace(&mut before, now) <= hardly * all.len() as u64;
+            few || began.elapsed() >= SETTLES
+        })?;
+        Ok(())
+    }
+
     /// How fast the machines are if they have all of their memory, and what each takes beside it, in bytes.
-    fn with_enough(&self) -> Result<(Speeds, u64), Failure> {
+    fn with_enough(&self) -> Result<(Speed, u64), Failure> {
         self.say(&format!("First with memory enough ({}):", Size(ALL * self.unit)));
         let limit = (ALL + 3) * self.unit + (1 << 30);
         let mut stage = Stage::new(&self.dir.join("enough"), &self.hierarchy, limit)?;
         self.start(&mut stage, &[])?;
         self.filled(&mut stage)?;
-        self.measure(&mut stage, SETTLES)?;
-        let speeds = self.measure(&mut stage, MEASURED)?;
+        self.settled(&mut stage)?;
+        let speed = self.measure(&mut stage, MEASURED)?;
         let overhead = overhead(&stage.look()?, stage.usage()?);
         stage.stop()?;
-        Ok((speeds, overhead))
+        Ok((speed, overhead))
     }
 
     fn plan(&self, overhead: u64) -> Result<(PathBuf, Plan), Failure> {
@@ -255,7 +307,7 @@ impl Scene {
         Ok((file, plan))
     }
 
-    fn with_less(&self, enough: Speeds, overhead_bytes: u64) -> Result<Report, Failure> {
+    fn with_less(&self, enough: Speed, overhead_bytes: u64) -> Result<Report, Failure> {
         let budget = BUDGET * self.unit;
         let (file, plan) = self.plan(overhead_bytes)?;
         let outlook = Outlook::of(&plan);
@@ -279,7 +331,7 @@ impl Scene {
         let mut manager = stage.start(&[&run[..], &[file.as_os_str()]].concat(), "manager.log")?;
         self.start(&mut stage, &more)?;
         self.filled(&mut stage)?;
-        self.measure(&mut stage, SETTLES)?;
+        self.settled(&mut stage)?;
         let managed = self.measure(&mut stage, MEASURED)?;
         manager.must_run("`ferry memory run`")?;
         drop(manager);
@@ -297,13 +349,13 @@ impl Scene {
                 "the budget was not kept: its limit was run against {limit_hits} times, {oom_kills} processes were killed"
             ));
         }
-        let speeds = [enough, managed, unmanaged];
+        let all_speeds = [enough, managed, unmanaged];
+        let speeds = all_speeds.map(|speed| speed.pages_per_s);
         for (name, i) in NAMES.iter().zip(0..) {
             if speeds.iter().any(|of| of[i] <= 0.0) {
                 wrong.push(format!("machine `{name}` stood still: {speeds:?} pages/s"));
             }
         }
-        let sum = |speeds: Speeds| speeds.iter().sum::<f64>();
         let fate = |(i, m): (usize, &MachineInfo)| {
             let swap = m.swap.clone().unwrap_or_default();
             Fate {
@@ -329,11 +381,24 @@ impl Scene {
             oom_kills,
             overhead_bytes: [overhead_bytes, overhead(&all, usage)],
             machines: all.iter().enumerate().map(fate).collect(),
-            slow_down: [managed, unmanaged].map(|speeds| sum(enough) / sum(speeds).max(1e-9)),
+            slow_down: [managed, unmanaged].map(|speed| speed.slow_down(&enough)),
+            slow_down_cpu: [managed, unmanaged]
+                .map(|speed| speed.ticks_per_page / enough.ticks_per_page.max(1e-9)),
+            others_percent: all_speeds.map(|speed| speed.others_percent),
             carried_by_1_gib: (ALL * self.unit) as f64 / bytes.max(1) as f64,
             wrong,
         })
     }
+}
+
+/// Ticks of all CPUs of this host, and those in which they did something.
+fn host_ticks() -> Result<(u64, u64), Failure> {
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    let line = stat.lines().next().unwrap_or_default();
+    // user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user already.
+    let ticks: Vec<u64> = line.split_whitespace().skip(1).take(8).flat_map(str::parse).collect();
+    let all: u64 = ticks.iter().sum();
+    Ok((all, all - ticks.iter().skip(3).take(2).sum::<u64>()))
 }
 
 /// What each machine takes beside its memory and its pool, in bytes.
@@ -391,7 +456,8 @@ fn words(r: &Report) -> String {
     format!(
         "\n{}\npeak       {} of {} ({:.1} %); the limit was run against {} times, {} processes were killed for it\n\
          overhead   {} a machine, {} once pages are away\n\
-         slow-down  {:.2} times the time for the same work; {:.2} without the manager\n\n\
+         slow-down  {:.2} times the time for the same work ({:.2} times the CPU time); {:.2} ({:.2}) without the manager\n\
+         others     took {:.0} % of this host's CPUs with memory enough, {:.0} % with less, {:.0} % without the manager\n\n\
          1 GiB of this host's memory carries {:.2} GiB of machines.\n",
         table(&rows),
         HumanBytes(r.peak_bytes),
@@ -402,7 +468,12 @@ fn words(r: &Report) -> String {
         HumanBytes(r.overhead_bytes[0]),
         HumanBytes(r.overhead_bytes[1]),
         r.slow_down[0],
+        r.slow_down_cpu[0],
         r.slow_down[1],
+        r.slow_down_cpu[1],
+        r.others_percent[0],
+        r.others_percent[1],
+        r.others_percent[2],
         r.carried_by_1_gib,
     )
 }
