@@ -23,6 +23,8 @@ pub trait Away: Send + Sync + fmt::Debug {
     fn stay(&self) -> Stay<'_>;
     /// The pages that are away.
     fn pages(&self) -> PageSet;
+    /// Whether page `gfn` is away.
+    fn has(&self, gfn: u64) -> bool;
     /// Copies page `gfn` to `page` if it is away; false if it is in memory.
     ///
     /// # Errors

@@ -331,7 +331,8 @@ impl MissingPages {
             let _ = self.userfault.let_go(region.host as u64, bytes);
         }
         // The kernel lists the huge pages that are mapped; who asks which hold data asks for the guest's mapping.
-        if let Ok(written) = self.behind.resident() {
+        let huge = self.behind.regions().iter().any(|region| region.unit > 1);
+        if let (true, Ok(written)) = (huge, self.behind.resident()) {
             for run in written.runs() {
                 let _ = self.view.prefault_write(run);
             }

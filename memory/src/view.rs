@@ -88,9 +88,13 @@ impl GuestView {
         Self { shared: Arc::default(), ..self.clone() }
     }
 
-    /// From now on, pages of this view and its clones may be with `away`.
-    pub fn attach(&self, away: Arc<dyn Away>) {
-        *self.shared.away.write().unwrap_or_else(PoisonError::into_inner) = Some(away);
+    /// From now on, pages of this view and its clones may be with `away`; not if they may be with another: false.
+    #[must_use]
+    pub fn attach(&self, away: Arc<dyn Away>) -> bool {
+        let mut place = self.shared.away.write().unwrap_or_else(PoisonError::into_inner);
+        let free = place.is_none();
+        place.get_or_insert(away);
+        free
     }
 
     /// Who keeps pages that are not in memory, if there is one.
@@ -160,7 +164,7 @@ impl GuestView {
         let _stay = away.as_ref().map(|away| away.stay());
         // Who keeps a page elsewhere keeps none of zeros.
         if let Some(away) = &away
-            && away.packed(gfn, &mut |_| ())?
+            && away.has(gfn)
         {
             return Ok(false);
         }

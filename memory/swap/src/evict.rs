@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ferry_codec::{PackedPage, Packer, is_zero, page_digest};
 use ferry_dirtylog::{DirtySource, UffdWriteProtect};
-use ferry_memory::Moved;
+use ferry_memory::{MemoryError, Moved};
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use memmap2::MmapMut;
 
@@ -24,7 +24,7 @@ const LONGEST_LOOK: Duration = Duration::from_secs(30);
 /// What a look costs the guest for each page that it writes again: it is to lose no more than a fiftieth of its time.
 const COST_OF_LOOK: Duration = Duration::from_micros(10 * 50);
 /// What trouble with it begins with.
-const FILE: &str = "the swap file";
+pub(crate) const FILE: &str = "the swap file";
 const POOL: &str = "the swap pool";
 /// How long until a page is placed again that could not be.
 const AGAIN: Duration = Duration::from_millis(1);
@@ -46,25 +46,28 @@ impl Inner {
             }
             if count_again.elapsed() >= PAUSE {
                 count_again = Instant::now();
-                if let Ok(resident) = self.memory.resident() {
-                    self.state().resident = resident.len();
-                }
+                // It stays as it was counted last.
+                let _ = self.count();
             }
             let mut stuck = false;
             if !self.state().zeros.is_empty() {
                 let _moving = self.stay.write().unwrap_or_else(PoisonError::into_inner);
                 self.move_aside(Self::zeros, false);
             }
-            if self.state().excess() > 0 {
+            if self.state().surplus() > 0 {
                 let _moving = self.stay.write().unwrap_or_else(PoisonError::into_inner);
                 stuck = !self.move_out_some();
             }
             match &mut buffers {
-                Ok(buffers) => stuck |= !self.write_back(buffers),
+                Ok(buffers) => match self.write_back(buffers) {
+                    Some(0) => {}
+                    Some(_) => stuck = false,
+                    None => stuck = true,
+                },
                 Err(e) => self.state().trouble(format!("no memory to write the swap file by: {e}")),
             }
             let state = self.state();
-            if state.zeros.is_empty() && (state.excess() == 0 || stuck) && !self.is_ending() {
+            if state.zeros.is_empty() && (state.surplus() == 0 || stuck) && !self.is_ending() {
                 let until = next_look.saturating_duration_since(Instant::now()).min(PAUSE);
                 drop(self.wanted.wait_timeout(state, until));
             }
@@ -88,9 +91,8 @@ impl Inner {
                 return LONGEST_LOOK;
             }
         }
-        let Ok(resident) = self.memory.resident() else { return LONGEST_LOOK };
+        let Ok(resident) = self.count() else { return LONGEST_LOOK };
         let mut state = self.state();
-        state.resident = resident.len();
         state.ages.look(&written);
         self.probe(&mut state, &resident);
         drop(state);
@@ -102,6 +104,15 @@ impl Inner {
         }
         let wait = COST_OF_LOOK.saturating_mul(u32::try_from(written.len()).unwrap_or(u32::MAX));
         wait.clamp(SHORTEST_LOOK, LONGEST_LOOK)
+    }
+
+    /// Counts the pages in memory. Those that come while they are counted are added: never too few are known of.
+    fn count(&self) -> Result<PageSet, MemoryError> {
+        let before = self.state().came;
+        let resident = self.memory.resident()?;
+        let mut state = self.state();
+        state.resident = resident.len() + state.came.saturating_sub(before);
+        Ok(resident)
     }
 
     /// Estimates what share of memory is in use: what was written, and of the rest the share of probes that came
@@ -288,6 +299,8 @@ impl Inner {
             match self.place(gfn, page) {
                 Ok(true) => return,
                 Ok(false) => {}
+                // It is over.
+                Err(_) if self.is_ending() => return,
                 Err(_) if self.is_let_go() => {
                     // The memory is plain again, and what is not there reads as zeros.
                     let _ = self.memory.write(gfn, page);
@@ -348,15 +361,16 @@ impl Buffers {
 }
 
 impl Inner {
-    /// Writes the oldest pages of the pool to the file until an eighth of the pool is free; false if that cannot
-    /// be done now.
-    fn write_back(&self, buffers: &mut Option<Buffers>) -> bool {
-        let (Some(file), Some(buffers)) = (&self.file, buffers) else { return true };
+    /// Writes the oldest pages of the pool to the file until an eighth of the pool is free; how many segments that
+    /// were, none if it cannot be done now.
+    fn write_back(&self, buffers: &mut Option<Buffers>) -> Option<u32> {
+        let mut wrote = 0;
+        let (Some(file), Some(buffers)) = (&self.file, buffers) else { return Some(0) };
         while !self.is_ending() {
             let taken = {
                 let mut state = self.state();
                 if !state.pool.is_nearly_full() {
-                    return true;
+                    return Some(wrote);
                 }
                 // The last one is for `compact`.
                 match state.pool.segments.free() {
@@ -370,7 +384,7 @@ impl Inner {
                 }
                 self.state()
                     .trouble(format!("{FILE} is full: what the pool cannot take stays in memory"));
-                return false;
+                return None;
             };
             let leaving = self.state().pool.take_oldest(segment, &mut buffers.out);
             let written = file.write(segment, &buffers.out);
@@ -384,14 +398,15 @@ impl Inner {
                 state.trouble(format!(
                     "{FILE} cannot be written, and its pages stay in the pool: {e}"
                 ));
-                return false;
+                return None;
             }
             state.over(FILE);
             if leaving.is_empty() {
-                return true;
+                return Some(wrote);
             }
+            wrote += 1;
         }
-        true
+        Some(wrote)
     }
 
     /// Writes what is of use in two segments to a third; whether one became free.
@@ -409,14 +424,15 @@ impl Inner {
             moving.extend(more);
             at = end;
         }
-        let written = moving.is_empty() || file.write(to, &buffers.out).is_ok();
+        let written = if moving.is_empty() { Ok(()) } else { file.write(to, &buffers.out) };
         let mut state = self.state();
         let before = state.pool.segments.free();
-        if written {
-            state.pool.are_moved(&moving);
+        match written {
+            Ok(()) => state.pool.are_moved(&moving),
+            Err(e) => state.trouble(format!("{FILE} cannot be written: {e}")),
         }
         state.pool.segments.settle(to);
-        // The one that it took, and another.
-        state.pool.segments.free() > before + usize::from(moving.is_empty())
+        // More than the one that it took.
+        state.pool.segments.free() > before + 1
     }
 }

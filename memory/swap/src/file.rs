@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::MmapMut;
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
@@ -71,7 +72,11 @@ impl SwapFile {
 
 /// A file whose name is gone as soon as it is open.
 fn named(dir: &Path) -> io::Result<File> {
-    let name = dir.join(format!(".ferry-swap-{}", std::process::id()));
+    static MADE: AtomicU64 = AtomicU64::new(0);
+    let number = MADE.fetch_add(1, Ordering::Relaxed);
+    let name = dir.join(format!(".ferry-swap-{}-{number}", std::process::id()));
+    // Of a process that had this number before, and was killed just here.
+    let _ = std::fs::remove_file(&name);
     let mut options = File::options();
     let file = options.read(true).write(true).create_new(true).mode(0o600).open(&name)?;
     std::fs::remove_file(&name)?;

@@ -20,7 +20,8 @@
 //! Anybody, at any time: threads of the process, KVM, system calls. Memory must be given back by
 //! [`GuestView::discard`](ferry_memory::GuestView::discard) only; whoever gives it back otherwise may find the old
 //! content in it later. Memory may be private or shared (memfd); shared memory must be touched by the mapping that
-//! the view knows, and no other. Huge pages cannot be swapped.
+//! the view knows, and no other. The kernel must hold none of its pages for
+//! devices (direct I/O, VFIO). Huge pages cannot be swapped.
 //!
 //! # What goes wrong
 //! A page is in the pool until it is written to the file; if that fails it stays there, and when the pool is full,

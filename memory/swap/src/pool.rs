@@ -177,6 +177,13 @@ impl Pool {
         self.blobs[number as usize] = Some(blob);
         self.by_hash.insert(hash, number);
         self.order.push_back((number, self.born));
+        if self.order.len() > 2 * (self.blobs.len() - self.free.len()) + 1024 {
+            let blobs = &self.blobs;
+            self.order.retain(|(number, born)| {
+                let blob = blobs[*number as usize].filter(|blob| blob.born == *born);
+                blob.is_some_and(|blob| matches!(blob.at, At::Arena(_)))
+            });
+        }
         Some(number)
     }
 

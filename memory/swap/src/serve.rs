@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use ferry_codec::{Codec, PackedPage, Packer, page_digest};
@@ -12,6 +12,7 @@ use ferry_memory::{Away, MemoryError, Stay, Touch};
 use ferry_pager::hurry;
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{read, write};
 
 use crate::file::{SwapFile, page_buffer};
 use crate::pool::{Filed, Found};
@@ -26,11 +27,17 @@ const LONGEST_ROW: u64 = 16;
 /// Pages mapped as zeros at most where memory is touched for the first time.
 const AHEAD: u64 = 64;
 
+/// Who touches memory while none can be freed waits for no longer than this.
+const HELD_BACK: Duration = Duration::from_millis(100);
+
+/// What trouble with a page begins with.
+const PAGE: &str = "page ";
+
 const ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// What became of a page that is to be brought back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Brought {
+enum Brought {
     /// It is there, or will be soon.
     Back,
     /// The file must be read.
@@ -44,16 +51,19 @@ impl Inner {
     pub(crate) fn serve_faults(&self) {
         hurry();
         let Some(serving) = self.serving.get() else { return };
-        let (mut touches, mut later) = (Vec::new(), Vec::new());
+        let mut touches = Vec::new();
         loop {
             let fd = serving.missing.fd();
             let mut fds =
                 [PollFd::new(&fd, PollFlags::IN), PollFd::new(&serving.bell, PollFlags::IN)];
             let soon = Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
             // Interrupted or not, what is there is read.
-            let _ = poll(&mut fds, (!later.is_empty()).then_some(&soon));
+            let _ = poll(&mut fds, (!self.later().is_empty()).then_some(&soon));
             if self.is_ending() {
                 return;
+            }
+            if fds[1].revents().contains(PollFlags::IN) {
+                let _ = read(&serving.bell, &mut [0; 8]);
             }
             touches.clear();
             if let Err(e) = serving.missing.read(&mut touches) {
@@ -63,19 +73,15 @@ impl Inner {
             }
             let read = Instant::now();
             let mut last = None;
-            for (gfn, write) in std::mem::take(&mut later) {
-                if self.bring(gfn, write, read) == Brought::Later {
-                    later.push((gfn, write));
-                }
+            let again = std::mem::take(&mut *self.later());
+            for (gfn, write) in again {
+                self.answer(gfn, write, read);
             }
             for touch in &touches {
                 // Removals are not told in this mode.
                 let Touch::Fault { gfn, write, .. } = *touch else { continue };
-                match self.bring(gfn, write, read) {
-                    Brought::Back => last = Some(gfn),
-                    // The thread that reads the file lives as long as this one.
-                    Brought::Filed(_) => drop(serving.reads.send(gfn)),
-                    Brought::Later => later.push((gfn, write)),
+                if self.answer(gfn, write, read) {
+                    last = Some(gfn);
                 }
             }
             if let Some(gfn) = last {
@@ -85,8 +91,24 @@ impl Inner {
         }
     }
 
-    /// Somebody waits for page `gfn`.
-    pub(crate) fn bring(&self, gfn: u64, write: bool, since: Instant) -> Brought {
+    fn later(&self) -> MutexGuard<'_, Vec<(u64, bool)>> {
+        self.later.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody waits for page `gfn`: brings it, now, from the file, or when it can be had. Whether it is there.
+    pub(crate) fn answer(&self, gfn: u64, wants_to_write: bool, since: Instant) -> bool {
+        let Some(serving) = self.serving.get() else { return false };
+        let brought = self.bring(gfn, wants_to_write, since);
+        let is_read = || matches!(brought, Brought::Filed(_)) && serving.reads.send(gfn).is_ok();
+        if brought != Brought::Back && !is_read() {
+            self.later().push((gfn, wants_to_write));
+            // The thread that reads faults tries again.
+            let _ = write(&serving.bell, &1u64.to_ne_bytes());
+        }
+        brought == Brought::Back
+    }
+
+    fn bring(&self, gfn: u64, write: bool, since: Instant) -> Brought {
         let mut state = self.state();
         if let Some(wanted) = state.transit.get_mut(&gfn) {
             *wanted = true;
@@ -106,7 +128,8 @@ impl Inner {
                     false => self.place_zeros(gfn),
                 };
                 state.figures.first_touches += 1;
-                state.resident += u64::from(write);
+                // What is read is written soon after, mostly, and of that nobody is told.
+                state.have_come(1);
                 if write {
                     self.map_ahead(&mut state, gfn);
                 }
@@ -173,7 +196,7 @@ impl Inner {
         let end = away.into_iter().chain(leaving).min().unwrap_or(ahead.end());
         if end > ahead.start {
             serving.missing.map_zeros(Run::new(ahead.start, end - ahead.start));
-            state.resident += end - ahead.start;
+            state.have_come(end - ahead.start);
         }
     }
 
@@ -267,6 +290,8 @@ impl Inner {
             state.is_back(gfn);
             state.figures.pages_in += 1;
             state.file_waits.saturating_record(nanos(since));
+            // If another one cannot be read, that is said again.
+            state.over(PAGE);
             return Ok(());
         }
     }
@@ -299,6 +324,10 @@ impl Away for Handle {
 
     fn pages(&self) -> PageSet {
         self.0.state().pool.pages().clone()
+    }
+
+    fn has(&self, gfn: u64) -> bool {
+        self.0.state().pool.pages().contains(gfn)
     }
 
     fn read(&self, gfn: u64, page: &mut [u8]) -> Result<bool, MemoryError> {
@@ -372,20 +401,32 @@ impl Inner {
     /// Moves a few pages out where the limit is passed, in the thread that brought others in: who touches memory
     /// faster than it can be freed waits for it.
     pub(crate) fn relieve(&self) {
-        let excess = {
-            let state = self.state();
-            if state.stuck.is_some_and(|at| at.elapsed() < TRY_AGAIN / 10) {
+        let since = Instant::now();
+        while self.is_over() && since.elapsed() < HELD_BACK && !self.ending.load(Ordering::Relaxed)
+        {
+            if let Ok(_moving) = self.stay.try_write() {
+                if self.move_out_some() {
+                    return;
+                }
+            } else if let Err(TryLockError::WouldBlock) = self.aside.try_lock() {
+                // The thread that moves pages out is at it: that is as good, and it waits for nobody.
+                drop(self.aside.lock());
+                return;
+            } else {
+                // Whoever copies from memory now waits perhaps for this very thread.
                 return;
             }
-            let slack = state.limit_pages.map_or(0, |limit| limit / 64);
-            state.excess().saturating_sub(slack)
-        };
-        if excess > 0 && !self.ending.load(Ordering::Relaxed) {
-            // Whoever copies from memory now waits perhaps for this very thread.
-            if let Ok(_moving) = self.stay.try_write() {
-                self.move_out_some();
-            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Whether the limit is passed, and something can be done about it. Where it is near, that is begun.
+    fn is_over(&self) -> bool {
+        let state = self.state();
+        if state.surplus() > 0 {
             self.wanted.notify_all();
         }
+        let hopeless = state.stuck.is_some_and(|at| at.elapsed() < TRY_AGAIN / 10);
+        state.excess() > 0 && (!hopeless || state.file_makes_room(self.file.is_some()))
     }
 }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ages::Ages;
 use crate::arena::SLAB_BYTES;
-use crate::evict::BATCH;
+use crate::evict::{BATCH, FILE};
 use crate::file::SwapFile;
 use crate::pool::Pool;
 use crate::segments::SEGMENT_BYTES;
@@ -65,6 +65,12 @@ pub enum SwapError {
     /// memory that cannot be swapped
     #[error("the machine's memory cannot be swapped")]
     Memory(#[from] MemoryError),
+    /// another swap has the memory
+    #[error("the machine has a swap already, and pages may be in it")]
+    Another,
+    /// memory that is watched no more
+    #[error("the machine's swap was given up: it can only be stopped")]
+    LetGo,
     /// no thread
     #[error("a thread for the swap cannot be started")]
     Thread(#[source] io::Error),
@@ -144,6 +150,10 @@ pub(crate) struct Inner {
     /// Once at a time.
     begin: Mutex<()>,
     pub(crate) ending: AtomicBool,
+    /// Memory is watched no more: see [`Swap::abandon`].
+    let_go: AtomicBool,
+    /// Pages that are waited for and cannot be placed now, and whether to be written.
+    pub(crate) later: Mutex<Vec<(u64, bool)>>,
 }
 
 /// What there is once the memory is watched.
@@ -176,6 +186,8 @@ pub(crate) struct State {
     pub(crate) limit_pages: Option<u64>,
     /// Pages in memory: counted now and then, and kept up in between.
     pub(crate) resident: u64,
+    /// Pages that came into memory so far.
+    pub(crate) came: u64,
     /// Cold pages that were moved out to see whether they come back.
     pub(crate) probes: Vec<u64>,
     pub(crate) figures: Figures,
@@ -195,9 +207,20 @@ impl State {
         self.limit_pages.map_or(0, |limit| self.used().saturating_sub(limit))
     }
 
+    /// What is to be moved out before anybody must wait for it: a little below the limit, too.
+    pub(crate) fn surplus(&self) -> u64 {
+        self.limit_pages.map_or(0, |limit| self.used().saturating_sub(limit - limit / 64))
+    }
+
     /// Pages of the host that the machine and its pool use.
     pub(crate) fn used(&self) -> u64 {
         self.resident + self.pool.holds().arena_bytes / PAGE_BYTES as u64
+    }
+
+    /// Whether the pool is full only until some of it is written to the file, if there is one.
+    pub(crate) fn file_makes_room(&self, file: bool) -> bool {
+        let fails = self.figures.trouble.as_ref().is_some_and(|why| why.starts_with(FILE));
+        file && !fails && self.pool.is_nearly_full()
     }
 
     /// The operator is told.
@@ -214,9 +237,15 @@ const STAYS: Duration = Duration::from_millis(50);
 const RECENT: usize = 256;
 
 impl State {
+    /// So many pages came into memory.
+    pub(crate) fn have_come(&mut self, pages: u64) {
+        self.resident += pages;
+        self.came += pages;
+    }
+
     /// Page `gfn` is back.
     pub(crate) fn is_back(&mut self, gfn: u64) {
-        self.resident += 1;
+        self.have_come(1);
         self.ages.returned(gfn);
         self.recent.push_back((gfn, Instant::now()));
         if self.recent.len() > RECENT {
@@ -283,6 +312,7 @@ impl Swap {
             seen: PageSet::new(),
             limit_pages: None,
             resident: 0,
+            came: 0,
             probes: Vec::new(),
             figures,
             pool_waits: waits(),
@@ -302,9 +332,13 @@ impl Swap {
             serving: OnceLock::new(),
             begin: Mutex::new(()),
             ending: AtomicBool::new(false),
+            let_go: AtomicBool::new(false),
+            later: Mutex::default(),
         });
         let handle = Arc::new(Handle(inner));
-        memory.attach(handle.clone());
+        if !memory.attach(handle.clone()) {
+            return Err(SwapError::Another);
+        }
         Ok(Self(handle))
     }
 
@@ -353,9 +387,7 @@ impl Swap {
     /// Lets those go that wait for pages which cannot be read, to pages of zeros: of a machine that is stopped for
     /// good.
     pub fn abandon(&self) {
-        if let Some(serving) = self.0.0.serving.get() {
-            serving.missing.let_go();
-        }
+        self.0.0.abandon();
     }
 }
 
@@ -400,6 +432,9 @@ impl Inner {
     /// Watches the memory and starts the threads, if that was not done.
     pub(crate) fn serve(inner: &Arc<Self>) -> Result<(), SwapError> {
         let _once = inner.begin.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.is_let_go() {
+            return Err(SwapError::LetGo);
+        }
         if inner.serving.get().is_some() {
             return Ok(());
         }
@@ -418,15 +453,36 @@ impl Inner {
             let thread = std::thread::Builder::new().name(name.into()).spawn(move || run(&inner));
             thread.map(|thread| threads.push(thread)).map_err(SwapError::Thread)
         };
-        spawn("swap-faults", Box::new(Self::serve_faults))?;
-        spawn("swap-out", Box::new(Self::move_out))?;
-        if inner.file.is_some() {
-            spawn("swap-in", Box::new(move |inner| inner.read_file(&to_read)))?;
+        let started = spawn("swap-out", Box::new(Self::move_out))
+            .and_then(|()| spawn("swap-faults", Box::new(Self::serve_faults)))
+            .and_then(|()| match inner.file {
+                Some(_) => spawn("swap-in", Box::new(move |inner| inner.read_file(&to_read))),
+                None => Ok(()),
+            });
+        if started.is_err() {
+            inner.abandon();
         }
         if let Some(serving) = inner.serving.get() {
             *serving.threads.lock().unwrap_or_else(PoisonError::into_inner) = threads;
         }
-        Ok(())
+        started
+    }
+
+    /// Watches memory no more, and moves nothing out.
+    fn abandon(&self) {
+        self.let_go.store(true, Ordering::Release);
+        {
+            let mut state = self.state();
+            state.limit_pages = None;
+            state.zeros.clear();
+        }
+        if let Some(serving) = self.serving.get() {
+            serving.missing.let_go();
+        }
+    }
+
+    pub(crate) fn is_let_go(&self) -> bool {
+        self.let_go.load(Ordering::Acquire)
     }
 
     pub(crate) fn is_ending(&self) -> bool {
@@ -444,13 +500,17 @@ impl Drop for Handle {
         }
         inner.wanted.notify_all();
         let Some(serving) = inner.serving.get() else { return };
+        let mut threads =
+            std::mem::take(&mut *serving.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        // The first is the one that moves pages out: what it has in hand is put back while memory is watched.
+        if !threads.is_empty() {
+            let _ = threads.remove(0).join();
+        }
         serving.missing.let_go();
         // An eventfd takes eight bytes, and its counter is far from full.
         let _ = write(&serving.bell, &1u64.to_ne_bytes());
         // Wakes who waits for pages to read.
         let _ = serving.reads.send(u64::MAX);
-        let threads =
-            std::mem::take(&mut *serving.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             // One that panicked said so on standard error.
             let _ = thread.join();

@@ -12,12 +12,13 @@ use crate::swap::Inner;
 pub(crate) struct SwapTracker {
     swap: Arc<Inner>,
     writes: UffdWriteProtect,
+    started: bool,
 }
 
 impl SwapTracker {
     pub(crate) fn new(swap: Arc<Inner>) -> Option<Self> {
         let writes = UffdWriteProtect::registered(swap.memory.regions().to_vec()).ok()?;
-        Some(Self { swap, writes })
+        Some(Self { swap, writes, started: false })
     }
 }
 
@@ -30,6 +31,7 @@ impl DirtySource for SwapTracker {
         let _alone = self.swap.marks.lock().unwrap_or_else(PoisonError::into_inner);
         // First: nothing that is moved out after a page was protected may be missed.
         self.swap.state().suspects = Some(PageSet::new());
+        self.started = true;
         let mut written = PageSet::new();
         let protected = self.writes.collect(&mut written);
         self.swap.state().seen.union_with(&written);
@@ -56,6 +58,7 @@ impl DirtySource for SwapTracker {
     }
 
     fn stop(&mut self) -> Result<(), TrackError> {
+        self.started = false;
         self.swap.state().suspects = None;
         self.writes.stop()
     }
@@ -63,6 +66,8 @@ impl DirtySource for SwapTracker {
 
 impl Drop for SwapTracker {
     fn drop(&mut self) {
-        self.swap.state().suspects = None;
+        if self.started {
+            self.swap.state().suspects = None;
+        }
     }
 }

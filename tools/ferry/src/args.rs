@@ -213,6 +213,12 @@ pub(crate) struct Run {
     /// Append the serial console to FILE instead of standard output.
     #[arg(long, value_name = "FILE")]
     pub(crate) serial: Option<PathBuf>,
+    /// Most of this host's memory that the machine may use, its pool included, from its first instruction on;
+    /// `ferry memory limit` changes it.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, requires = "swap_pool")]
+    pub(crate) memory_limit: Option<u64>,
+    #[command(flatten)]
+    pub(crate) swap: SwapArgs,
     /// How writes are tracked while the machine moves.
     #[arg(long, value_enum, default_value_t = DirtyLogArg::Auto)]
     pub(crate) dirty_log: DirtyLogArg,
@@ -526,6 +532,15 @@ pub(crate) enum Memory {
         #[arg(long)]
         json: bool,
     },
+    /// Run three machines of 3 units in 6 units of memory, kill what manages them, and print what became of them.
+    #[command(
+        after_help = "Example:\n  ferry memory demo\n  ferry memory demo --process --unit 128M --json\n\n\
+                      The machines run first with memory enough for all, and that is what their speed is compared with; then \
+                      in a control group that may have no more than 6 units. Making one takes root, or \
+                      `systemd-run --user --scope -p Delegate=yes`.\n\n\
+                      Exit status: 0 all is as it should be; 1 it is not, or could not be tried."
+    )]
+    Demo(MemoryDemo),
     /// Show how the machines of this host use its memory, and what they save.
     #[command(after_help = "Example:\n  ferry memory report\n  ferry memory report --json")]
     Report {
@@ -533,6 +548,19 @@ pub(crate) enum Memory {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MemoryDemo {
+    /// A third of a machine, a sixth of the budget [default: what suits this host and is done within a minute].
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) unit: Option<u64>,
+    /// Process guests (memory and threads, no KVM) even where /dev/kvm opens.
+    #[arg(long)]
+    pub(crate) process: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// How much memory a machine may use; none: as much as it likes.

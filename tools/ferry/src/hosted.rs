@@ -191,11 +191,22 @@ impl Hosted {
     fn info(&self) -> MachineInfo {
         let spec = self.machine.spec();
         let merged = self.merged.read(&self.machine.memory());
-        let inner = self.inner();
-        let state = match &inner.in_doubt {
-            Some(_) => "paused in doubt".into(),
-            None if inner.detached.is_some() => "moved, its pages still here".into(),
-            None if let Some(fetching) = &inner.fetching => {
+        // A vCPU may wait for a page with the device's lock held: whoever stops it needs ours.
+        let (in_doubt, detached, fetching, swap, migrating_to, saving_to) = {
+            let inner = self.inner();
+            (
+                inner.in_doubt.is_some(),
+                inner.detached.is_some(),
+                inner.fetching.clone(),
+                inner.swap.clone(),
+                inner.migrating.as_ref().map(|(to, _)| *to),
+                inner.saving.as_ref().map(|(to, _)| to.clone()),
+            )
+        };
+        let state = match &fetching {
+            _ if in_doubt => "paused in doubt".into(),
+            _ if detached => "moved, its pages still here".into(),
+            Some(fetching) => {
                 let (state, missing) = (self.machine.state(), fetching.missing());
                 match fetching.trouble() {
                     None => format!("{state}, fetching {missing} pages"),
@@ -205,7 +216,7 @@ impl Hosted {
             None => self.machine.state(),
         };
         let resident = self.resident();
-        let lacks = |gfn| inner.fetching.as_ref().is_some_and(|fetching| fetching.lacks(gfn));
+        let lacks = |gfn| fetching.as_ref().is_some_and(|fetching| fetching.lacks(gfn));
         let counters = self.machine.counters(lacks);
         MachineInfo {
             name: self.name().to_owned(),
@@ -216,17 +227,17 @@ impl Hosted {
             cpus: spec.vcpus,
             dirty_log: self.machine.dirty_log(),
             pid: std::process::id(),
-            migrating_to: inner.migrating.as_ref().map(|(to, _)| *to),
-            saving_to: inner.saving.as_ref().map(|(to, _)| to.clone()),
+            migrating_to,
+            saving_to,
             pages_written: counters.map(|c| c.0),
             pages_checked: counters.map(|c| c.1),
             merged_bytes: merged.bytes,
             merged_saves_bytes: merged.saves_bytes,
             merged_zero_bytes: merged.zero_bytes,
             sharing: self.sharer.last(),
-            swap: inner.swap.as_ref().map(Swap::figures),
+            swap: swap.as_ref().map(Swap::figures),
             // The device may wait for a page of its own that does not come.
-            balloon: inner.fetching.is_none().then(|| self.machine.balloon()),
+            balloon: fetching.is_none().then(|| self.machine.balloon()),
         }
     }
 
@@ -337,7 +348,8 @@ impl Hosted {
         resident(self.machine.memory().regions()).map_or(0, |pages| pages.len())
     }
 
-    fn limit(&self, what: &LimitRequest) -> Result<Reply, String> {
+    /// Has the machine keep within so much memory from now on.
+    pub(crate) fn limit(&self, what: &LimitRequest) -> Result<Reply, String> {
         let (mut inner, name) = (self.inner(), self.name());
         if inner.fetching.is_some() {
             self.check_at_rest(&inner)?;

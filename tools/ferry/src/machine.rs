@@ -58,6 +58,14 @@ impl AnyMachine {
         }
     }
 
+    /// Starts one that was made here, and has not run.
+    pub(crate) fn begin(&self) -> Result<(), String> {
+        match self {
+            Self::Kvm(m) => m.resume_by_operator().map_err(|e| e.to_string()),
+            Self::Process(p) => lock(p).run().map_err(|e| e.to_string()),
+        }
+    }
+
     pub(crate) fn pause_by_operator(&self) -> Result<(), String> {
         match self {
             Self::Kvm(m) => m.pause_by_operator().map_err(|e| e.to_string()),

@@ -3,10 +3,6 @@
 mod args;
 mod balloon;
 mod bundle;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "for `ferry memory run`, which holds machines to a limit by it")
-)]
 mod cgroup;
 mod demo;
 mod hosted;

@@ -13,7 +13,7 @@ use crate::balloon;
 use crate::hosted::{Ending, Hosted};
 use crate::machine::AnyMachine;
 use crate::memory;
-use crate::protocol::{Conversation, MachineInfo, Reply, Request};
+use crate::protocol::{Conversation, LimitRequest, MachineInfo, Reply, Request};
 use crate::runtime_dir::RuntimeDir;
 
 pub(crate) fn main(runtime: &RuntimeDir, command: Vm) -> Result<(), Failure> {
@@ -33,7 +33,11 @@ fn boot(runtime: &RuntimeDir, run: &Run) -> Result<(), Failure> {
     let reservation = runtime.reserve(&run.name)?;
     let machine = if run.kernel == Path::new(":process") { process(run)? } else { kvm(run)? };
     let hosted = Hosted::start(machine.clone(), reservation)?;
-    machine.resume_by_operator().map_err(Failure::words)?;
+    if run.swap.swap_pool.is_some() {
+        let limit = LimitRequest { bytes: run.memory_limit, swap: run.swap.options() };
+        hosted.limit(&limit).map_err(Failure::words)?;
+    }
+    machine.begin().map_err(Failure::words)?;
     eprintln!("ferry: machine `{}` runs ({} MiB, {} vCPUs)", run.name, run.memory >> 20, run.cpus);
     finish(&hosted.wait(), hosted.name())
 }
@@ -44,7 +48,7 @@ fn process(run: &Run) -> Result<AnyMachine, Failure> {
             "a process guest has no KVM to log its writes: --dirty-log can be write-protect or auto",
         ));
     }
-    let mut guest = ProcessGuest::new(Config {
+    let guest = ProcessGuest::new(Config {
         name: run.name.clone(),
         memory_bytes: run.memory,
         huge_pages: run.huge_pages,
@@ -52,7 +56,6 @@ fn process(run: &Run) -> Result<AnyMachine, Failure> {
         workload: run.cmdline.clone(),
         tracker: Tracker::default(),
     })?;
-    guest.run()?;
     Ok(AnyMachine::process(guest))
 }
 

@@ -1,9 +1,11 @@
 //! `ferry memory`: machines that share less memory than they have in all.
 
+mod demo;
 mod plan;
 mod report;
 mod run;
 mod sharing;
+mod stage;
 
 use std::process::ExitCode;
 
@@ -21,6 +23,7 @@ pub(crate) fn main(runtime: &RuntimeDir, command: &Memory) -> Result<ExitCode, F
     match command {
         Memory::Plan { file, json } => return plan::main(file, *json),
         Memory::Run { file, once, json } => return run::main(runtime, file, *once, *json),
+        Memory::Demo(demo) => return demo::main(demo),
         Memory::Limit { name, limit, swap } => {
             let request = LimitRequest { bytes: limit.0, swap: swap.options() };
             crate::vm::ask(runtime, name, &Request::Limit(request))?;

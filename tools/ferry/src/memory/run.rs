@@ -72,6 +72,7 @@ impl<'a> Keeper<'a> {
     /// whole.
     pub(crate) fn step(&mut self, group: Option<&Cgroup>) -> Kept {
         let (mut observed, mut used, mut troubles) = (BTreeMap::new(), 0, Vec::new());
+        let mut limits = HashMap::new();
         let names: Vec<String> = self.plan.machines.iter().map(|m| m.name.clone()).collect();
         for name in names {
             // One that does not run now is left out.
@@ -79,6 +80,9 @@ impl<'a> Keeper<'a> {
             let seen = self.observe(&info);
             used += seen.held_bytes() + overhead(&info);
             observed.insert(info.name.clone(), seen);
+            let limit = info.swap.as_ref().and_then(|swap| swap.limit_bytes);
+            let may_hold = limit.map_or(info.memory_bytes, |l| l.saturating_sub(seen.saved_bytes));
+            limits.insert(info.name.clone(), may_hold);
             if let Some(why) = info.swap.and_then(|swap| swap.trouble) {
                 troubles.push(format!("machine `{}`: {why}", info.name));
             }
@@ -92,7 +96,9 @@ impl<'a> Keeper<'a> {
             stalled = group.pressure().unwrap_or(Pressure::default());
         }
         let host = HostSeen { used_bytes: used, pressure: stalled };
-        let step = self.manager.step(self.began.elapsed(), &host, &observed);
+        let mut step = self.manager.step(self.began.elapsed(), &host, &observed);
+        let headroom = self.plan.host.headroom_bytes;
+        raise_in_turn(step.usable_bytes + headroom - headroom / 3, &mut step.targets, &limits);
         let mut news = Vec::new();
         for target in step.targets.iter().filter(|t| observed.contains_key(&t.name)) {
             match self.tell(target, observed[&target.name], step.level) {
@@ -191,6 +197,19 @@ impl<'a> Keeper<'a> {
     }
 }
 
+/// Raises what machines may hold no further than what is free in `bound` as long as all hold what they may until now,
+/// `limits`: what another one is to give back is there only when it did, and so at the next step.
+fn raise_in_turn(bound: u64, targets: &mut [Target], limits: &HashMap<String, u64>) {
+    let before = |t: &Target| limits.get(&t.name).copied().unwrap_or(t.at_most_bytes);
+    let rise = |t: &Target| t.at_most_bytes.saturating_sub(before(t));
+    let free = bound.saturating_sub(targets.iter().map(before).sum());
+    let rises: u64 = targets.iter().map(rise).sum();
+    for target in targets.iter_mut().filter(|t| rise(t) > 0 && rises > free) {
+        let part = u128::from(rise(target)) * u128::from(free) / u128::from(rises);
+        target.at_most_bytes = before(target) + u64::try_from(part).unwrap_or(0);
+    }
+}
+
 fn words(level: Level) -> &'static str {
     match level {
         Level::High => "not short",
@@ -238,5 +257,43 @@ pub(crate) fn main(
             return Ok(ExitCode::SUCCESS);
         }
         std::thread::sleep(EVERY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferry_overcommit::Means;
+
+    #[test]
+    fn nobody_is_given_what_another_one_may_still_hold() {
+        let target = |name: &str, at_most_bytes| Target {
+            name: name.into(),
+            held_bytes: 0,
+            active_bytes: 0,
+            allocation_bytes: 0,
+            at_most_bytes,
+            guest_bytes: 0,
+            resident_limit_bytes: 0,
+            share: false,
+            means: Means::Nothing,
+        };
+        // What each may hold, and is to hold, of 100; what it is told.
+        for (machines, told) in [
+            // All at once is too much by what `b` still holds.
+            ([("a", 30, 60), ("b", 40, 10), ("c", 20, 30)], [37, 10, 22]),
+            ([("a", 37, 60), ("b", 10, 10), ("c", 22, 30)], [60, 10, 30]),
+            // Nothing is free.
+            ([("a", 90, 95), ("b", 90, 5), ("c", 0, 0)], [90, 5, 0]),
+        ] {
+            let mut targets = machines.map(|(name, _, to)| target(name, to));
+            let limits = machines.map(|(name, from, _)| (name.to_owned(), from)).into();
+            raise_in_turn(100, &mut targets, &limits);
+            assert_eq!(targets.map(|t| t.at_most_bytes), told, "{machines:?}");
+        }
+        // One that does not run has what it is promised.
+        let mut targets = [target("a", 60), target("away", 40)];
+        raise_in_turn(100, &mut targets, &[("a".to_owned(), 20)].into());
+        assert_eq!(targets.map(|t| t.at_most_bytes), [60, 40]);
     }
 }

@@ -188,9 +188,9 @@ unsafe fn check(params: &Params, page: *mut u64, index: u32, version: u32) -> Re
 unsafe fn check_blank(params: &Params, page: *mut u64, index: u32) -> Result<(), Mismatch> {
     // SAFETY: the caller's promise; the range stays below `WORDS`.
     let load = |i| unsafe { word(page, i) }.load(Relaxed);
-    // A write first: a read would map the zero page and cost a second fault.
+    // A write first: a read would map the zero page and cost a second fault. Of `fetch_or(0)` the compiler makes a read.
     // SAFETY: the caller's promise.
-    unsafe { word(page, 0) }.fetch_or(0, Relaxed);
+    let _ = unsafe { word(page, 0) }.compare_exchange(0, 0, Relaxed, Relaxed);
     match (0..WORDS).find(|i| load(*i) != 0) {
         None => Ok(()),
         Some(i) => Err(Mismatch::judge(params, index, 0, i, load(i), [load(0), load(1)])),
