@@ -516,3 +516,57 @@ fn a_tracker_is_told_what_the_swap_found_written() {
     tracker.collect(&mut written).unwrap();
     assert!(written.contains(50) && written.contains(60), "{written:?}");
 }
+
+#[test]
+fn a_disk_that_is_full_at_the_files_last_segment_is_told_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = Disk::mount(dir.path(), "size=1m") else { return };
+    let machine = Machine::new(4096);
+    (0..4096).for_each(|gfn| machine.write(gfn, 1));
+    // As many segments as the disk has room for, and the one that is kept free.
+    let options =
+        Options { pool_bytes: 512 << 10, dir: Some(dir.path().into()), file_bytes: 5 << 18 };
+    let swap = Swap::new(&machine.view, &options).unwrap();
+    swap.set_limit(Some(0)).unwrap();
+    until("it is told", &swap, |f| f.trouble.is_some());
+    // Much of it is of use no more: there is room again if segments are put together.
+    machine.view.discard(Run::new(0, 2048)).unwrap();
+    disk.remount("remount,size=8m");
+    (2048..4096).for_each(|gfn| machine.check(gfn, 1));
+    (2048..4096).for_each(|gfn| machine.write(gfn, 2));
+    (2048..4096).for_each(|gfn| machine.check(gfn, 2));
+}
+
+#[test]
+fn what_is_in_hand_when_memory_is_let_go_is_put_back_and_nobody_waits() {
+    let machine = Machine::new(1024);
+    (0..1024).for_each(|gfn| machine.write(gfn, 1));
+    let swap = Swap::new(&machine.view, &pool(128 << 10)).unwrap();
+    swap.set_limit(Some(0)).unwrap();
+    until("it is full", &swap, |f| f.trouble.is_some());
+    let away = machine.view.away().unwrap().pages();
+    swap.abandon();
+    assert!(swap.set_limit(Some(0)).unwrap_err().to_string().contains("given up"));
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        let figures = swap.figures();
+        for gfn in (0..1024).filter(|gfn| !away.contains(*gfn)) {
+            // Moved out before it was let go, perhaps: those are lost with the machine, as was said.
+            if !machine.view.away().unwrap().has(gfn) {
+                machine.check(gfn, 1);
+            }
+        }
+        drop((swap, machine));
+        done.send(figures).unwrap();
+    });
+    is_done.recv_timeout(Duration::from_secs(30)).expect("it ends");
+}
+
+#[test]
+fn a_machine_has_one_swap() {
+    let machine = Machine::new(16);
+    let _swap = Swap::new(&machine.view, &pool(1 << 20)).unwrap();
+    let e = Swap::new(&machine.view, &pool(1 << 20)).unwrap_err().to_string();
+    assert!(e.contains("has a swap already"), "{e}");
+}
