@@ -1,5 +1,6 @@
 //! Machines that are swapped out in part: they move as they are, and nothing is brought back for it.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ferry_memory::{GuestView, resident};
@@ -25,15 +26,15 @@ fn pool() -> Options {
     Options { pool_bytes: 64 * MIB, dir: None, file_bytes: 0 }
 }
 
-/// A host that can keep pages elsewhere than in memory.
-struct Swapping<H>(H);
+/// A host that can keep pages elsewhere than in memory; the last machine's swap.
+struct Swapping<H>(H, Arc<Mutex<Option<Swap>>>);
 
 impl<H: Host> Host for Swapping<H> {
     type Guest = H::Guest;
 
     fn prepare(&self, spec: &MachineSpec) -> Result<H::Guest, Vec<Refusal>> {
         let guest = self.0.prepare(spec)?;
-        Swap::new(&guest.memory(), &pool()).unwrap();
+        *self.1.lock().unwrap() = Some(Swap::new(&guest.memory(), &pool()).unwrap());
         Ok(guest)
     }
 }
@@ -82,7 +83,7 @@ fn of_process(kind: Kind, then: impl Fn(&Process)) {
 fn moves_as_it_is<M: Maker>(maker: &M) {
     let mut source = maker.busy_guest();
     let swap = swapped_out(&source);
-    let destination = Destination::start(Link::Memory, Swapping(maker.host()));
+    let destination = Destination::start(Link::Memory, Swapping(maker.host(), Arc::default()));
     let (before, here) = (swap.figures(), in_memory(&source.memory()));
     let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
     let options = SendOptions { goals, mode: Mode::PreCopy, ..SendOptions::default() };
@@ -118,7 +119,9 @@ fn a_machine_that_is_half_swapped_moves_as_it_is() {
 fn comes_whole<M: Maker>(maker: &M, mode: Mode) {
     let mut source = maker.busy_guest();
     let swap = swapped_out(&source);
-    let destination = Destination::start(Link::Memory, Swapping(maker.host()));
+    let there = Arc::new(Mutex::new(None));
+    let host = Swapping(maker.host(), there.clone());
+    let destination = Destination::start(Link::Memory, host);
     let mut options = SendOptions { mode, ..SendOptions::default() };
     options.goals.max_total = Duration::from_secs(60);
     if mode == Mode::Hybrid {
@@ -136,7 +139,7 @@ fn comes_whole<M: Maker>(maker: &M, mode: Mode) {
     goes_on(&arrived, SET_PAGES);
     eventually("all pages are here", || in_memory(&arrived.memory()) >= 32 * MIB / 4096);
     // It can be swapped out there, too, and be brought back: all is right.
-    let swap = Swap::new(&arrived.memory(), &pool()).unwrap();
+    let swap: Swap = there.lock().unwrap().take().unwrap();
     swap.set_limit(Some(24 * MIB)).unwrap();
     eventually("it is swapped out", || swap.figures().swapped_bytes > 8 * MIB);
     goes_on(&arrived, SET_PAGES);
@@ -171,7 +174,7 @@ where
         let after = swap.figures();
         after.swapped_bytes > 24 * MIB && after.pages_in - before.pages_in < 4
     });
-    let destination = Destination::start(Link::Memory, Swapping(maker.host()));
+    let destination = Destination::start(Link::Memory, Swapping(maker.host(), Arc::default()));
     let (before, here) = (swap.figures(), in_memory(&source.memory()));
     let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
     let options = SendOptions { goals, mode: Mode::PreCopy, ..SendOptions::default() };
