@@ -92,7 +92,9 @@ impl Census {
         }
         let tenant = match chosen {
             Some(tenant) => Some(tenant.clone()),
-            None => choose(&gains, self.advised.as_ref(), worth.change_tenant_percent),
+            // Where nobody gains anything for now, those that are advised stay for their patience.
+            None => choose(&gains, self.advised.as_ref(), worth.change_tenant_percent)
+                .or_else(|| self.advised.clone()),
         };
         let apart = self.keeps_tenants_apart();
         let mut proposal = Proposal::default();

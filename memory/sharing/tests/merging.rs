@@ -351,6 +351,27 @@ fn pages_of_a_tenant_that_does_not_come_first_are_proposed_for_swap() {
     assert!(words.contains("advised 2 ranges"), "{words}");
 }
 
+/// Merging reads as writing: without patience, whatever was merged would be taken apart at once.
+#[test]
+fn what_is_advised_stays_for_a_while_when_all_of_it_was_written() {
+    if !Path::new(SYSFS).exists() {
+        return println!("SKIP: this kernel has no KSM");
+    }
+    let _here = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let locks = tempfile::tempdir().unwrap();
+    let options = Options { ksm: Ksm::at(SYSFS, locks.path()), ..Options::default() };
+    let mut sharing = Sharing::new(filled(|gfn| 1 + gfn / 2), options).unwrap();
+    for _ in 0..3 {
+        sharing.pass(&PageSet::new()).unwrap();
+    }
+    assert_eq!(sharing.report().ranges, 2);
+    for pass in 1..=Worth::default().patience {
+        let stays = pass < Worth::default().patience;
+        let report = sharing.pass(&all()).unwrap();
+        assert_eq!((report.counts.held, report.ranges), (0, 2 * usize::from(stays)), "{pass}");
+    }
+}
+
 #[test]
 fn a_machine_with_equal_pages_is_merged_and_the_report_says_so() {
     let Some(alone) = Alone::new() else { return };

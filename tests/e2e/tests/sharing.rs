@@ -5,6 +5,7 @@
 //! so and are skipped.
 
 use std::fs::{File, OpenOptions};
+use std::process::Child;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ferry_e2e::{Host, Hosts, Running, kvm, path, wait_for};
@@ -53,6 +54,17 @@ fn share(host: &Host, names: &[&str], more: &[&str]) -> Value {
             || done.stderr.contains("another process has the kernel merge");
         (!others).then(|| done.succeeded().json())
     })
+}
+
+/// A process that is killed when this is dropped.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn bytes(value: &Value, key: &str) -> u64 {
@@ -156,11 +168,22 @@ fn a_manager_that_is_short_of_memory_merges_and_says_so() {
     );
     std::fs::write(&plan, text).expect("a file");
     let machines = [boot(host, "a", PROCESS, 7104), boot(host, "b", PROCESS, 7104)];
-    let manager = host.start(&["memory", "run", path(&plan), "--json"]);
-    wait_for("both are merged", || {
-        (merged(host, "a") > 4 << 20 && merged(host, "b") > 4 << 20).then_some(())
+    let said = hosts.path("said");
+    let mut manager = Killed(
+        host.command(&["memory", "run", path(&plan)])
+            .stdout(File::create(&said).expect("a file"))
+            .spawn()
+            .expect("it starts"),
+    );
+    wait_for("both are merged, and that is told", || {
+        let said = std::fs::read_to_string(&said).expect("a file");
+        let told = said
+            .lines()
+            .any(|l| l.starts_with("sharing: ") && l.contains(" merged of a, b; saves "));
+        (told && merged(host, "a") > 4 << 20 && merged(host, "b") > 4 << 20).then_some(())
     });
-    manager.kill();
+    assert!(manager.0.try_wait().expect("its state").is_none(), "it goes on");
+    drop(manager);
     host.works("a");
     host.works("b");
     assert_eq!(host.show("a").expect("it runs")["sharing"]["why_not"], Value::Null);

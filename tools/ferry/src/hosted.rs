@@ -389,7 +389,10 @@ impl Hosted {
         let swap = || self.inner().swap.clone();
         let refuse = || self.check_at_rest(&self.inner());
         refuse()?;
-        self.sharer.pass(&self.machine, swap, refuse, what)
+        let (info, fingerprints) = self.sharer.pass(&self.machine, swap, refuse, what)?;
+        let merged = self.merged.read(&self.machine.memory());
+        let merged_pages = (merged.bytes + merged.zero_bytes) / PAGE_BYTES;
+        Ok(ShareReply { info, merged_pages, fingerprints })
     }
 
     fn balloon(&self, what: &BalloonRequest) -> Result<BalloonInfo, String> {

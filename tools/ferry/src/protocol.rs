@@ -111,6 +111,8 @@ pub(crate) enum Reply {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ShareReply {
     pub(crate) info: ShareInfo,
+    /// Its pages that are one with others now, those of zeros included.
+    pub(crate) merged_pages: u64,
     pub(crate) fingerprints: Option<Fingerprints>,
 }
 

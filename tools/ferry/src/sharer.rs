@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use ferry_dirtylog::{DirtySource, TrackError};
 use ferry_migrate::{Guest, PageSet, words};
-use ferry_sharing::{Between, Options, SAMPLE_BITS, Sharing, Tenant};
+use ferry_sharing::{Between, Fingerprints, Options, SAMPLE_BITS, Sharing, Tenant};
 use ferry_swap::Swap;
 
 use crate::machine::AnyMachine;
-use crate::protocol::{ShareInfo, ShareReply, ShareRequest};
+use crate::protocol::{ShareInfo, ShareRequest};
 
 /// One burst of the kernel's merging takes no longer; what is left is for the next.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -53,7 +53,7 @@ impl Sharer {
         swap: impl Fn() -> Option<Swap>,
         refuse: impl Fn() -> Result<(), String>,
         request: ShareRequest,
-    ) -> Result<ShareReply, String> {
+    ) -> Result<(ShareInfo, Option<Fingerprints>), String> {
         let mut work = self.work();
         refuse()?;
         let work = Work::renew(&mut work, machine, &request)?;
@@ -77,7 +77,7 @@ impl Sharer {
         let pages = machine.spec().memory_bytes() / crate::machine::PAGE_BYTES;
         let fingerprints =
             request.fingerprints.then(|| work.sharing.fingerprints(sample_bits(pages)));
-        Ok(ShareReply { info, fingerprints })
+        Ok((info, fingerprints))
     }
 
     /// What the last pass found and did.

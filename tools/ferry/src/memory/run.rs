@@ -241,6 +241,8 @@ pub(crate) fn main(
     if once {
         keeper.sharers.none();
     }
+    // Of merging that was killed; if it cannot be done, the next merging says why.
+    let _ = ferry_sharing::Ksm::default().recover();
     let mut told = Vec::new();
     loop {
         let kept = keeper.step(None);

@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ferry_overcommit::Plan;
-use ferry_sharing::{Between, Fingerprints, Ksm, Tenant, Twins, best_tenant, estimate};
+use ferry_sharing::{Between, Fingerprints, Tenant, Twins, best_tenant, estimate};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
@@ -29,7 +29,8 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(32);
 /// One in so many pages is not much.
 const FEW: u64 = 64;
-/// What is new is merged after so many passes, though there is still more.
+/// Merging reads as writing: for so many passes after it, what was merged is not looked at. And before it, what is
+/// new is merged after so many, though there is still more.
 const PASSES_A_BURST: u32 = 4;
 /// By hand: a page that was written is looked at when it was not written for so long twice.
 const BY_HAND: Duration = Duration::from_millis(300);
@@ -42,6 +43,8 @@ const CHANGE_TENANT_PERCENT: u64 = 100;
 /// What is known of one machine.
 struct Member {
     info: ShareInfo,
+    /// What of it is merged.
+    merged_pages: u64,
     prints: Fingerprints,
     /// What it was last told of others, and what it is to be told.
     told: Twins,
@@ -56,9 +59,11 @@ struct Group {
     members: BTreeMap<String, Member>,
     /// Whose pages are merged, where there are several tenants.
     first: Option<Tenant>,
-    /// Pages that are new since the last burst.
-    fresh: u64,
+    /// Passes since the last burst.
     passes: u32,
+    /// What the last burst was for, and what of that the kernel left, in pages: there is no use in trying again.
+    expected: Option<u64>,
+    left: u64,
 }
 
 /// Machines, and whose they are.
@@ -67,7 +72,7 @@ type Wanted = BTreeMap<String, Option<Tenant>>;
 impl Group {
     fn new(runtime: RuntimeDir, between: Option<Between>) -> Self {
         let members = BTreeMap::new();
-        Self { runtime, between, members, first: None, fresh: 0, passes: 0 }
+        Self { runtime, between, members, first: None, passes: 0, expected: None, left: 0 }
     }
 
     fn ask(
@@ -108,12 +113,16 @@ impl Group {
             new += reply.info.scanned_pages + equal(&reply.info).abs_diff(before);
             let twins = known.map_or_else(Twins::default, |m| m.twins);
             let prints = reply.fingerprints.unwrap_or_default();
-            let member = Member { info: reply.info, prints, told: twins.clone(), twins };
+            let (info, merged_pages) = (reply.info, reply.merged_pages);
+            let member = Member { info, merged_pages, prints, told: twins.clone(), twins };
             self.members.insert(name.clone(), member);
         }
         self.compare();
-        self.fresh += new;
         self.passes += 1;
+        if self.passes == 1 {
+            let merged: u64 = self.members.values().map(|m| m.merged_pages).sum();
+            self.left = self.expected.map_or(0, |expected| expected.saturating_sub(merged));
+        }
         (new, troubles)
     }
 
@@ -124,6 +133,9 @@ impl Group {
         for (no, member) in self.members.values_mut().enumerate() {
             member.twins = Twins::of(&all, no, between);
         }
+        if self.first.is_some() && self.passes < PASSES_A_BURST {
+            return;
+        }
         let tenants: BTreeSet<&Tenant> = all.iter().map(|prints| &prints.tenant).collect();
         self.first = match between {
             Between::OneTenant if tenants.len() > 1 => {
@@ -133,23 +145,38 @@ impl Group {
         };
     }
 
-    /// Whether some have yet to be told of others.
+    /// Whether some have yet to be told much of others.
     fn has_word(&self) -> bool {
-        self.members.values().any(|m| m.twins != m.told)
+        let much = |m: &Member| m.twins.len().abs_diff(m.told.len()) > m.told.len() / 64;
+        self.members.values().any(much)
+    }
+
+    fn lasting(&self) -> u64 {
+        self.members.values().map(|m| m.info.lasting_pages).sum()
     }
 
     /// Whether it is time for a burst, after a pass that found `new`.
     fn is_due(&self, new: u64) -> bool {
-        let lasting: u64 = self.members.values().map(|m| m.info.lasting_pages).sum();
+        let lasting = self.lasting();
         let calm = new < lasting / 8 && !self.has_word();
-        self.fresh > lasting / FEW && self.fresh > 0 && (calm || self.passes >= PASSES_A_BURST)
+        let merged: u64 = self.members.values().map(|m| m.merged_pages).sum();
+        let unmerged = self.equal().saturating_sub(merged);
+        unmerged > self.left + lasting / FEW && (calm || self.passes >= PASSES_A_BURST)
+    }
+
+    /// Pages that the kernel is advised of, and that have an equal.
+    fn equal(&self) -> u64 {
+        let advised = self.members.values().filter(|m| m.info.advised_ranges > 0);
+        advised.map(|m| m.info.advised_equal_pages).sum()
     }
 
     /// Has the kernel merge what is advised. One process wakes it for all; where it cannot, each is told why.
     fn burst(&mut self) {
         let advised = self.members.iter().filter(|(_, m)| m.info.advised_ranges > 0);
         let names: Vec<String> = advised.map(|(name, _)| name.clone()).collect();
-        let mut rested = true;
+        // What is left of one that did not come to rest is for the next.
+        self.expected = None;
+        let expected = self.equal();
         for name in names {
             let request = ShareRequest { merge: true, ..ShareRequest::default() };
             // Why it is of no use now, the next pass says.
@@ -159,13 +186,11 @@ impl Group {
                 member.info = reply.info;
             }
             if is_merged {
-                rested = self.members[&name].info.at_rest;
+                self.expected = self.members[&name].info.at_rest.then_some(expected);
                 break;
             }
         }
         self.passes = 0;
-        // What is left is for the next.
-        self.fresh = if rested { 0 } else { self.fresh };
     }
 
     /// What the machines have merged, and what that saves all in all, in bytes.
@@ -277,8 +302,6 @@ impl Sharers {
 
 /// Does what is wished, until the end is.
 fn follow(wish: &Wish, mut group: Group, tell: &Sender<String>) {
-    // Of a burst that was killed; if it cannot be done, the next burst says why.
-    let _ = Ksm::default().recover();
     let (mut every, mut said) = (SHORTEST, BTreeSet::new());
     let mut machines = BTreeSet::new();
     let mut saved = 0;
@@ -297,7 +320,7 @@ fn follow(wish: &Wish, mut group: Group, tell: &Sender<String>) {
             group.burst();
             merged = true;
         }
-        let lasting: u64 = group.members.values().map(|m| m.info.lasting_pages).sum();
+        let lasting = group.lasting();
         let changing: u64 = group.members.values().map(|m| m.info.changing_pages).sum();
         every = match new > lasting / FEW || group.has_word() || lasting == 0 && changing > 0 {
             true => SHORTEST,
@@ -377,8 +400,11 @@ pub(crate) fn main(
     loop {
         let new;
         (new, troubles) = group.pass(&wanted);
-        let settled = group.passes >= LEAST_PASSES && new == 0 && !group.has_word();
-        if settled || group.passes >= MOST_PASSES || group.members.is_empty() {
+        let settled = new <= group.lasting() / FEW && !group.has_word();
+        if settled && group.passes >= LEAST_PASSES
+            || group.passes >= MOST_PASSES
+            || group.members.is_empty()
+        {
             break;
         }
         std::thread::sleep(BY_HAND);
