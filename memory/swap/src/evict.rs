@@ -234,6 +234,10 @@ impl Inner {
             }
             // The only copy: it must go back.
             while let Err(e) = self.place(gfn, page) {
+                // Nobody watches the memory any more: what is away is gone with this, too.
+                if self.is_ending() {
+                    break;
+                }
                 state.trouble(format!("page {gfn:#x} cannot be put back: {e}"));
                 std::thread::sleep(PAUSE);
             }

@@ -232,7 +232,9 @@ fn machines_keep_what_they_may_use_when_their_manager_is_killed_and_the_next_one
         let held = shown["resident_bytes"].as_u64()? + swap(&shown, "pool_bytes");
         (held <= limit && limit < 48 * MIB).then_some(limit)
     };
-    names.iter().for_each(|name| drop(wait_for("it keeps within its limit", || held(name))));
+    for name in &names {
+        wait_for("it keeps within its limit", || held(name));
+    }
     manager.kill();
     let limits = names
         .each_ref()
