@@ -35,7 +35,9 @@ mod file;
 mod pool;
 mod segments;
 mod serve;
+mod state;
 mod swap;
 mod track;
+mod write_back;
 
 pub use swap::{Figures, Options, Swap, SwapError};

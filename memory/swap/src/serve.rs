@@ -16,7 +16,8 @@ use rustix::io::{read, write};
 
 use crate::file::{SwapFile, page_buffer};
 use crate::pool::{Filed, Found};
-use crate::swap::{Handle, Inner, State};
+use crate::state::State;
+use crate::swap::{Handle, Inner};
 use crate::track::SwapTracker;
 
 /// A file that could not be read is tried again after this.

@@ -64,7 +64,7 @@ pub(crate) enum Command {
     /// Look at bundles, and lend them to other hosts.
     #[command(subcommand)]
     Bundle(Bundle),
-    /// Plan how machines share less memory than they have in all.
+    /// Let machines have more memory in all than this host has.
     #[command(subcommand)]
     Memory(Memory),
     /// Serve the memory of a Firecracker snapshot page by page, while its machine runs.
