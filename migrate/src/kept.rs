@@ -42,7 +42,7 @@ pub(crate) fn start(
         other => tell(other),
     };
     let started = Pager::start(&installer.view().plain(), all, split)?;
-    if !kept.is_empty() {
+    if let Some(first) = kept.first() {
         let (installer, away) = (installer.clone(), away.clone());
         let thread = std::thread::Builder::new().name("ferry-kept".into());
         thread
@@ -51,7 +51,11 @@ pub(crate) fn start(
                     notify(Notice::Broken(why));
                 }
             })
-            .map_err(|source| MemoryError::Userfault { source })?;
+            .map_err(|source| MemoryError::Refused {
+                what: "start a thread to bring swapped pages back,",
+                run: Run::new(first, 1),
+                source,
+            })?;
     }
     Ok(started)
 }
