@@ -25,6 +25,9 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// A peer takes what it asked for within this time.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How often a file is opened again that a rename somewhere else came between: microseconds each.
+const MOST_TRIES: u32 = 10_000;
+
 /// A directory whose bundles are lent.
 #[derive(Debug)]
 pub struct Depot {
@@ -70,7 +73,14 @@ impl Depot {
         // leaves the directory. A pipe must not be waited for.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        let file = openat2(&self.root, path, flags, Mode::empty(), beneath);
+        // While anything of the host is renamed or mounted, the kernel cannot be sure of a `..`, and says so.
+        let mut tries = 0;
+        let file = loop {
+            match openat2(&self.root, path, flags, Mode::empty(), beneath) {
+                Err(Errno::AGAIN | Errno::INTR) if tries < MOST_TRIES => tries += 1,
+                opened => break opened,
+            }
+        };
         let file = file.map(File::from).map_err(|e| match e {
             Errno::NOENT | Errno::NOTDIR => missing("that host has no such file there"),
             Errno::XDEV => missing("it is outside of the directory that host lends bundles of"),
@@ -227,4 +237,35 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, String> {
     tokio::task::spawn_blocking(work).await.map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_path_by_a_parent_is_followed_while_files_are_renamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [one, two] = ["one", "two"].map(|name| dir.path().join(name));
+        std::fs::create_dir(&one).unwrap();
+        std::fs::create_dir(&two).unwrap();
+        std::fs::write(one.join(MANIFEST), "{}").unwrap();
+        let depot = Depot::open(dir.path()).unwrap();
+        let (end, from, to) = (AtomicBool::new(false), two.join("from"), two.join("to"));
+        std::fs::write(&from, "").unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !end.load(Ordering::Relaxed) {
+                    std::fs::rename(&from, &to).unwrap();
+                    std::fs::rename(&to, &from).unwrap();
+                }
+            });
+            let path = format!("two/../one/{MANIFEST}");
+            let failed = (0..20_000).filter(|_| depot.open_file(&path).is_err()).count();
+            end.store(true, Ordering::Relaxed);
+            assert_eq!(failed, 0);
+        });
+    }
 }
