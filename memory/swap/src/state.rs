@@ -63,10 +63,18 @@ impl State {
         self.resident + self.pool.holds().arena_bytes / PAGE_BYTES as u64
     }
 
+    /// Whether some of the pool is to go to the file: its bound is near, or the limit is passed, of which it takes more
+    /// than half.
+    pub(crate) fn pool_is_too_large(&self) -> bool {
+        let pool = self.pool.holds().arena_bytes / PAGE_BYTES as u64;
+        let limit = self.limit_pages.unwrap_or(u64::MAX);
+        self.pool.is_nearly_full() || self.excess() > 0 && pool > limit / 2
+    }
+
     /// Whether the pool is full only until some of it is written to the file, if there is one.
     pub(crate) fn file_makes_room(&self, file: bool) -> bool {
         let fails = self.figures.trouble.as_ref().is_some_and(|why| why.starts_with(FILE));
-        file && !fails && self.pool.is_nearly_full()
+        file && !fails && self.pool_is_too_large()
     }
 
     /// The operator is told.

@@ -25,7 +25,7 @@ impl Buffers {
 }
 
 impl Inner {
-    /// Writes the oldest pages of the pool to the file until an eighth of the pool is free; how many segments that
+    /// Writes the oldest pages of the pool to the file until it is small enough; how many segments that
     /// were, none if it cannot be done now.
     pub(crate) fn write_back(&self, buffers: &mut Option<Buffers>) -> Option<u32> {
         let mut wrote = 0;
@@ -33,7 +33,7 @@ impl Inner {
         while !self.is_ending() {
             let taken = {
                 let mut state = self.state();
-                if !state.pool.is_nearly_full() {
+                if !state.pool_is_too_large() {
                     return Some(wrote);
                 }
                 // The last one is for `compact`.

@@ -291,7 +291,7 @@ fn a_page_that_the_file_lost_is_waited_for_and_never_seen_wrong() {
     // It has no name that others could delete or cut.
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     swap.set_limit(Some(0)).unwrap();
-    until("all are away", &swap, |_| machine.in_memory() == 0);
+    until("all are in the file", &swap, |f| machine.in_memory() == 0 && f.pool_bytes == 0);
     swap.set_limit(None).unwrap();
     let file = swap_file(dir.path());
     let mut content = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
@@ -561,6 +561,21 @@ fn what_is_in_hand_when_memory_is_let_go_is_put_back_and_nobody_waits() {
         done.send(figures).unwrap();
     });
     is_done.recv_timeout(Duration::from_secs(30)).expect("it ends");
+}
+
+#[test]
+fn the_pool_goes_to_the_file_where_it_takes_too_much_of_the_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Machine::new(4096);
+    (0..4096).for_each(|gfn| machine.write(gfn, 1));
+    let options =
+        Options { pool_bytes: 64 << 20, dir: Some(dir.path().into()), file_bytes: 64 << 20 };
+    let swap = Swap::new(&machine.view, &options).unwrap();
+    // All of it compressed is more than twice that.
+    swap.set_limit(Some(2 << 20)).unwrap();
+    until("the limit is kept", &swap, |f| machine.in_memory() * PAGE + f.pool_bytes <= 2 << 20);
+    swap.set_limit(None).unwrap();
+    (0..4096).for_each(|gfn| machine.check(gfn, 1));
 }
 
 #[test]

@@ -266,6 +266,17 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         n(r.pages.zstd),
         n(r.pages.zero)
     );
+    if r.pages.packed > 0 {
+        let (pages, bytes) = (n(r.pages.packed), HumanBytes(r.pages.packed * PAGE_BYTES));
+        let _ = writeln!(out, "            {pages} pages ({bytes}) as the swap here kept them");
+    }
+    if r.pages.free > 0 {
+        let (pages, bytes) = (n(r.pages.free), HumanBytes(r.pages.free * PAGE_BYTES));
+        let _ = writeln!(
+            out,
+            "            {pages} pages ({bytes}) that the guest called free were left out"
+        );
+    }
     if r.outcome == OutcomeKind::Completed {
         let verified = match (r.digest_verified, r.memory_differs) {
             (true, _) => {

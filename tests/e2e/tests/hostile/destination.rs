@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use ferry_codec::CodecSet;
 use ferry_migrate::{Canceller, Left, OutcomeKind, Refusal};
 use ferry_pages::Run;
 use ferry_process_guest::{ProcessGuest, ProcessHost};
@@ -125,7 +126,7 @@ fn a_hostile_destination_is_told_off_and_the_machine_goes_on_at_its_source() {
             "codecs not offered",
             "not offered",
             instead!(Some(D::Offer { .. }) => {
-                vec![Message(accepted(VERSION_MAX, 0xf0))]
+                vec![Message(accepted(VERSION_MAX, !CodecSet::ALL.bits()))]
             }),
         ),
         (
