@@ -274,7 +274,7 @@ pub fn zero_frames(round: u32, runs: &[Run]) -> impl Iterator<Item = Bytes> + '_
 }
 
 /// Adds frame `gfn`, which comes after all of `runs`.
-fn append(runs: &mut Vec<Run>, gfn: u64) {
+pub(crate) fn append(runs: &mut Vec<Run>, gfn: u64) {
     match runs.last_mut() {
         Some(last) if last.end() == gfn => last.pages += 1,
         _ => runs.push(Run::new(gfn, 1)),

@@ -4,10 +4,9 @@ use ferry_pages::{Layout, PAGE_BYTES, Run};
 
 use crate::compress::Decompressor;
 use crate::frame::read_table;
-use crate::packed::split;
+use crate::packed::{split, unpack};
 use crate::{
-    BatchHeader, Codec, CodecSet, FrameError, MAX_BATCH_BYTES, PackedPage, Packer, RUN_BYTES,
-    page_digest,
+    BatchHeader, Codec, CodecSet, FrameError, MAX_BATCH_BYTES, PackedPage, RUN_BYTES, page_digest,
 };
 
 /// A batch whose pages were verified, or are named only ([`Codec::Same`]).
@@ -66,7 +65,6 @@ pub struct Decoder {
     layout: Layout,
     allowed: CodecSet,
     decompressor: Decompressor,
-    packer: Packer,
     runs: Vec<Run>,
     digests: Vec<u64>,
     pages: Vec<u8>,
@@ -79,7 +77,6 @@ impl Decoder {
             layout,
             allowed,
             decompressor: Decompressor::default(),
-            packer: Packer::default(),
             runs: Vec::new(),
             digests: Vec::new(),
             pages: Vec::new(),
@@ -123,7 +120,7 @@ impl Decoder {
                         kept = pages;
                         let pages = kept.iter().zip(out.as_chunks_mut::<PAGE_BYTES>().0);
                         pages.into_iter().try_for_each(|((codec, bytes), page)| {
-                            self.packer.unpack(*codec, bytes, page)
+                            unpack(&mut self.decompressor, *codec, bytes, page)
                         })
                     }),
                     _ => self.decompressor.decompress(codec, payload, out),

@@ -7,6 +7,7 @@
 use bytes::Bytes;
 use ferry_pages::{PAGE_BYTES, Run};
 
+use crate::builder::append;
 use crate::compress::{Compressor, Decompressor};
 use crate::frame::Preamble;
 use crate::{Codec, MAX_BATCH_BYTES, MAX_BATCH_PAGES};
@@ -46,14 +47,24 @@ impl Packer {
     /// # Errors
     /// It does not give exactly one page.
     pub fn unpack(&mut self, codec: Codec, bytes: &[u8], page: &mut [u8]) -> Result<(), String> {
-        match codec {
-            Codec::Raw if bytes.len() == page.len() => {
-                page.copy_from_slice(bytes);
-                Ok(())
-            }
-            Codec::Lz4 | Codec::Zstd => self.decompressor.decompress(codec, bytes, page),
-            _ => Err(format!("{codec} is not how {} bytes of one page are written", bytes.len())),
+        unpack(&mut self.decompressor, codec, bytes, page)
+    }
+}
+
+/// See [`Packer::unpack`].
+pub(crate) fn unpack(
+    decompressor: &mut Decompressor,
+    codec: Codec,
+    bytes: &[u8],
+    page: &mut [u8],
+) -> Result<(), String> {
+    match codec {
+        Codec::Raw if bytes.len() == page.len() => {
+            page.copy_from_slice(bytes);
+            Ok(())
         }
+        Codec::Lz4 | Codec::Zstd => decompressor.decompress(codec, bytes, page),
+        _ => Err(format!("{codec} is not how {} bytes of one page are written", bytes.len())),
     }
 }
 
@@ -96,10 +107,7 @@ impl PackedBuilder {
         self.payload.extend_from_slice(page.bytes);
         self.digest = self.digest.wrapping_add(page.digest);
         self.pages += 1;
-        match self.runs.last_mut() {
-            Some(run) if run.end() == page.gfn => run.pages += 1,
-            _ => self.runs.push(Run::new(page.gfn, 1)),
-        }
+        append(&mut self.runs, page.gfn);
         true
     }
 
