@@ -7,15 +7,11 @@
 
 use std::io;
 
-use ferry_dirtylog::{Region, userfault_error};
+use ferry_dirtylog::Region;
 use ferry_pages::{PAGE_BYTES, Run};
-use userfaultfd::{FeatureFlags, RegisterMode, Uffd, UffdBuilder};
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
-use crate::{GuestView, Mapping, MemoryError};
-
-/// `UFFD_FEATURE_MOVE` of `linux/userfaultfd.h`.
-const MOVE: u64 = 1 << 16;
+use crate::{GuestView, Mapping, MemoryError, Userfault};
 
 /// `struct uffdio_move`.
 #[repr(C)]
@@ -47,7 +43,7 @@ pub enum Moved {
 /// Room beside a machine's memory to which its pages are moved, one to a slot.
 #[derive(Debug)]
 pub struct Aside {
-    uffd: Uffd,
+    userfault: Userfault,
     /// Slot n is at frame n.
     slots: GuestView,
     host: u64,
@@ -60,19 +56,11 @@ impl Aside {
     /// No access to userfaultfd, or a kernel that cannot move pages (before Linux 6.8).
     pub fn new(slots: u64) -> Result<Self, MemoryError> {
         let fail = |source| MemoryError::Userfault { source };
-        let uffd = UffdBuilder::new()
-            .close_on_exec(true)
-            .non_blocking(true)
-            .user_mode_only(true)
-            .require_features(FeatureFlags::from_bits_retain(MOVE))
-            .create()
-            .map_err(|e| fail(userfault_error(e)))?;
+        let userfault = Userfault::open_for_moves().map_err(fail)?;
         let mapping = Mapping::anonymous(slots)?;
-        let (start, bytes) = mapping.region(0, 0).host_span();
-        uffd.register_with_mode(start, bytes, RegisterMode::MISSING)
-            .map_err(|e| fail(userfault_error(e)))?;
+        userfault.watch(&mapping.region(0, 0), false).map_err(fail)?;
         let host = mapping.host() as u64;
-        Ok(Self { uffd, slots: GuestView::of(vec![(0, mapping)])?, host })
+        Ok(Self { userfault, slots: GuestView::of(vec![(0, mapping)])?, host })
     }
 
     /// Moves page `gfn` of `region` to `slot`, which is empty.
@@ -96,7 +84,7 @@ impl Aside {
             // SAFETY: the argument is ours, and as long as it says. The page moves from guest memory, on whose
             // content nothing relies (contract of `GuestView::new`), to a mapping of ours that is reached by
             // copies only.
-            let ret = unsafe { ioctl_with_mut_ref(&self.uffd, uffdio_move(), &mut arg) };
+            let ret = unsafe { ioctl_with_mut_ref(&self.userfault.fd(), uffdio_move(), &mut arg) };
             if ret == 0 {
                 return Ok(Moved::Yes);
             }

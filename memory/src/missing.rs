@@ -78,10 +78,10 @@ impl MissingPages {
     /// No access to userfaultfd, memory that another one watches, or too few huge pages.
     pub fn watch(view: GuestView, waiters: Waiters) -> Result<Self, MemoryError> {
         let regions = view.regions().to_vec();
-        let mut missing = Self::open(view, waiters)?;
+        let mut missing = Self::open(view, Userfault::open(waiters))?;
         missing.behind = Mapping::behind(regions.iter().filter(|region| region.unit > 1))?;
         for region in regions {
-            missing.register(region)?;
+            missing.register(region, false)?;
         }
         Ok(missing)
     }
@@ -93,23 +93,14 @@ impl MissingPages {
     /// # Errors
     /// As [`watch`](Self::watch), or memory in huge pages.
     pub fn watch_for_swap(view: GuestView) -> Result<Self, MemoryError> {
-        let userfault = Userfault::open_for_swap();
-        let userfault = userfault.map_err(|source| MemoryError::Userfault { source })?;
         let regions = view.regions().to_vec();
         if let Some(region) = regions.iter().find(|region| region.unit > 1) {
             return Err(MemoryError::Huge { run: region.run });
         }
-        let behind = Mapping::behind(regions.iter().filter(|r| r.backing.is_some()))?;
-        let mut missing =
-            Self { view, userfault, registered: Vec::new(), behind, let_go: Once::new() };
+        let mut missing = Self::open(view, Userfault::open_for_swap())?;
+        missing.behind = Mapping::behind(regions.iter().filter(|r| r.backing.is_some()))?;
         for region in regions {
-            let watched = missing.userfault.watch_for_swap(&region);
-            watched.map_err(|source| MemoryError::Refused {
-                what: "watch (no other userfaultfd may) missing pages of",
-                run: region.run,
-                source,
-            })?;
-            missing.registered.push(region);
+            missing.register(region, true)?;
         }
         Ok(missing)
     }
@@ -118,10 +109,10 @@ impl MissingPages {
     pub(crate) fn private(view: GuestView) -> Option<Self> {
         let private: Vec<Region> =
             view.regions().iter().filter(|r| r.backing.is_none()).copied().collect();
-        let mut missing = Self::open(view, Waiters::User).ok()?;
+        let mut missing = Self::open(view, Userfault::open(Waiters::User)).ok()?;
         for region in private {
             // What is not registered is filled by plain copies.
-            let _ = missing.register(region);
+            let _ = missing.register(region, false);
         }
         Some(missing)
     }
@@ -134,15 +125,14 @@ impl MissingPages {
         Userfault::open(waiters).map(drop).map_err(|source| MemoryError::Userfault { source })
     }
 
-    fn open(view: GuestView, waiters: Waiters) -> Result<Self, MemoryError> {
-        let userfault =
-            Userfault::open(waiters).map_err(|source| MemoryError::Userfault { source })?;
+    fn open(view: GuestView, userfault: io::Result<Userfault>) -> Result<Self, MemoryError> {
+        let userfault = userfault.map_err(|source| MemoryError::Userfault { source })?;
         let behind = Mapping::behind([])?;
         Ok(Self { view, userfault, registered: Vec::new(), behind, let_go: Once::new() })
     }
 
-    fn register(&mut self, region: Region) -> Result<(), MemoryError> {
-        let watched = self.userfault.watch(&region);
+    fn register(&mut self, region: Region, writes: bool) -> Result<(), MemoryError> {
+        let watched = self.userfault.watch(&region, writes);
         watched.map_err(|source| MemoryError::Refused {
             what: "watch (no other userfaultfd may) missing pages of",
             run: region.run,

@@ -25,6 +25,8 @@ const SOMEWHERE: u64 = 1 << 30;
 /// `UFFD_FEATURE_MINOR_HUGETLBFS` and `UFFD_FEATURE_MINOR_SHMEM` of `linux/userfaultfd.h`.
 const MINOR: u64 = 1 << 9 | MINOR_SHMEM;
 const MINOR_SHMEM: u64 = 1 << 10;
+/// `UFFD_FEATURE_MOVE`.
+const MOVE: u64 = 1 << 16;
 /// `UFFD_FEATURE_WP_UNPOPULATED` and `UFFD_FEATURE_WP_ASYNC`.
 const WP_ASYNC: u64 = 1 << 13 | 1 << 15;
 
@@ -84,6 +86,11 @@ impl Userfault {
         Self::with(features, false)
     }
 
+    /// For memory to which pages are moved, by this process alone.
+    pub(crate) fn open_for_moves() -> io::Result<Self> {
+        Self::with(FeatureFlags::from_bits_retain(MOVE), true)
+    }
+
     fn with(features: FeatureFlags, user_mode_only: bool) -> io::Result<Self> {
         let made = UffdBuilder::new()
             .close_on_exec(true)
@@ -118,22 +125,14 @@ impl Userfault {
     }
 
     /// Watches missing pages of `region`, and where it is shared, pages that only its file has.
-    pub(crate) fn watch(&self, region: &Region) -> io::Result<()> {
+    /// If `writes`, somebody may track those as well.
+    pub(crate) fn watch(&self, region: &Region, writes: bool) -> io::Result<()> {
         let (start, bytes) = region.host_span();
-        let mode = match region.backing {
+        let mut mode = match region.backing {
             None => RegisterMode::MISSING,
             Some(_) => RegisterMode::MISSING | RegisterMode::MINOR,
         };
-        self.0.register_with_mode(start, bytes, mode).map(drop).map_err(userfault_error)
-    }
-
-    /// Watches missing pages of `region` as [`watch`](Self::watch) does, and its writes where somebody tracks them.
-    pub(crate) fn watch_for_swap(&self, region: &Region) -> io::Result<()> {
-        let (start, bytes) = region.host_span();
-        let mode = match region.backing {
-            None => RegisterMode::MISSING,
-            Some(_) => RegisterMode::MISSING | RegisterMode::MINOR,
-        } | RegisterMode::WRITE_PROTECT;
+        mode.set(RegisterMode::WRITE_PROTECT, writes);
         self.0.register_with_mode(start, bytes, mode).map(drop).map_err(userfault_error)
     }
 

@@ -174,12 +174,18 @@ impl Inner {
         };
         let PackedPage { codec, bytes, digest, .. } = kept;
         unpack(packer, codec, bytes, (gfn, digest), &mut page)?;
-        if !self.place(gfn, &page)? {
-            return Ok(Some(Brought::Later));
+        let back = self.give_back(state, gfn, &page)?;
+        Ok(Some(if back { Brought::Back } else { Brought::Later }))
+    }
+
+    /// Places `page`, the content of page `gfn`, which is away no more then; whether it could be.
+    fn give_back(&self, state: &mut State, gfn: u64, page: &[u8]) -> Result<bool, MemoryError> {
+        let placed = self.place(gfn, page)?;
+        if placed {
+            state.pool.remove(gfn);
+            state.is_back(gfn);
         }
-        state.pool.remove(gfn);
-        state.is_back(gfn);
-        Ok(Some(Brought::Back))
+        Ok(placed)
     }
 
     /// Memory is touched for the first time mostly in a row: spares the touches that come next a wait, as long as the
@@ -282,13 +288,11 @@ impl Inner {
             let of = (gfn, filed.digest);
             unpack(&mut state.packer, filed.codec, bytes, of, &mut page)
                 .map_err(|e| words(e.to_string()))?;
-            match self.place(gfn, &page) {
+            match self.give_back(&mut state, gfn, &page) {
                 Ok(true) => {}
                 Ok(false) => return Err(words("memory is being given back".into())),
                 Err(e) => return Err(words(e.to_string())),
             }
-            state.pool.remove(gfn);
-            state.is_back(gfn);
             state.figures.pages_in += 1;
             state.file_waits.saturating_record(nanos(since));
             // If another one cannot be read, that is said again.

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::Failure;
 use crate::cgroup::{Cgroup, pressure};
+use crate::machine::PAGE_BYTES;
 use crate::memory::plan;
 use crate::memory::sharing::Sharers;
 use crate::protocol::{BalloonRequest, LimitRequest, MachineInfo, Reply, Request};
@@ -123,7 +124,7 @@ impl<'a> Keeper<'a> {
             means: None,
         });
         let seconds = now.duration_since(known.at).as_secs_f64();
-        let came = swap.pages_in.saturating_sub(known.pages_in) * 4096;
+        let came = swap.pages_in.saturating_sub(known.pages_in) * PAGE_BYTES;
         let rate = if seconds > 0.0 { came as f64 / seconds } else { 0.0 };
         (known.at, known.pages_in) = (now, swap.pages_in);
         let all = m.resident_bytes + swap.swapped_bytes;
@@ -224,7 +225,7 @@ fn overhead(m: &MachineInfo) -> u64 {
     let statm = std::fs::read_to_string(format!("/proc/{}/statm", m.pid)).unwrap_or_default();
     let resident = statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok());
     let guest = m.resident_bytes + m.swap.as_ref().map_or(0, |swap| swap.pool_bytes);
-    (resident.unwrap_or(0) * 4096).saturating_sub(guest)
+    (resident.unwrap_or(0) * PAGE_BYTES).saturating_sub(guest)
 }
 
 pub(crate) fn main(
