@@ -117,6 +117,14 @@ impl Installer {
         self.chunks.get(before + usize::try_from(number.checked_sub(*first)?).ok()?)
     }
 
+    /// Calls `act` with the ledger of page `gfn`, which is held meanwhile, and the page's place in it; nothing if the
+    /// machine has no such page.
+    fn in_chunk<T>(&self, gfn: u64, act: impl FnOnce(&mut ChunkLedger, usize) -> T) -> Option<T> {
+        let (number, page) = (gfn / CHUNK_PAGES as u64, gfn % CHUNK_PAGES as u64);
+        let mut chunk = self.chunk(number, gfn)?.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(act(chunk.get_or_insert_with(Box::default), usize::try_from(page).unwrap_or(0)))
+    }
+
     /// Ends installing: returns when no page is being written, and none will be again.
     pub(crate) fn close(&self) {
         *self.stage.write().unwrap_or_else(PoisonError::into_inner) = Stage::Closed;
@@ -222,11 +230,7 @@ impl Installer {
         let mut digests = batch.digests;
         for (run, bytes) in batch.run_bytes() {
             let note = |gfn: u64, digest: u64| {
-                let (number, page) = (gfn / CHUNK_PAGES as u64, gfn % CHUNK_PAGES as u64);
-                let Some(chunk) = self.chunk(number, gfn) else { return };
-                let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
-                let page = usize::try_from(page).unwrap_or(0);
-                chunk.get_or_insert_with(Box::default).admit(page, batch.round, digest);
+                self.in_chunk(gfn, |ledger, page| ledger.admit(page, batch.round, digest));
             };
             if batch.codec == Codec::Zero {
                 pager.install_zeros(run, |gfn| note(gfn, 0))?;
@@ -247,19 +251,15 @@ impl Installer {
     fn keep(&self, away: &dyn Away, filler: &Filler, batch: &Batch<'_>) -> Result<(), MemoryError> {
         let (pages, _) = batch.raw.as_chunks::<PAGE_BYTES>();
         for (page, raw) in batch.packed().zip(pages) {
-            let (number, first) = (page.gfn / CHUNK_PAGES as u64, page.gfn % CHUNK_PAGES as u64);
-            let Some(chunk) = self.chunk(number, page.gfn) else { continue };
-            let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
-            let ledger = chunk.get_or_insert_with(Box::default);
-            let at = usize::try_from(first).unwrap_or(0);
-            match ledger.admit(at, batch.round, page.digest) {
-                Admission::Late => continue,
-                Admission::OverZeros => {}
-                Admission::OverData => self.view.discard(Run::new(page.gfn, 1))?,
-            }
-            if !away.keep(&page) {
-                filler.fill(page.gfn, raw)?;
-            }
+            let kept = self.in_chunk(page.gfn, |ledger, at| {
+                match ledger.admit(at, batch.round, page.digest) {
+                    Admission::Late => return Ok(()),
+                    Admission::OverZeros => {}
+                    Admission::OverData => self.view.discard(Run::new(page.gfn, 1))?,
+                }
+                if away.keep(&page) { Ok(()) } else { filler.fill(page.gfn, raw) }
+            });
+            kept.unwrap_or(Ok(()))?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ferry_memory::{GuestView, resident};
 use ferry_migrate::{
-    Arrival, Goals, Guest, Host, MachineSpec, Mode, OutcomeKind, Refusal, SendOptions,
+    Arrival, Goals, Guest, Host, MachineSpec, Mode, OutcomeKind, PageCounts, Refusal, SendOptions,
 };
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
@@ -43,16 +43,16 @@ fn in_memory(view: &GuestView) -> u64 {
     resident(view.regions()).unwrap().len()
 }
 
-/// Swaps a guest out, all but 4 MiB.
-fn swapped_out(guest: &impl Guest) -> Swap {
+/// Keeps a guest and its pool within `limit`, until more than `least` bytes are swapped out and it is at rest.
+fn swapped_out(guest: &impl Guest, limit: u64, least: u64) -> Swap {
     let swap = Swap::new(&guest.memory(), &pool()).unwrap();
-    swap.set_limit(Some(24 * MIB)).unwrap();
+    swap.set_limit(Some(limit)).unwrap();
     eventually("it is swapped out", || {
         let before = swap.figures();
         std::thread::sleep(Duration::from_millis(500));
         let after = swap.figures();
         println!("{after:?}");
-        after.swapped_bytes > 14 * MIB && after.pages_in - before.pages_in < 16
+        after.swapped_bytes > least && after.pages_in - before.pages_in < 16
     });
     swap
 }
@@ -81,14 +81,17 @@ fn of_process(kind: Kind, then: impl Fn(&Process)) {
     }
 }
 
-fn moves_as_it_is<M: Maker>(maker: &M) {
-    let mut source = maker.busy_guest();
-    let swap = swapped_out(&source);
+/// Moves a machine, for which nothing is brought back, and of which no more is in memory where it arrives.
+fn moved_as_it_is<M: Maker>(
+    maker: &M,
+    source: &mut M::Subject,
+    swap: &Swap,
+) -> (PageCounts, M::Subject) {
     let destination = Destination::start(Link::Memory, Swapping(maker.host(), Arc::default()));
     let (before, here) = (swap.figures(), in_memory(&source.memory()));
     let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
     let options = SendOptions { goals, mode: Mode::PreCopy, ..SendOptions::default() };
-    let sent = migrate(&mut source, &destination.connector, &options);
+    let sent = migrate(source, &destination.connector, &options);
     let report = &sent.report;
     assert_eq!(report.outcome, OutcomeKind::Completed, "{}", report.reason);
     assert!(report.digest_verified && !report.memory_differs);
@@ -102,6 +105,13 @@ fn moves_as_it_is<M: Maker>(maker: &M) {
     let there = in_memory(&arrived.memory());
     assert!(there <= here + here / 8, "{here} pages in memory became {there}");
     goes_on(&arrived, SET_PAGES);
+    (report.pages, arrived)
+}
+
+fn moves_as_it_is<M: Maker>(maker: &M) {
+    let mut source = maker.busy_guest();
+    let swap = swapped_out(&source, 24 * MIB, 14 * MIB);
+    let (_, arrived) = moved_as_it_is(maker, &mut source, &swap);
     // And every page is right: those that are away, too.
     let pages = arrived.memory().resident().unwrap();
     let mut page = vec![0; 4096];
@@ -119,7 +129,7 @@ fn a_machine_that_is_half_swapped_moves_as_it_is() {
 /// Moves a guest by post-copy, whose pages are elsewhere than in memory at one side or both.
 fn comes_whole<M: Maker>(maker: &M, mode: Mode) {
     let mut source = maker.busy_guest();
-    let swap = swapped_out(&source);
+    let swap = swapped_out(&source, 24 * MIB, 14 * MIB);
     let there = Arc::new(Mutex::new(None));
     let host = Swapping(maker.host(), there.clone());
     let destination = Destination::start(Link::Memory, host);
@@ -166,33 +176,12 @@ where
     let mut source = maker.busy_guest();
     source.shall_have(48 * MIB);
     eventually("the balloon is inflated", || source.given() >= 16 * MIB);
-    let swap = Swap::new(&source.memory(), &pool()).unwrap();
     // A quarter in memory, and what the pool takes for half.
-    swap.set_limit(Some(34 * MIB)).unwrap();
-    eventually("half is swapped out", || {
-        let before = swap.figures();
-        std::thread::sleep(Duration::from_millis(500));
-        let after = swap.figures();
-        after.swapped_bytes > 24 * MIB && after.pages_in - before.pages_in < 16
-    });
-    let destination = Destination::start(Link::Memory, Swapping(maker.host(), Arc::default()));
-    let (before, here) = (swap.figures(), in_memory(&source.memory()));
-    let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
-    let options = SendOptions { goals, mode: Mode::PreCopy, ..SendOptions::default() };
-    let sent = migrate(&mut source, &destination.connector, &options);
-    let report = &sent.report;
-    assert_eq!(report.outcome, OutcomeKind::Completed, "{}", report.reason);
-    assert!(report.digest_verified && !report.memory_differs);
-    let after = swap.figures();
-    assert!(after.pages_in - before.pages_in < 32, "{before:?} {after:?}");
-    let pages = report.pages;
+    let swap = swapped_out(&source, 34 * MIB, 24 * MIB);
+    let (pages, arrived) = moved_as_it_is(maker, &mut source, &swap);
     let sent_pages = pages.raw + pages.lz4 + pages.zstd + pages.packed;
     assert!(sent_pages < 50 * MIB / 4096, "what is in the balloon is not sent: {pages:?}");
-    let (arrived, _) = destination.arrival().expect("a machine");
-    let there = in_memory(&arrived.memory());
-    assert!(there <= here + here / 8, "{here} pages in memory became {there}");
     assert_eq!(arrived.given(), source.given());
-    goes_on(&arrived, SET_PAGES);
     // It takes its memory again there.
     arrived.shall_have(64 * MIB);
     eventually("the balloon is empty", || arrived.given() == 0);
