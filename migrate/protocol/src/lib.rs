@@ -3,7 +3,7 @@
 //! [`Source`] and [`Destination`] take events and the time, and return actions; [`Policy`] decides when
 //! to switch over; [`MachineSpec`] and [`HostCapabilities`] are compared before any work. No clock,
 //! thread, socket or `unsafe`, and no page bytes: the engine streams those. That is why a whole
-//! migration can be stepped in virtual time, a million times (`tests/virtual_time.rs`).
+//! migration can be stepped in virtual time, a million times (`tests/sim`).
 
 mod destination;
 mod lending;

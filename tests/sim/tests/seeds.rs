@@ -3,12 +3,10 @@
 //!
 //! After every step: never two running, and what the guest reads is what it had or has written since. At
 //! the end: what runs has the memory that the guest had, and nobody waits for what can come.
-//! `FERRY_SEEDS=n` runs more seeds; a failing seed is named, and `FERRY_SEED=n cargo test -p ferry-protocol
-//! --test virtual_time one_seed -- --nocapture` shows each of its events.
+//! `FERRY_SEEDS=n` runs more seeds; a failing seed is named, and `FERRY_SEED=n cargo test -p ferry-sim
+//! --test seeds one_seed -- --nocapture` shows each of its events.
 
-mod world;
-
-use world::{End, Plant, World};
+use ferry_sim::{End, Plant, World};
 
 /// What damaged memory is found by.
 const MEMORY: &[&str] = &["the guest reads", "memory that is not the guest's", "digests differ"];

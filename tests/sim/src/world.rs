@@ -23,7 +23,7 @@ const NEVER: u64 = u64::MAX;
 
 /// A fault of our own, planted to see that the checks find it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Plant {
+pub enum Plant {
     Nothing,
     DropHarvestedBit,
     SkipHarvestAfterSave,
@@ -54,7 +54,7 @@ const SAME: u64 = u64::MAX;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum End {
+pub enum End {
     Moved,
     MovedAfterInquiry,
     MovedByPostCopy,
@@ -98,7 +98,7 @@ struct Plan {
     old_copy_damaged: bool,
 }
 
-pub(crate) struct World {
+pub struct World {
     rng: SmallRng,
     plant: Plant,
     plan: Plan,
@@ -110,11 +110,11 @@ pub(crate) struct World {
     /// The link was cut while the source was at work.
     cut: bool,
     /// Print each event and action.
-    pub(crate) traced: bool,
+    pub traced: bool,
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, plant: Plant) -> Self {
+    pub fn new(seed: u64, plant: Plant) -> Self {
         let mut w = Self::quiet(seed);
         w.plant = plant;
         let horizon =
@@ -150,7 +150,7 @@ impl World {
     }
 
     /// A world in which nothing goes wrong.
-    pub(crate) fn quiet(seed: u64) -> Self {
+    pub fn quiet(seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let modes = [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
         let mode = modes[rng.random_range(0..modes.len())];
@@ -178,7 +178,7 @@ impl World {
     }
 
     /// Runs to the end; an error is a broken rule.
-    pub(crate) fn run(mut self) -> Result<End, String> {
+    pub fn run(mut self) -> Result<End, String> {
         self.feed_source(SourceEvent::Connected)?;
         for _ in 0..200_000 {
             let over = self.source.outcome.is_some() || self.source.dead;
