@@ -350,3 +350,32 @@ fn a_commit_that_names_pages_which_cannot_be_had_is_refused() {
         assert!(!actions.iter().any(|a| matches!(a, DestinationAction::Load(_))), "{actions:?}");
     }
 }
+
+#[test]
+fn a_round_acknowledged_after_a_lane_was_found_lost_does_not_end_the_migration() {
+    let how = (Goals::default(), Mode::PreCopy);
+    let mut source = Source::new(spec(), None, 1, 1, how, Duration::from_secs(60));
+    let mut last = Vec::new();
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Message(ToSource::Accepted {
+            version: 2,
+            session: 7,
+            codecs: 1,
+            no_post_copy: None,
+        }),
+        SourceEvent::LanesOpen,
+        SourceEvent::TrackingStarted(pages(0, 10)),
+        SourceEvent::RoundSent { round: 1, batches: 1, bytes: 100, same: 0 },
+        // A lane says so; the control channel has not ended yet.
+        SourceEvent::LinkLost("a lane is lost".into()),
+        SourceEvent::Message(ToSource::RoundDone { round: 1, lacking: PackedPages::default() }),
+        SourceEvent::Tick,
+    ] {
+        last = feed(&mut source, 1, event);
+    }
+    assert_eq!(last, [SourceAction::Rejoin { session: 7, done: 0 }]);
+    let held = PackedPages::pack(&pages(0, 10));
+    let on = feed(&mut source, 2, SourceEvent::Message(ToSource::GoOn { held }));
+    assert!(on.iter().any(|a| matches!(a, SourceAction::OpenLanes { .. })), "{on:?}");
+}

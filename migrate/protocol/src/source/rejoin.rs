@@ -113,6 +113,9 @@ impl Source {
             (Phase::Doubting { .. }, message) => self.message_in_doubt(now, message),
             (_, message) if !self.is_committed() => match message {
                 ToSource::GoOn { held } if !reopening => self.go_on(now, &held),
+                // A lane was found lost first, and the old control channel still brought this. What is there
+                // of that round, `GoOn` says.
+                ToSource::RoundDone { .. } if !reopening => {}
                 ToSource::Failed { reason } => {
                     self.fail_before_commit(format!("the destination gave up: {reason}"));
                 }
