@@ -177,9 +177,13 @@ impl Source {
                 self.phase = Phase::rejoining(now, why);
                 self.serve_again(now, &owed);
             }
-            ToSource::Failed { reason } if self.post_copy => {
-                self.told_of_running(now);
-                self.detach(reason);
+            // It gave up before the commit came, or cannot fetch pages any more: the word alone does not say
+            // which.
+            ToSource::Failed { reason } => {
+                let Phase::Doubting { why, .. } = &mut self.phase else { return };
+                *why = format!("the destination cannot go on: {reason}");
+                let why = why.clone();
+                self.lost_on_return(now, why);
             }
             ToSource::Digest { sum, fetched } => {
                 self.told_of_running(now);
