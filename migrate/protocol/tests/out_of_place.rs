@@ -6,8 +6,8 @@ use std::time::Duration;
 use ferry_pages::{PageSet, Run};
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, MachineSpec, Mode,
-    Outcome, PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction, SourceEvent,
-    ToDestination, ToSource, Verdict,
+    Outcome, PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
+    SourceEvent, ToDestination, ToSource, Verdict,
 };
 
 const RUNNING: ToSource = ToSource::Running { pages_us: 0, load_us: 0, resume_us: 0 };
@@ -381,7 +381,8 @@ fn a_round_acknowledged_after_a_lane_was_found_lost_does_not_end_the_migration()
 }
 
 #[test]
-fn a_destination_that_gave_up_while_the_commit_was_on_its_way_is_asked_and_gives_the_machine_back() {
+fn a_destination_that_gave_up_while_the_commit_was_on_its_way_is_asked_and_gives_the_machine_back()
+{
     for mode in [Mode::PreCopy, Mode::PostCopy] {
         for lane_lost in [false, true] {
             let said = format!("{mode:?}, a lane was lost first: {lane_lost}");

@@ -6,9 +6,7 @@ use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, Fetched, Refusal, ToSource,
 };
 
-use super::table::{
-    Facts, Machine, Mask, MessageId, Table, Wire, mask, pages, without_words,
-};
+use super::table::{Facts, Machine, Mask, MessageId, Table, Wire, mask, pages, without_words};
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Event {
@@ -132,8 +130,17 @@ impl Machine for RealDestination {
         let text = self.text();
         let phase = text.split("phase: ").nth(1).unwrap_or("").split([' ', ',', '(']).next();
         const NAMES: [&str; 11] = [
-            "Waiting", "Building", "Receiving", "Alone", "Committed", "Arming", "Loading", "Resuming",
-            "Fetching", "Running", "Done",
+            "Waiting",
+            "Building",
+            "Receiving",
+            "Alone",
+            "Committed",
+            "Arming",
+            "Loading",
+            "Resuming",
+            "Fetching",
+            "Running",
+            "Done",
         ];
         Facts {
             phase: NAMES.into_iter().find(|n| Some(*n) == phase).expect("a known phase"),
@@ -144,4 +151,3 @@ impl Machine for RealDestination {
         }
     }
 }
-

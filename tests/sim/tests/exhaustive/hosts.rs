@@ -4,8 +4,8 @@ use ferry_protocol::{PackedPages, ToSource, Verdict};
 
 use super::source::EndKind;
 use super::state::{
-    Batch, Broken, Carries, Faults, Lanes, Link, Listens, Order, Packet, Process, Round, Serving, Stage,
-    State, Task,
+    Batch, Broken, Carries, Faults, Lanes, Link, Listens, Order, Packet, Process, Round, Serving,
+    Stage, State, Task,
 };
 use super::table::{Mask, MessageId};
 use super::world::{Plant, World};

@@ -31,7 +31,9 @@ pub(crate) fn always() -> Vec<Property<World>> {
         Property::always(ONE_PERMIT, |w: &World, s: &State| permits(w, s) <= 1),
         Property::always(WHOLE, |_, s: &State| s.broken.is_none()),
         Property::always(NOBODY_BLAMED, |_, s: &State| !s.source.end.is_some_and(|end| end.blames)),
-        Property::always(NOT_LOST, |w: &World, s: &State| s.lost || permits(w, s) + stubs(w, s) > 0),
+        Property::always(NOT_LOST, |w: &World, s: &State| {
+            s.lost || permits(w, s) + stubs(w, s) > 0
+        }),
         Property::always(STAYS, |_, s: &State| stays(s)),
         Property::always(SETTLED, |w: &World, s: &State| !w.is_quiet(s) || settled(s)),
     ]
@@ -40,7 +42,8 @@ pub(crate) fn always() -> Vec<Property<World>> {
 /// Rights to run that are in use, held, or on a way on which they can still arrive.
 fn permits(world: &World, s: &State) -> usize {
     let commits = |p: &&Packet| matches!(p, Packet::Message { commits: true, .. });
-    let on_the_way = s.link.to_destination.iter().chain(s.old.iter().flat_map(|l| &l.to_destination));
+    let on_the_way =
+        s.link.to_destination.iter().chain(s.old.iter().flat_map(|l| &l.to_destination));
     let (source, destination) = (&s.source, &s.destination);
     let alive = destination.process == Process::Alive;
     usize::from(source.permit.is_some())

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use ferry_protocol::{
-    Goals, MachineSpec, Mode, Outcome, PermitStub, Reattach, Source, SourceAction, SourceEvent, Spooled,
-    ToDestination, wire,
+    Goals, MachineSpec, Mode, Outcome, PermitStub, Reattach, Source, SourceAction, SourceEvent,
+    Spooled, ToDestination, wire,
 };
 
 use super::table::{
@@ -27,7 +27,10 @@ pub(crate) enum Event {
     LanesOpen,
     TrackingStarted(Mask),
     Harvested(Mask),
-    RoundSent { round: u8, batches: u8 },
+    RoundSent {
+        round: u8,
+        batches: u8,
+    },
     Paused(u8),
     StateSaved(u8),
     MemoryDigest(u64),
@@ -76,7 +79,10 @@ pub(crate) enum EndKind {
     Refused,
     Failed,
     InDoubt,
-    Detached { in_doubt: bool, has_stub: bool },
+    Detached {
+        in_doubt: bool,
+        has_stub: bool,
+    },
     /// Not an outcome: the operator let it go on here.
     Fenced,
 }
@@ -150,9 +156,26 @@ impl RealSource {
 
     fn phase(&self) -> &'static str {
         const NAMES: [&str; 20] = [
-            "Connecting", "Negotiating", "Starting", "Sending", "Acknowledging", "Harvesting", "Sampling",
-            "WaitingReady", "Pausing", "LastHarvest", "Saving", "HarvestAfterSave", "FinalSending",
-            "Committed", "Doubting", "Serving", "Rejoining", "Reopening", "Verifying", "Done",
+            "Connecting",
+            "Negotiating",
+            "Starting",
+            "Sending",
+            "Acknowledging",
+            "Harvesting",
+            "Sampling",
+            "WaitingReady",
+            "Pausing",
+            "LastHarvest",
+            "Saving",
+            "HarvestAfterSave",
+            "FinalSending",
+            "Committed",
+            "Doubting",
+            "Serving",
+            "Rejoining",
+            "Reopening",
+            "Verifying",
+            "Done",
         ];
         let text = format!("{:?}", self.machine);
         let value = field(&text, "phase").expect("a phase").0;
@@ -258,7 +281,9 @@ impl Machine for RealSource {
                 SourceAction::DigestMemory => Action::DigestMemory,
                 SourceAction::Finish(outcome) => self.end(from, outcome),
                 // What whoever watches is told, and what becomes of an old copy, which there is none of.
-                SourceAction::Tell(_) | SourceAction::Recall { .. } | SourceAction::Forget => continue,
+                SourceAction::Tell(_) | SourceAction::Recall { .. } | SourceAction::Forget => {
+                    continue;
+                }
             });
         }
         actions

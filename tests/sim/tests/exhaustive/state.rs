@@ -218,8 +218,13 @@ pub(crate) enum Carries {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Packet {
     /// The source is here again, and knows these rounds to be done.
-    Hello { done: u8 },
-    Message { id: MessageId, commits: bool },
+    Hello {
+        done: u8,
+    },
+    Message {
+        id: MessageId,
+        commits: bool,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
