@@ -250,7 +250,7 @@ impl World {
             return s.answer(self.wire.put(&ToSource::GoOn { held }));
         }
         self.rejoined(s, done);
-        for link in before {
+        if let Some(link) = before {
             s.stragglers.extend(link.lane);
             if self.plant == Plant::TakesLateCommit {
                 let commit = link.to_destination.into_iter();

@@ -5,8 +5,8 @@
 //! (`table.rs`); what their engines, the links and people do is modelled (`world.rs`, `hosts.rs`). A machine has
 //! one or two pages and one lane. Each thing that goes wrong may do so at any point, as often as a case says:
 //! links are cut, messages and pages come arbitrarily late, also those of links that were given up, answers come
-//! too late for whoever waits, either process ends. `--ignored` walks further,
-//! in minutes.
+//! too late for whoever waits, either process ends. `--ignored` walks further, in
+//! minutes.
 //!
 //! Assumed: a process that ended runs no machine; the operator's word that a destination is switched off is
 //! true (`a_fence_that_lies_runs_the_machine_twice` shows what comes of it otherwise); one link keeps its
@@ -29,8 +29,10 @@ use source::{EndKind, Kind, Moves};
 use state::{Faults, Process, State};
 use world::{Plant, Step, World};
 
+type When = fn(&World, &State) -> bool;
+
 /// What must occur, or a case would prove nothing of it.
-const REACHED: [(&str, fn(&World, &State) -> bool); 18] = [
+const REACHED: [(&str, When); 18] = [
     ("moved", |_, s| ended(s, EndKind::Completed(Some(true)), "Verifying")),
     ("moved, the last word lost", |_, s| ended(s, EndKind::Completed(None), "Verifying")),
     ("moved, learned by asking", |_, s| ended(s, EndKind::Completed(None), "Doubting")),

@@ -60,11 +60,13 @@ struct Node<M: Machine> {
     facts: Facts,
 }
 
+type Steps<M> = HashMap<(Id, <M as Machine>::Event), Arc<Step<M>>>;
+
 /// All states of one kind of machine that were met.
 pub(crate) struct Table<M: Machine> {
     pub(crate) wire: Arc<Wire>,
     nodes: RwLock<HashMap<Id, Arc<Node<M>>>>,
-    steps: RwLock<HashMap<(Id, M::Event), Arc<Step<M>>>>,
+    steps: RwLock<Steps<M>>,
 }
 
 fn hash(of: &impl Hash) -> u64 {
