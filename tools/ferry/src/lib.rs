@@ -1,10 +1,13 @@
 //! The `ferry` command: hosts machines, moves them, and shows what happens.
+//!
+//! It is a library with one entry, [`main`], so that its control socket can be fuzzed ([`fuzzing`]).
 
 mod args;
 mod balloon;
 mod bundle;
 mod cgroup;
 mod demo;
+pub mod fuzzing;
 mod hosted;
 mod machine;
 mod memory;
@@ -51,7 +54,8 @@ impl<E: std::error::Error> From<E> for Failure {
     }
 }
 
-fn main() -> ExitCode {
+/// Runs the command with this process's arguments.
+pub fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
     survive_file_size_limits();
     match run(Cli::parse()) {
