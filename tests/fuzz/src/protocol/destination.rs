@@ -15,7 +15,7 @@ use super::{CODECS, MACHINE, SESSION, packed, pages, spec};
 /// What the engine has to do.
 enum Task {
     Build,
-    Page(PageSet),
+    Page,
     Load,
     Resume(RunPermit),
     Digest,
@@ -96,12 +96,15 @@ impl DestinationHost {
                 self.installed.clear();
                 self.commit = None;
             }
-            DestinationAction::Page(owed) => self.tasks.push_back(Task::Page(owed)),
+            DestinationAction::Page(owed) => {
+                self.assert_complete();
+                self.owed = owed;
+                self.tasks.push_back(Task::Page);
+            }
             DestinationAction::Load(_) => {
-                let commit = self.commit.as_ref().expect("loaded without a commit");
-                for (round, batches) in commit {
-                    let there = self.installed.get(round).copied().unwrap_or(0);
-                    assert_eq!(there, *batches, "of round {round}");
+                // More may come while it arms for what is owed.
+                if self.owed.is_empty() {
+                    self.assert_complete();
                 }
                 self.tasks.push_back(Task::Load);
             }
@@ -123,6 +126,13 @@ impl DestinationHost {
         }
     }
 
+    fn assert_complete(&self) {
+        for (round, batches) in self.commit.as_ref().expect("loaded without a commit") {
+            let there = self.installed.get(round).copied().unwrap_or(0);
+            assert_eq!(there, *batches, "of round {round}");
+        }
+    }
+
     /// Carries out the next task; what is said to the source.
     pub(super) fn work(&mut self, u: &mut Unstructured<'_>) -> Result<Vec<ToSource>> {
         let well = u.ratio(15, 16)?;
@@ -137,10 +147,7 @@ impl DestinationHost {
                 };
                 self.tell(DestinationEvent::Built(built));
             }
-            Some(Task::Page(owed)) => {
-                self.owed = owed;
-                self.tell(DestinationEvent::Paging(result()));
-            }
+            Some(Task::Page) => self.tell(DestinationEvent::Paging(result())),
             Some(Task::Load) => self.tell(DestinationEvent::Loaded(result())),
             Some(Task::Resume(permit)) => {
                 if well {
