@@ -2,6 +2,7 @@
 //!
 //! It is a library with one entry, [`main`], so that its control socket can be fuzzed ([`fuzzing`]).
 
+mod allocator;
 mod args;
 mod balloon;
 mod bundle;
@@ -56,6 +57,7 @@ impl<E: std::error::Error> From<E> for Failure {
 
 /// Runs the command with this process's arguments.
 pub fn main() -> ExitCode {
+    allocator::give_back_what_is_freed();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
     survive_file_size_limits();
     match run(Cli::parse()) {
