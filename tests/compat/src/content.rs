@@ -194,11 +194,14 @@ fn packed() -> Vec<u8> {
     builder.finish(ROUND).map(|(frame, _)| frame.to_vec()).unwrap_or_default()
 }
 
-/// Every golden file but the bundles: its name and what is in it.
+/// A golden file: its name and what is in it.
+pub type File = (String, Vec<u8>);
+
+/// Every golden file but the bundles.
 ///
 /// # Errors
 /// Something is too large.
-pub fn files() -> Result<Vec<(String, Vec<u8>)>, Box<dyn std::error::Error>> {
+pub fn files() -> Result<Vec<File>, Box<dyn std::error::Error>> {
     let mut files = vec![("state".to_owned(), state()?)];
     for codec in Codec::ALL {
         files.push((format!("frames/{codec}"), frame(codec)));

@@ -55,7 +55,7 @@ fn a_bundle_that_the_older_version_saved_is_verified_and_restored_here() {
     running.end().succeeded();
     hosts.destination.run(&["bundle", "verify", path(&bundle)]).succeeded();
     let restored = hosts.destination.start(&["restore", path(&bundle), "m"]);
-    restored.line("runs");
+    restored.line("restored from");
     hosts.destination.works("m");
     hosts.destination.run(&["vm", "stop", "m"]).succeeded();
     restored.end().succeeded();

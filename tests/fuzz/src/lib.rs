@@ -39,8 +39,11 @@ pub use plan::plan;
 pub use protocol::protocol;
 pub use state::state;
 
-/// Every target by its name, which is that of its corpus and its program.
-pub const TARGETS: [(&str, fn(&[u8])); 9] = [
+/// A target by its name, which is that of its corpus and its program.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: [Target; 9] = [
     ("frames", frames),
     ("messages", messages),
     ("protocol", protocol),
