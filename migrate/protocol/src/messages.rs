@@ -47,10 +47,6 @@ pub const VERSION_MIN: u16 = 2;
 pub const VERSION_MAX: u16 = 2;
 /// First bytes on every channel; a version that cannot be decoded is still recognised by them.
 pub(crate) const MAGIC: [u8; 8] = *b"ferry\0\r\n";
-/// No hello is larger than this.
-pub const MAX_HELLO_BYTES: usize = 256;
-/// No migration has more lanes than this.
-pub const MAX_LANES: u16 = 64;
 
 /// What a channel is for: the first message on it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
