@@ -184,17 +184,22 @@ pub async fn receive<H: Host + 'static>(
     while let Some(accepted) = listener.accept().await {
         match accepted {
             Ok(channel) => {
-                tokio::spawn(welcome(server.clone(), channel));
+                let place = Unknown::new(&server, &channel.peer.name);
+                tokio::spawn(welcome(server.clone(), channel, place));
             }
             Err(e) => (server.tell)(ReceiveEvent::Turned(e.to_string())),
         }
     }
 }
 
-async fn welcome<H: Host + 'static>(server: Arc<Server<H>>, channel: Channel) {
+async fn welcome<H: Host + 'static>(
+    server: Arc<Server<H>>,
+    channel: Channel,
+    place: Option<Unknown<H>>,
+) {
     let Channel { source, sink, peer, remote, .. } = channel;
     let peer = Caller { peer, place: remote };
-    let Some(_unknown) = Unknown::new(&server, &peer.peer.name) else {
+    let Some(_place) = place else {
         let most = MAX_UNKNOWN_PER_IDENTITY;
         let why = format!("{most} of its connections have not said what they want; wait a moment");
         return server.turn_away(&peer, sink, &why).await;

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use ferry_pages::Run;
-use ferry_protocol::limits::{HELLO_TIMEOUT, SILENCE};
+use ferry_protocol::limits::{HELLO_TIMEOUT, MAX_KEEP, SILENCE};
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent as Event, Fetched,
     MachineSpec, PackedPages, RunPermit, ToDestination as Say, ToSource, Verdict,
@@ -13,6 +13,11 @@ use ferry_protocol::{
 const S: Duration = Duration::from_secs(1);
 
 fn accepted() -> Destination {
+    accepted_for(Duration::ZERO)
+}
+
+/// `keep`: what the source asks for.
+fn accepted_for(keep: Duration) -> Destination {
     let mut machine = Destination::new(7, 1);
     let spec = MachineSpec {
         name: "m".into(),
@@ -23,7 +28,6 @@ fn accepted() -> Destination {
         devices: Vec::new(),
         config: Vec::new(),
     };
-    let keep = Duration::ZERO;
     let offer = Say::Offer { spec, codecs: 1, lanes: 1, keep, machine: None };
     machine.handle(S, Event::Message(offer));
     assert_eq!(machine.deadline(), None, "it is this host's turn");
@@ -80,6 +84,17 @@ fn a_source_that_brings_no_more_pages_is_let_go_and_each_batch_counts() {
     }
     let actions = silent_from(&mut machine, 100 * S + 9 * (SILENCE - S), SILENCE);
     is_let_go(&machine, &actions, SILENCE);
+}
+
+#[test]
+fn a_source_that_is_away_is_not_awaited_for_longer_than_an_hour_whatever_it_asked_for() {
+    let mut machine = accepted_for(1000 * MAX_KEEP);
+    machine.handle(200 * S, Event::LinkLost("cut".into()));
+    let actions = silent_from(&mut machine, 200 * S, MAX_KEEP);
+    let [DestinationAction::Finish(Arrival::Void(why))] = &actions[..] else {
+        panic!("{actions:?}");
+    };
+    assert!(why.contains("did not come back"), "{why}");
 }
 
 #[test]
