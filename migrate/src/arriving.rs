@@ -13,7 +13,7 @@ use ferry_pages::PageSet;
 use ferry_protocol::limits::{MAX_MESSAGE_BYTES, MAX_WAITING_MESSAGES, max_commit_bytes};
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, MachineSpec, Refusal,
-    StateReader, ToDestination, wire,
+    StateReader, ToDestination, is_machine_name, wire,
 };
 use ferry_transport::{ByteSink, FrameReader, LinkError, send_message};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -150,7 +150,7 @@ async fn read(
             Ok(Some(bytes)) => match wire::decode::<ToDestination>(&bytes) {
                 Ok(message) => {
                     committed |= bytes.len() > MAX_MESSAGE_BYTES;
-                    DestinationEvent::Message(message)
+                    DestinationEvent::Message(message.plain())
                 }
                 Err(e) => DestinationEvent::BadPages(format!("the source sent nonsense: {e}")),
             },
@@ -496,6 +496,10 @@ impl<H: Host + 'static> Arriving<H> {
     fn build(&mut self, spec: MachineSpec, machine: Option<u128>) -> Result<Built, Vec<Refusal>> {
         let name = spec.name.clone();
         let peer = self.peer.to_string();
+        if !is_machine_name(&name) {
+            let why = format!("`{:.64}` cannot name a machine", name.escape_debug().to_string());
+            return Err(vec![Refusal::new("name", why)]);
+        }
         (self.server.tell)(ReceiveEvent::Arriving { name: name.clone(), peer });
         let admission = &self.server.options.admission;
         let admitted = admission.admit(&self.peer.peer, "send machine", &spec.name);

@@ -130,7 +130,7 @@ async fn read(source: Box<dyn ByteSource>, max_message: usize, tell: Tell) {
     loop {
         let event = match reader.read_message(max_message).await {
             Ok(Some(bytes)) => match wire::decode(&bytes) {
-                Ok(message) => ControlEvent::Message(message),
+                Ok::<ToSource, _>(message) => ControlEvent::Message(message.plain()),
                 Err(e) => ControlEvent::Lost(format!("the destination sent nonsense: {e}")),
             },
             Ok(None) => ControlEvent::Lost("the destination closed the control channel".into()),

@@ -27,6 +27,11 @@ pub const MAX_KEEP: Duration = Duration::from_secs(3600);
 /// Sessions whose end is remembered for inquiries.
 pub const REMEMBERED: usize = 1024;
 
+/// Characters of a peer's words that people are shown.
+pub const MAX_WORDS: usize = 1000;
+/// Reasons of a peer that people are shown.
+pub const MAX_REASONS: usize = 32;
+
 /// The most that a commit of a machine with `memory_bytes` may take: its list of owed pages and its state are less
 /// than its memory, but for very small machines.
 pub fn max_commit_bytes(memory_bytes: u64) -> usize {

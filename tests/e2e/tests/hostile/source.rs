@@ -510,6 +510,11 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "4294967295 vCPUs",
             attack!(c => { offered(c, |s| s.vcpus = u32::MAX).await }),
         ),
+        (
+            "a name that draws on the terminal",
+            "`\\u{1b}[2J\\u{1b}[2J",
+            attack!(c => { offered(c, |s| s.name = "\u{1b}[2J".repeat(1000)).await }),
+        ),
         ("no vCPU", "0 vCPUs", attack!(c => { offered(c, |s| s.vcpus = 0).await })),
         ("another VMM", "`qemu`", attack!(c => { offered(c, |s| s.vmm = "qemu".into()).await })),
         (
