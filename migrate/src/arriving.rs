@@ -149,7 +149,8 @@ async fn read(
         let event = match reader.read_message_within(max).await {
             Ok(Some(bytes)) => match wire::decode::<ToDestination>(&bytes) {
                 Ok(message) => {
-                    committed |= bytes.len() > MAX_MESSAGE_BYTES;
+                    committed |= matches!(message, ToDestination::Commit { .. })
+                        || bytes.len() > MAX_MESSAGE_BYTES;
                     DestinationEvent::Message(message.plain())
                 }
                 Err(e) => DestinationEvent::BadPages(format!("the source sent nonsense: {e}")),

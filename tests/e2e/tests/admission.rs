@@ -35,7 +35,10 @@ fn an_allow_list_names_hosts_and_their_machines_and_can_be_changed_at_any_time()
 #[test]
 fn a_machine_goes_to_no_other_host_than_the_one_that_was_named() {
     let hosts = Hosts::new();
+    let pki = hosts.path("pki");
+    hosts.source.run(&["pki", "renew", path(&pki), "--host", "b", "--days", "5"]).succeeded();
     let (receiver, to) = hosts.destination.receive(&["--once"]);
+    receiver.line("the certificate of `b`");
     let _runner = hosts.source.boot("m", PROCESS, &[]);
     let moved = hosts.source.migrate("m", to, &["--peer", "c"]);
     assert_eq!(moved.report["outcome"], "failed", "{:#}", moved.report);
@@ -45,7 +48,6 @@ fn a_machine_goes_to_no_other_host_than_the_one_that_was_named() {
     let fingerprint = why.split(['(', ')']).nth(1).unwrap().to_owned();
 
     // Renewed while the destination runs: another certificate, the same host.
-    let pki = hosts.path("pki");
     hosts.source.run(&["pki", "renew", path(&pki), "--host", "b"]).succeeded();
     // Files are looked at once a second.
     std::thread::sleep(std::time::Duration::from_millis(1200));
