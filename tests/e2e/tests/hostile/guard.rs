@@ -43,7 +43,8 @@ fn named(connector: &MemoryConnector, name: &str) -> Arc<dyn Connector> {
 /// Says `hello`, and what comes of it: an answer, or why the channel was closed.
 async fn says(connector: &Arc<dyn Connector>, hello: Hello) -> Result<ToSource, String> {
     let mut channel = connector.connect().await.unwrap();
-    send_message(channel.sink.as_mut(), &hello.encode()).await.unwrap();
+    // It may be closed already.
+    send_message(channel.sink.as_mut(), &hello.encode()).await.map_err(|e| e.to_string())?;
     let mut reader = FrameReader::new(channel.source);
     match reader.read_message(4096).await {
         Ok(Some(bytes)) => Ok(wire::decode(&bytes).unwrap()),
