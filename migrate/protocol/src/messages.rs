@@ -39,6 +39,7 @@ use std::time::Duration;
 use ferry_pages::PageSet;
 use serde::{Deserialize, Serialize};
 
+use crate::limits::{MAX_REASONS, MAX_WORDS};
 use crate::{Fetched, MachineSpec, PackedPages, Refusal, RunPermit, wire};
 
 /// Oldest protocol version that this build speaks.
@@ -47,10 +48,6 @@ pub const VERSION_MIN: u16 = 2;
 pub const VERSION_MAX: u16 = 2;
 /// First bytes on every channel; a version that cannot be decoded is still recognised by them.
 pub(crate) const MAGIC: [u8; 8] = *b"ferry\0\r\n";
-/// No hello is larger than this.
-pub const MAX_HELLO_BYTES: usize = 256;
-/// No migration has more lanes than this.
-pub const MAX_LANES: u16 = 64;
 
 /// What a channel is for: the first message on it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -283,6 +280,43 @@ pub enum ToSource {
     Verdict(Verdict),
 }
 
+impl ToDestination {
+    /// The same, with what is for people to read as one plain line of bounded length.
+    #[must_use]
+    pub fn plain(mut self) -> Self {
+        if let Self::Abort { reason } = &mut self {
+            make_plain(reason);
+        }
+        self
+    }
+}
+
+impl ToSource {
+    /// As [`ToDestination::plain`].
+    #[must_use]
+    pub fn plain(mut self) -> Self {
+        match &mut self {
+            Self::Failed { reason } | Self::CommitRefused { reason } => make_plain(reason),
+            Self::Accepted { no_post_copy: Some(why), .. } => make_plain(why),
+            Self::Refused { reasons } => {
+                reasons.truncate(MAX_REASONS);
+                for reason in reasons {
+                    make_plain(&mut reason.what);
+                    make_plain(&mut reason.why);
+                }
+            }
+            _ => {}
+        }
+        self
+    }
+}
+
+/// A peer's words go to the operator's terminal.
+fn make_plain(words: &mut String) {
+    let plain = words.chars().map(|c| if c.is_control() { ' ' } else { c });
+    *words = plain.take(MAX_WORDS).collect();
+}
+
 /// What became of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
@@ -292,4 +326,35 @@ pub enum Verdict {
     NeverRan,
     /// This process knows no such session, or not how it ends: it proves nothing.
     Unknown,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_a_peer_are_one_plain_line_of_bounded_length() {
+        let words = "\u{1b}[2Jall is well\n\u{9b}31m".repeat(1000);
+        let refusal = Refusal::new(words.clone(), words.clone());
+        for message in [
+            ToSource::Failed { reason: words.clone() },
+            ToSource::CommitRefused { reason: words.clone() },
+            ToSource::Refused { reasons: vec![refusal; 1000] },
+        ] {
+            let shown = match message.plain() {
+                ToSource::Failed { reason } | ToSource::CommitRefused { reason } => reason,
+                ToSource::Refused { reasons } => {
+                    reasons.iter().map(|r| r.what.clone() + &r.why).collect()
+                }
+                other => panic!("{other:?}"),
+            };
+            assert!(shown.contains("all is well") && !shown.contains(char::is_control));
+            assert!(shown.chars().count() <= 2 * MAX_WORDS * MAX_REASONS);
+        }
+        let ToDestination::Abort { reason } = (ToDestination::Abort { reason: words }).plain()
+        else {
+            panic!()
+        };
+        assert!(!reason.contains(char::is_control) && reason.chars().count() <= MAX_WORDS);
+    }
 }

@@ -84,6 +84,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     match cli.command {
         Command::Demo(demo) => return demo::main(&demo),
         Command::Pki(Pki::Init { dir, hosts, days }) => pki_init(&dir, &hosts, days)?,
+        Command::Pki(Pki::Renew { dir, hosts, days }) => pki_renew(&dir, &hosts, days)?,
         Command::Vm(command) => vm::main(&runtime()?, command)?,
         Command::Receive(args) => receive::main(runtime()?, &args)?,
         Command::Migrate(args) => return migrate::main(&runtime()?, &args),
@@ -99,10 +100,39 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn pki_init(dir: &std::path::Path, hosts: &[String], days: u32) -> Result<(), Failure> {
+fn valid_for(days: u32) -> pki::Validity {
     let host = std::time::Duration::from_secs(u64::from(days) * 86_400);
-    let validity = pki::Validity { host, ..pki::Validity::default() };
-    for made in pki::init_for(dir, hosts, &validity)? {
+    pki::Validity { host, ..pki::Validity::default() }
+}
+
+fn pki_renew(dir: &std::path::Path, hosts: &[String], days: u32) -> Result<(), Failure> {
+    for renewed in pki::renew(dir, hosts, &valid_for(days))? {
+        if let pki::Created::Host(name, path) = renewed {
+            println!("renewed identity {name}: --identity {}", path.display());
+        }
+    }
+    Ok(())
+}
+
+/// Loads an identity that connections will be made with, and says if its time ends soon.
+fn load_identity(dir: &std::path::Path) -> Result<pki::Identity, Failure> {
+    let identity = pki::Identity::load(dir)?;
+    if let Some(soon) = identity.expires_soon(std::time::SystemTime::now()) {
+        eprintln!("ferry: {soon}");
+    }
+    Ok(identity)
+}
+
+/// The allow list in `path`, if there is one; it is read now, so that what is wrong with it is said at once.
+fn allowed(path: Option<&std::path::PathBuf>) -> Result<ferry_transport::Admission, Failure> {
+    let Some(path) = path else { return Ok(ferry_transport::Admission::Everyone) };
+    let admission = ferry_transport::Admission::File(std::path::absolute(path)?);
+    admission.list().map_err(Failure::words)?;
+    Ok(admission)
+}
+
+fn pki_init(dir: &std::path::Path, hosts: &[String], days: u32) -> Result<(), Failure> {
+    for made in pki::init_for(dir, hosts, &valid_for(days))? {
         match made {
             pki::Created::Authority(path) => println!("made authority {}", path.display()),
             pki::Created::Host(name, path) => {

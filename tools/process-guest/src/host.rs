@@ -96,4 +96,8 @@ impl Host for ProcessHost {
             Err(refusals)
         }
     }
+
+    fn available_bytes(&self) -> u64 {
+        if self.huge_pages { u64::MAX } else { ferry_memory::available_bytes() }
+    }
 }

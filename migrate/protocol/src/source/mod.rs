@@ -44,7 +44,8 @@ use std::time::Duration;
 
 use ferry_pages::{Layout, PageSet};
 
-use crate::messages::{MAX_LANES, Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
+use crate::limits::MAX_LANES;
+use crate::messages::{Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
