@@ -133,6 +133,28 @@ fn nor_does_one_while_the_source_comes_back() {
 }
 
 #[test]
+fn a_round_that_is_acknowledged_behind_the_word_of_a_lost_link_ends_nothing() {
+    let mode = (Goals::default(), Mode::PreCopy);
+    let mut source = Source::new(spec(), None, 1, 1, mode, Duration::from_secs(60));
+    let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
+    let (round, lacking) = (1, PackedPages::default());
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Message(accepted),
+        SourceEvent::LanesOpen,
+        SourceEvent::TrackingStarted(pages(0, 10)),
+        SourceEvent::RoundSent { round, batches: 1, bytes: 40_960, same: 0 },
+        SourceEvent::LinkLost("a lane broke".into()),
+    ] {
+        feed(&mut source, 1, event);
+    }
+    let late = SourceEvent::Message(ToSource::RoundDone { round, lacking });
+    assert_eq!(feed(&mut source, 1, late), []);
+    let back = feed(&mut source, 2, SourceEvent::Tick);
+    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 0 }]);
+}
+
+#[test]
 fn the_last_page_may_be_installed_while_the_source_opens_its_lanes_again() {
     let mut source = serving();
     feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
