@@ -35,10 +35,17 @@ fn spec() -> MachineSpec {
 
 /// A source that serves pages 0 to 9 to a machine that runs at the destination.
 fn serving() -> Source {
+    let mut source = committed();
+    let last = feed(&mut source, 1, SourceEvent::Message(RUNNING));
+    assert_eq!(last.last(), Some(&SourceAction::Push));
+    source
+}
+
+/// The same, before it hears that the machine runs.
+fn committed() -> Source {
     let mode = (Goals::default(), Mode::PostCopy);
     let mut source = Source::new(spec(), None, 1, 1, mode, Duration::from_secs(60));
     let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
-    let mut last = Vec::new();
     for event in [
         SourceEvent::Connected,
         SourceEvent::Message(accepted),
@@ -50,11 +57,10 @@ fn serving() -> Source {
         SourceEvent::Harvested(PageSet::new()),
         SourceEvent::StateSaved(vec![1]),
         SourceEvent::Harvested(PageSet::new()),
-        SourceEvent::Message(RUNNING),
     ] {
-        last = feed(&mut source, 1, event);
+        feed(&mut source, 1, event);
     }
-    assert_eq!(last.last(), Some(&SourceAction::Push));
+    assert!(source.is_committed());
     source
 }
 
@@ -152,6 +158,15 @@ fn a_round_that_is_acknowledged_behind_the_word_of_a_lost_link_ends_nothing() {
     assert_eq!(feed(&mut source, 1, late), []);
     let back = feed(&mut source, 2, SourceEvent::Tick);
     assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 0 }]);
+}
+
+#[test]
+fn a_source_that_hears_that_the_machine_runs_behind_the_word_of_a_lost_link_comes_back() {
+    let mut source = committed();
+    feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+    feed(&mut source, 2, SourceEvent::Message(RUNNING));
+    let back = feed(&mut source, 3, SourceEvent::Tick);
+    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 1 }]);
 }
 
 #[test]
