@@ -8,6 +8,7 @@ mod memory;
 mod network;
 mod paging;
 mod plan;
+mod rounds;
 mod serving;
 mod source_host;
 mod watch;

@@ -99,12 +99,10 @@ impl World {
             return Err(Rule::Progress.broken(why));
         }
         if !detached {
-            // It is asked for half a minute.
-            let asked_in_vain = d.dead || self.now < self.net.down_until.saturating_add(20_000_000);
-            if !asked_in_vain && self.now > self.calm_since + 60_000_000 {
-                return Err(
-                    Rule::Progress.broken("in doubt, and the destination was there to be asked")
-                );
+            // It was asked for half a minute, twice a second.
+            if !d.dead && s.in_vain_us > 15_000_000 {
+                let why = "in doubt, and the destination was there to be asked";
+                return Err(Rule::Progress.broken(why));
             }
             return Ok(End::PausedInDoubt);
         }

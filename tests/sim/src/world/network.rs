@@ -139,6 +139,10 @@ pub(crate) struct Network {
     /// A commit that was lost with its link.
     pub(crate) late_commit: Option<Vec<u8>>,
     channel_free_at: [u64; CHANNELS],
+    /// Nothing that is put on these comes.
+    broken: [bool; CHANNELS],
+    /// The present link has more than the control channel.
+    pub(crate) lanes_open: bool,
     pub(crate) latency_us: u64,
     /// The link that the source opened last, and whether it carries.
     pub(crate) link: u32,
@@ -166,6 +170,8 @@ impl Network {
             held: Vec::new(),
             late_commit: None,
             channel_free_at: [0; CHANNELS],
+            broken: [false; CHANNELS],
+            lanes_open: false,
             latency_us,
             link: 0,
             up: true,
@@ -215,6 +221,9 @@ impl Network {
     /// Puts a packet on a channel: delayed, never reordered within it; lost if the link is.
     pub(crate) fn send(&mut self, now: u64, rng: &mut SmallRng, channel: usize, packet: Packet) {
         let delay = self.latency_us + rng.random_range(0..self.latency_us * 2);
+        if self.broken[channel] {
+            return;
+        }
         let at = (now + delay).max(self.channel_free_at[channel]);
         self.channel_free_at[channel] = at;
         self.at_on_link(at, packet);
@@ -291,6 +300,27 @@ impl Network {
         std::mem::replace(&mut self.up, false)
     }
 
+    /// One lane breaks, or all do, or the urgent one; whether there are any.
+    pub(crate) fn break_lanes(&mut self, rng: &mut SmallRng) -> bool {
+        if !self.lanes_open {
+            return false;
+        }
+        let lanes = match rng.random_range(0..3) {
+            0 => 1..=1,
+            1 => 1..=LANES,
+            _ => URGENT..=URGENT,
+        };
+        self.broken[lanes].fill(true);
+        true
+    }
+
+    /// When the source has all messages that are still on the way to it, at `now` or later.
+    pub(crate) fn last_word_at(&self, now: u64) -> u64 {
+        let to_source = |p: &Packet| matches!(p, Packet::ToSource(..));
+        let last = self.in_flight.iter().rev().find(|(_, (_, packet))| to_source(packet));
+        last.map_or(now, |((at, _), _)| *at)
+    }
+
     fn note_commit(&mut self, packet: Packet) {
         if let Packet::ToDestination(_, bytes) = packet
             && let Ok(ToDestination::Commit { .. }) = wire::decode(&bytes)
@@ -304,6 +334,8 @@ impl Network {
         self.link += 1;
         self.up = true;
         self.channel_free_at = [0; CHANNELS];
+        self.broken = [false; CHANNELS];
+        self.lanes_open = false;
         for packet in std::mem::take(&mut self.held) {
             self.at(now + rng.random_range(0..self.latency_us * 8), packet);
         }

@@ -158,14 +158,21 @@ impl World {
             return Err(Rule::Bounded.broken(why));
         }
         d.asked_for |= bit(page);
-        self.net.send(self.now, &mut self.rng, URGENT, Packet::Request(page));
+        self.request(page);
         Ok(())
+    }
+
+    fn request(&mut self, page: u64) {
+        // On an older link than the source's, it is lost.
+        if self.destination.listens_to(self.net.link) {
+            self.net.send(self.now, &mut self.rng, URGENT, Packet::Request(page));
+        }
     }
 
     /// A page that will not come out of the old copy, whether or not a thread waits for it.
     fn ask_for_lacking(&mut self, page: u64) {
         if self.destination.urgent {
-            self.net.send(self.now, &mut self.rng, URGENT, Packet::Request(page));
+            self.request(page);
         }
     }
 

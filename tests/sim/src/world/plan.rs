@@ -11,7 +11,7 @@ use crate::rules::Kept;
 pub(crate) enum Fate {
     /// The network breaks.
     Cut,
-    /// One lane does, seen by the source or by the destination first; all else on the link goes on.
+    /// Lanes do, seen by the source or by the destination first; all else on the link goes on.
     LaneBreaks {
         at_source: bool,
     },
@@ -107,7 +107,7 @@ impl World {
             destination_restarts: rng.random_bool(0.5),
             destination_dies_later: rng.random_bool(0.05),
             source_dies: rng.random_bool(0.1),
-            spool: rng.random_bool(0.5),
+            spool: rng.random_bool(0.7),
             cancels_rejoining: rng.random_bool(0.1),
             operator_persists: rng.random_bool(0.7),
             refuse_load: rng.random_bool(0.05),
@@ -161,6 +161,9 @@ impl World {
             Fate::LaneBreaks { .. } if !self.net.up => {}
             Fate::LaneBreaks { at_source } => {
                 self.cut = true;
+                if !self.net.break_lanes(&mut self.rng) {
+                    return Ok(());
+                }
                 let (link, later) = (self.net.link, self.now + self.notice());
                 let (here, there) = if at_source { (self.now, later) } else { (later, self.now) };
                 self.net.at(here, Packet::SourceLost(link));
@@ -178,7 +181,7 @@ impl World {
             }
             Fate::PagingBreaks => self.paging_breaks()?,
             Fate::Abandoned => self.abandon()?,
-            Fate::Reattach => self.reattach(),
+            Fate::Reattach => self.reattach()?,
             Fate::ServeSpool => self.serve_spool()?,
             Fate::Fence => self.fence(),
         }
@@ -206,10 +209,13 @@ impl World {
         }
         self.drop_link();
         let link = self.net.link;
-        // Each channel says so, and the first is not always the only one.
-        for _ in 0..self.rng.random_range(1..3) {
-            let at = self.now + self.notice();
-            self.net.at(at, Packet::SourceLost(link));
+        // Each channel says so, the control channel behind the last that it brought.
+        let last = self.net.last_word_at(self.now);
+        for after in [self.now, last] {
+            if after == last || self.rng.random_bool(0.5) {
+                let at = after + self.notice();
+                self.net.at(at, Packet::SourceLost(link));
+            }
         }
     }
 

@@ -10,7 +10,6 @@ use rand::RngExt;
 use super::memory::{Mask, Memory, PAGES, bit, mask, of_run};
 use super::network::{Kind, Packet, URGENT};
 use super::plan::Fate;
-use super::source_host::runs;
 use super::{NEVER, Plant, World};
 use crate::rules::{Kept, Rule};
 
@@ -48,7 +47,10 @@ impl World {
             owed &= unsent;
         }
         self.source.serves += 1;
-        let queue = PushQueue::new(super::memory::set(owed), runs(record));
+        let queue = PushQueue::new(
+            super::memory::set(owed),
+            record.iter().flat_map(PageSet::runs).collect(),
+        );
         let (turn, pace) = (self.source.serves, PushPace::new(None));
         self.source.serving = Some(Serving { turn, round, owed, queue, pace });
         self.begin_spooling(owed)?;
@@ -136,6 +138,7 @@ impl World {
         super::memory::pages(owed).for_each(|page| memory[page] = from[page]);
         let whole_at = self.now + self.rng.random_range(0..60_000);
         let digest = self.source.memory.digest();
+        self.source.spool_due_at.get_or_insert(whole_at);
         self.source.spooling = Some(Spool { words, owed, memory, digest, whole_at });
         Ok(())
     }
@@ -186,25 +189,25 @@ impl World {
         }
     }
 
-    pub(super) fn reattach(&mut self) {
+    pub(super) fn reattach(&mut self) -> Kept {
         // Its process may be dead by now.
         let Some(Outcome::Detached { reattach, .. }) =
             self.source.outcome.take_if(|o| matches!(o, Outcome::Detached { .. }))
         else {
-            return;
+            return Ok(());
         };
         let machine = Source::reattach(reattach, self.source.goals, self.source.rejoin_for);
-        self.begin_again(machine);
         self.source.reattached = true;
+        self.begin_again(machine)
     }
 
-    fn begin_again(&mut self, machine: Source) {
+    fn begin_again(&mut self, machine: Source) -> Kept {
         let s = &mut self.source;
         s.machine = machine;
         s.process += 1;
         s.began = self.now;
         s.lost_at = Some(self.now);
-        self.note_debt();
+        self.note_debt()
     }
 
     /// Its guest, its memory and its machine are gone.
@@ -216,6 +219,7 @@ impl World {
             return;
         }
         (s.dead, s.runs, s.outcome) = (true, false, None);
+        s.spool_due_at.take_if(|at| *at > self.now);
         self.cut = true;
         self.stop_serving();
         self.drop_link();
@@ -244,9 +248,8 @@ impl World {
         s.handed.clear();
         s.memory = spool.memory;
         s.runs = self.plant == Plant::SpoolRuns;
-        self.begin_again(machine);
-        self.source.forget_old_copy();
-        Ok(())
+        s.forget_old_copy();
+        self.begin_again(machine)
     }
 
     /// Everyone is sure that the destination's process is dead: what is here may run.

@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use ferry_pages::PageSet;
 use ferry_protocol::{
     Goals, MachineSpec, Mode, Outcome, Progress, RunPermit, Source, SourceAction, SourceEvent,
     ToDestination,
@@ -12,30 +11,12 @@ use rand::RngExt;
 use rand::rngs::SmallRng;
 
 use super::memory::{Mask, Memory, PAGES, bit, mask, pages, set};
-use super::network::{Batch, CONTROL, Kind, LANES, Packet, Pages, URGENT};
+use super::network::{CONTROL, Packet, URGENT};
 use super::plan::Fate;
+use super::rounds::Round;
 use super::serving::{Serving, Spool};
 use super::{Plant, SESSION, World};
 use crate::rules::{Kept, Rule};
-
-const BATCH_PAGES: usize = 5;
-/// Rounds of which is remembered what was sent.
-const ROUNDS_SENT: usize = 8;
-
-/// A round that is being sent.
-struct Round {
-    number: u32,
-    left: Mask,
-    /// Re-armed, perhaps long before it is read.
-    armed: Mask,
-    /// The guest ran when it began.
-    tracked: bool,
-    /// It was given up with its link.
-    ended: bool,
-    batches: u64,
-    pages: u64,
-    same: u64,
-}
 
 pub(crate) struct SourceHost {
     pub(super) machine: Source,
@@ -49,9 +30,9 @@ pub(crate) struct SourceHost {
     pub(super) rejoin_for: Duration,
     pub(super) memory: Memory,
     /// Digests of the destination's old copy.
-    recalled: [Option<u64>; PAGES as usize],
+    pub(super) recalled: [Option<u64>; PAGES as usize],
     /// Memory when tracking started.
-    at_start: Memory,
+    pub(super) at_start: Memory,
     pub(super) dirty: Mask,
     /// Harvested, and on their way to `machine`.
     pub(super) handed: Vec<Mask>,
@@ -60,20 +41,20 @@ pub(crate) struct SourceHost {
     pub(super) tracking: bool,
     writes_per_ms: u64,
     /// Pages are re-armed long before they are read.
-    arms_at_once: bool,
+    pub(super) arms_at_once: bool,
     pub(super) runs: bool,
     pub(super) dead: bool,
     permit: Option<RunPermit>,
     /// Memory as it was when the guest stood still, before and after state was saved.
     pub(super) at_stop: Option<Memory>,
     pub(super) at_pause: Option<Memory>,
-    harvests_while_paused: u32,
-    rounds: Vec<Round>,
+    pub(super) harvests_while_paused: u32,
+    pub(super) rounds: Vec<Round>,
     /// The pages of the last rounds.
     pub(super) rounds_sent: Vec<(u32, Mask)>,
     /// Sent on links before this one; only a fault remembers it.
-    sent_before: Mask,
-    batches_read: u32,
+    pub(super) sent_before: Mask,
+    pub(super) batches_read: u32,
     pub(super) serving: Option<Serving>,
     pub(super) serves: u32,
     /// What the last `Serve` before a lost link had not sent.
@@ -83,6 +64,8 @@ pub(crate) struct SourceHost {
     pub(super) spool: Option<Spool>,
     /// Not whole before its time comes.
     pub(super) spooling: Option<Spool>,
+    /// When one of the present commit is whole.
+    pub(super) spool_due_at: Option<u64>,
     /// Nothing is left of the source but its spool.
     pub(super) by_spool: bool,
     pub(super) lost_at: Option<u64>,
@@ -94,6 +77,8 @@ pub(crate) struct SourceHost {
     /// Runs on the operator's word that the destination is dead.
     pub(super) fenced: bool,
     pub(super) outcome: Option<Outcome>,
+    /// When it ended, nothing had gone wrong for so long.
+    pub(super) in_vain_us: u64,
     pub(super) returned: Mask,
     /// Harvested, and not installed at the destination since.
     pub(super) unpaid: Mask,
@@ -148,6 +133,7 @@ impl SourceHost {
             early_requests: Vec::new(),
             spool: None,
             spooling: None,
+            spool_due_at: None,
             by_spool: false,
             lost_at: None,
             last_round: 0,
@@ -156,6 +142,7 @@ impl SourceHost {
             reattached: false,
             fenced: false,
             outcome: None,
+            in_vain_us: 0,
             returned: 0,
             unpaid: 0,
         }
@@ -166,32 +153,9 @@ impl SourceHost {
         Some(self.began + deadline.as_micros() as u64 + self.late_us)
     }
 
-    /// What a lane reads of `pages`; if it `may` name them, not those that the destination has.
-    pub(super) fn read(&self, which: Mask, may_name: bool, plant: Plant) -> Pages {
-        let compared = match plant {
-            Plant::CompareBeforeRearm => &self.at_start,
-            _ => &self.memory,
-        };
-        let has = |p: u64| {
-            may_name
-                && self.recalled[p as usize]
-                    .is_some_and(|d| d == compared[p].digest(p) && !compared[p].is_zero())
-        };
-        pages(which).map(|p| (p, (!has(p)).then_some(self.memory[p]))).collect()
-    }
-
     /// A process that begins with a spool knows of no old copy.
     pub(super) fn forget_old_copy(&mut self) {
         self.recalled = [None; PAGES as usize];
-    }
-
-    /// Nothing more is sent or re-armed for rounds under way.
-    fn end_rounds(&mut self, plant: Plant) {
-        if plant == Plant::StragglerRearms {
-            self.rounds.iter_mut().for_each(|round| round.ended = true);
-        } else {
-            self.rounds.clear();
-        }
     }
 }
 
@@ -228,7 +192,7 @@ impl World {
             self.source.handed.swap_remove(at);
         }
         let owed_before = self.source.debt;
-        self.note_debt();
+        self.note_debt()?;
         while let Some(action) = self.source.machine.poll() {
             self.tell("source       ->", || super::words::source_action(&action));
             self.act_source(action)?;
@@ -242,11 +206,19 @@ impl World {
         Ok(())
     }
 
-    pub(super) fn note_debt(&mut self) {
-        self.source.debt = self.source.machine.debt().into_iter().fold(0, |m, s| m | mask(s));
+    pub(super) fn note_debt(&mut self) -> Kept {
+        self.source.debt = 0;
+        for owed in self.source.machine.debt() {
+            let pages = mask(owed);
+            if u64::from(pages.count_ones()) != owed.len() {
+                return Err(Rule::Bounded.broken("the source owes pages that the machine has not"));
+            }
+            self.source.debt |= pages;
+        }
+        Ok(())
     }
 
-    fn later(&mut self, event: SourceEvent) {
+    pub(super) fn later(&mut self, event: SourceEvent) {
         let at = self.now + self.rng.random_range(1..800);
         self.net.at(at, Packet::Event(self.source.process, event));
     }
@@ -267,6 +239,7 @@ impl World {
                 if self.source.lost_at.is_some() {
                     self.tempt_fate();
                 }
+                self.net.lanes_open = true;
                 self.net.send(self.now, &mut self.rng, URGENT, Packet::UrgentOpen);
                 let at = self.now + self.rng.random_range(1..800 + self.net.latency_us * 4);
                 let open = Packet::Event(self.source.process, SourceEvent::LanesOpen);
@@ -308,6 +281,7 @@ impl World {
                 self.source.harvests_while_paused = 0;
                 if self.plant != Plant::SpoolOfOldCommit {
                     (self.source.spool, self.source.spooling) = (None, None);
+                    self.source.spool_due_at = None;
                 }
             }
             SourceAction::ReturnDirty(pages) => {
@@ -334,107 +308,6 @@ impl World {
         Ok(())
     }
 
-    fn harvest(&mut self) {
-        let mut pages = std::mem::take(&mut self.source.dirty);
-        if self.plant == Plant::DropHarvestedBit && self.source.machine.rounds() > 0 {
-            pages &= pages.wrapping_sub(1);
-        }
-        if !self.source.runs {
-            self.source.harvests_while_paused += 1;
-            if self.source.harvests_while_paused == 2 && self.plant == Plant::SkipHarvestAfterSave {
-                pages = 0;
-            }
-        }
-        self.source.unpaid |= pages;
-        self.source.handed.push(pages);
-        self.later(SourceEvent::Harvested(set(pages)));
-    }
-
-    fn begin_round(&mut self, number: u32, pages: Mask) {
-        let s = &mut self.source;
-        s.last_round = pages;
-        s.rounds_sent.truncate(ROUNDS_SENT - 1);
-        s.rounds_sent.insert(0, (number, pages));
-        let mut left = pages;
-        if self.plant == Plant::DroppedDebt {
-            left &= !std::mem::take(&mut s.sent_before);
-        }
-        let (tracked, pages) = (s.runs, u64::from(left.count_ones()));
-        let (armed, ended, batches, same) = (0, false, 0, 0);
-        s.rounds.push(Round { number, left, armed, tracked, ended, batches, pages, same });
-        let at = self.now + self.rng.random_range(1..400);
-        self.net.at(at, Packet::RoundTurn(number));
-    }
-
-    /// The next batch of a round: re-armed, then read.
-    pub(super) fn send_more(&mut self, number: u32) {
-        let Some(at) = self.source.rounds.iter().position(|r| r.number == number) else { return };
-        let (plant, paused) = (self.plant, !self.source.runs);
-        if self.source.rounds[at].left == 0 {
-            let Round { batches, pages, same, ended, .. } = self.source.rounds.swap_remove(at);
-            // One that is still to come is not counted.
-            let early = plant == Plant::CommitWithoutLastBatch && paused && batches > 0;
-            let batches = batches - u64::from(early);
-            if !ended {
-                self.later(SourceEvent::RoundSent {
-                    round: number,
-                    batches,
-                    bytes: pages * 4096,
-                    same,
-                });
-            }
-            return;
-        }
-        let batch = pages(self.source.rounds[at].left).take(BATCH_PAGES).fold(0, |m, p| m | bit(p));
-        let arms = if self.source.arms_at_once { self.source.rounds[at].left } else { batch };
-        let round = &mut self.source.rounds[at];
-        round.left &= !batch;
-        let last = round.left == 0;
-        let arms = if round.tracked { arms & !round.armed } else { 0 };
-        let (tracked, ended) = (round.tracked, round.ended);
-        round.armed |= arms;
-        let mut read = Vec::new();
-        if plant == Plant::CopyBeforeRearm {
-            read = self.source.read(batch, tracked, plant);
-            self.source_guest_writes(1000);
-        }
-        self.source.dirty &= !arms;
-        if plant != Plant::CopyBeforeRearm {
-            read = self.source.read(batch, tracked, plant);
-        }
-        let next = self.now + self.rng.random_range(0..1 + self.net.latency_us / 8);
-        self.net.at(next, Packet::RoundTurn(number));
-        if ended {
-            return;
-        }
-        let round = &mut self.source.rounds[at];
-        round.batches += 1;
-        round.same += u64::from(super::network::named(&read).count_ones());
-        if plant == Plant::CommitWithoutLastBatch && paused && last {
-            let batch = self.batch(number, Kind::Lane, read);
-            return self.net.at_on_link(self.now + 100_000, Packet::Batch(batch));
-        }
-        self.send_batch(number, Kind::Lane, read);
-    }
-
-    pub(super) fn batch(&mut self, round: u32, kind: Kind, pages: Pages) -> Batch {
-        self.source.batches_read += 1;
-        Batch { link: self.net.link, round, serial: self.source.batches_read, kind, pages }
-    }
-
-    /// Puts pages on one of the lanes; now and then they come twice.
-    pub(super) fn send_batch(&mut self, round: u32, kind: Kind, pages: Pages) {
-        let batch = self.batch(round, kind, pages);
-        let faulty = matches!(self.plant, Plant::NoLedger | Plant::NoDemand);
-        if self.rng.random_bool(if faulty { 0.3 } else { 0.03 }) {
-            let at = self.now + self.rng.random_range(0..self.net.latency_us * 8);
-            let echo = Batch { kind: Kind::Echo, ..batch.clone() };
-            self.net.at_on_link(at, Packet::Batch(echo));
-        }
-        let lane = 1 + self.rng.random_range(0..LANES);
-        self.net.send(self.now, &mut self.rng, lane, Packet::Batch(batch));
-    }
-
     fn rejoin(&mut self, done: u32) {
         let lost: Mask = self.source.rounds.iter().fold(0, |m, r| m | r.armed);
         self.source.sent_before |= lost | self.source.last_round;
@@ -458,7 +331,16 @@ impl World {
 
     fn told(&mut self, progress: &Progress) {
         match progress {
-            Progress::Committed => self.tempt_fate(),
+            Progress::Committed => {
+                self.tempt_fate();
+                if self.plan.source_dies && self.rng.random_bool(0.4) {
+                    let at = self.now + self.rng.random_range(0..200_000);
+                    self.fate_at(at, Fate::SourceDies);
+                    if self.rng.random_bool(0.5) {
+                        self.cut_link();
+                    }
+                }
+            }
             Progress::Running => {
                 self.source.lost_at = self.source.lost_at.map(|_| self.now);
                 for (planned, what) in [
@@ -514,14 +396,11 @@ impl World {
         if self.source.outcome.is_some() {
             return Err(Rule::TrueEnd.broken("finished twice"));
         }
+        let carries = self.now > self.net.down_until;
+        self.source.in_vain_us = if carries { self.now.saturating_sub(self.calm_since) } else { 0 };
         self.ask_operator(&outcome);
         self.end_spooling(&outcome);
         self.source.outcome = Some(outcome);
         Ok(())
     }
-}
-
-/// Owed pages are named by runs in what the machine asks for.
-pub(super) fn runs(record: &[PageSet]) -> Vec<ferry_pages::Run> {
-    record.iter().flat_map(PageSet::runs).collect()
 }

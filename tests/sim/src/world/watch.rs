@@ -49,6 +49,8 @@ impl World {
             return Ok(());
         }
         let lost = match (self.source.dead, self.spool()) {
+            // It was whole when its source died.
+            (true, None) if self.source.spool_due_at.is_some() => d.missing,
             (true, None) => return Ok(()),
             (true, Some(spool)) => d.missing & (!spool.owed | spool.memory.differing(truth)),
             (false, _) => d.missing & (!self.source.debt | self.source.memory.differing(truth)),

@@ -39,8 +39,8 @@ fn packed(packed: &PackedPages) -> String {
 pub(super) fn fate(fate: Fate) -> &'static str {
     match fate {
         Fate::Cut => "the network is cut",
-        Fate::LaneBreaks { at_source: true } => "a lane breaks, and the source sees it",
-        Fate::LaneBreaks { at_source: false } => "a lane breaks, and the destination sees it",
+        Fate::LaneBreaks { at_source: true } => "lanes break, and the source sees it",
+        Fate::LaneBreaks { at_source: false } => "lanes break, and the destination sees it",
         Fate::Cancel => "the operator cancels",
         Fate::SourceDies => "the source's process dies",
         Fate::DestinationDies => "the destination's process dies",
