@@ -8,8 +8,11 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ferry_migrate::is_machine_name;
+use rustix::net::{Shutdown, shutdown};
 
 /// Why the runtime directory did not help.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +40,10 @@ pub(crate) struct RuntimeDir(PathBuf);
 pub(crate) struct Reservation {
     name: String,
     dir: PathBuf,
-    _lock: File,
+    lock: File,
+    /// The control socket, once there is one.
+    listener: OnceLock<UnixListener>,
+    released: AtomicBool,
 }
 
 impl RuntimeDir {
@@ -70,7 +76,13 @@ impl RuntimeDir {
             .open(path)
             .map_err(fail)?;
         match lock.try_lock() {
-            Ok(()) => Ok(Reservation { name: name.to_owned(), dir: self.0.clone(), _lock: lock }),
+            Ok(()) => Ok(Reservation {
+                name: name.to_owned(),
+                dir: self.0.clone(),
+                lock,
+                listener: OnceLock::new(),
+                released: AtomicBool::new(false),
+            }),
             Err(TryLockError::WouldBlock) => {
                 Err(RuntimeError::Taken { name: name.to_owned(), dir: self.0.clone() })
             }
@@ -108,12 +120,34 @@ impl Reservation {
         &self.name
     }
 
-    /// The machine's control socket.
+    /// The machine's control socket; accepting ends with an error when the name is given back.
     pub(crate) fn listen(&self) -> Result<UnixListener, RuntimeError> {
         let path = self.socket();
         // Nobody else has the name: what is there was left behind.
         let _ = std::fs::remove_file(&path);
-        UnixListener::bind(&path).map_err(|source| RuntimeError::Socket { path, source })
+        let listener = UnixListener::bind(&path).and_then(|l| Ok((l.try_clone()?, l)));
+        let (ours, listener) = listener.map_err(|source| RuntimeError::Socket { path, source })?;
+        // There is one for each reservation.
+        let _ = self.listener.set(ours);
+        Ok(listener)
+    }
+
+    /// Gives the name back before the machine is gone: another one may take it from here on.
+    pub(crate) fn release(&self) {
+        if self.released.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // The lock's file stays: removing it would let two processes lock two files of one name.
+        let _ = std::fs::remove_file(self.socket());
+        if let Some(listener) = self.listener.get() {
+            // Whoever waits for a client in `accept` would wait for ever.
+            let _ = shutdown(listener, Shutdown::Both);
+        }
+        let _ = self.lock.unlock();
+    }
+
+    pub(crate) fn is_released(&self) -> bool {
+        self.released.load(Ordering::SeqCst)
     }
 
     fn socket(&self) -> PathBuf {
@@ -123,8 +157,7 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // The lock's file stays: removing it would let two processes lock two files of one name.
-        let _ = std::fs::remove_file(self.socket());
+        self.release();
     }
 }
 
@@ -143,6 +176,21 @@ mod tests {
         drop(first);
         assert!(runtime.names().unwrap().is_empty());
         runtime.reserve("a").unwrap();
+    }
+
+    #[test]
+    fn a_name_that_is_given_back_can_be_taken_while_its_holder_lives_and_nobody_listens_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::open(Some(dir.path().join("run"))).unwrap();
+        let first = runtime.reserve("a").unwrap();
+        let listener = first.listen().unwrap();
+        let accepting = std::thread::spawn(move || listener.accept().is_err());
+        first.release();
+        assert!(accepting.join().unwrap());
+        let second = runtime.reserve("a").unwrap();
+        let _listener = second.listen().unwrap();
+        drop(first);
+        assert_eq!(runtime.names().unwrap(), ["a"]);
     }
 
     #[test]
