@@ -27,6 +27,9 @@ impl World {
         let d = &self.destination;
         // Of a machine that died there, the operator may know.
         let there = d.runs || d.ever_ran && !self.source.fenced;
+        if self.source.runs && self.source.by_spool {
+            return Err(Rule::OneRuns.broken("a spool runs its machine, and has no right to"));
+        }
         if self.source.runs && there {
             return Err(Rule::OneRuns.broken("it runs at the source, and ran at the destination"));
         }
