@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench fuzz lint setup cargo-deny
+.PHONY: help demo test sim bench fuzz lint setup cargo-deny
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.18.3
@@ -24,6 +24,10 @@ test: setup ## Run every test; what cannot run here is listed as SKIP at the end
 		/^SKIP: / { skipped[++n] = "SKIP " name ": " substr($$0, 7) } \
 		!quiet { print; fflush() } \
 		END { for (i = 1; i <= n; i++) print skipped[i] }'
+
+sim: setup ## Run the protocol in virtual time: SEEDS=100000 FROM=0; SEED=n replays one and shows all of it
+	@$(CARGO) run --release --locked --quiet -p ferry-sim -- \
+		$(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100000) --from $(or $(FROM),0)) $(if $(PLANT),--plant $(PLANT))
 
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench

@@ -442,6 +442,10 @@ impl<'a> Engine<'a> {
             SourceAction::Resume(permit) => {
                 self.paused = false;
                 self.failed_resume = self.guest.resume(permit).err();
+                // Of a commit that came to nothing: the next one owes other pages, with other content.
+                if let Some(spooling) = self.spooling.take() {
+                    spooling.end(false);
+                }
                 None
             }
             SourceAction::ReturnDirty(pages) => {

@@ -258,6 +258,11 @@ impl Destination {
         matches!(self.phase, Phase::Alone { .. })
     }
 
+    /// Rounds of which batches came and that are not done: one, and two more while the guest stands still.
+    pub fn open_rounds(&self) -> usize {
+        self.installed.len()
+    }
+
     /// Takes one event at time `now` since the start.
     pub fn handle(&mut self, now: Duration, event: DestinationEvent) {
         use DestinationEvent::{AllHere, Built, Digest, Installed, Message, Rejoined, Resumed};

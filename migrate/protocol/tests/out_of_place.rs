@@ -33,27 +33,41 @@ fn spec() -> MachineSpec {
     }
 }
 
-/// A source that serves pages 0 to 9 to a machine that runs at the destination.
-fn serving() -> Source {
-    let mode = (Goals::default(), Mode::PostCopy);
-    let mut source = Source::new(spec(), None, 1, 1, mode, Duration::from_secs(60));
+/// A source whose commit is on its way.
+fn committed(mode: Mode) -> Source {
+    let how = (Goals::default(), mode);
+    let mut source = Source::new(spec(), None, 1, 1, how, Duration::from_secs(60));
     let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
-    let mut last = Vec::new();
-    for event in [
+    let mut events = vec![
         SourceEvent::Connected,
         SourceEvent::Message(accepted),
         SourceEvent::LanesOpen,
-        SourceEvent::TrackingStarted(pages(0, 10)),
         SourceEvent::Message(ToSource::Ready),
+        SourceEvent::TrackingStarted(pages(0, 10)),
+    ];
+    if mode == Mode::PreCopy {
+        events.push(SourceEvent::RoundSent { round: 1, batches: 1, bytes: 100, same: 0 });
+        let done = ToSource::RoundDone { round: 1, lacking: PackedPages::default() };
+        events.push(SourceEvent::Message(done));
+    }
+    events.extend([
         SourceEvent::Harvested(PageSet::new()),
         SourceEvent::Paused(RunPermit::for_new_machine(1)),
         SourceEvent::Harvested(PageSet::new()),
         SourceEvent::StateSaved(vec![1]),
         SourceEvent::Harvested(PageSet::new()),
-        SourceEvent::Message(RUNNING),
-    ] {
-        last = feed(&mut source, 1, event);
+    ]);
+    for event in events {
+        feed(&mut source, 1, event);
     }
+    assert!(source.is_committed(), "{mode:?}");
+    source
+}
+
+/// A source that serves pages 0 to 9 to a machine that runs at the destination.
+fn serving() -> Source {
+    let mut source = committed(Mode::PostCopy);
+    let last = feed(&mut source, 1, SourceEvent::Message(RUNNING));
     assert_eq!(last.last(), Some(&SourceAction::Push));
     source
 }
@@ -130,6 +144,40 @@ fn nor_does_one_while_the_source_comes_back() {
             still_owes(source, &actions, &said);
         }
     }
+}
+
+#[test]
+fn a_round_that_is_acknowledged_behind_the_word_of_a_lost_link_ends_nothing() {
+    let mode = (Goals::default(), Mode::PreCopy);
+    let mut source = Source::new(spec(), None, 1, 1, mode, Duration::from_secs(60));
+    let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
+    let (round, lacking) = (1, PackedPages::default());
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Message(accepted),
+        SourceEvent::LanesOpen,
+        SourceEvent::TrackingStarted(pages(0, 10)),
+        SourceEvent::RoundSent { round, batches: 1, bytes: 40_960, same: 0 },
+        SourceEvent::LinkLost("a lane broke".into()),
+    ] {
+        feed(&mut source, 1, event);
+    }
+    let late = SourceEvent::Message(ToSource::RoundDone { round, lacking });
+    assert_eq!(feed(&mut source, 1, late), []);
+    let back = feed(&mut source, 2, SourceEvent::Tick);
+    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 0 }]);
+    let held = PackedPages::pack(&pages(0, 10));
+    let on = feed(&mut source, 2, SourceEvent::Message(ToSource::GoOn { held }));
+    assert!(on.iter().any(|a| matches!(a, SourceAction::OpenLanes { .. })), "{on:?}");
+}
+
+#[test]
+fn a_source_that_hears_that_the_machine_runs_behind_the_word_of_a_lost_link_comes_back() {
+    let mut source = committed(Mode::PostCopy);
+    feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+    feed(&mut source, 2, SourceEvent::Message(RUNNING));
+    let back = feed(&mut source, 3, SourceEvent::Tick);
+    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 1 }]);
 }
 
 #[test]
@@ -352,35 +400,6 @@ fn a_commit_that_names_pages_which_cannot_be_had_is_refused() {
 }
 
 #[test]
-fn a_round_acknowledged_after_a_lane_was_found_lost_does_not_end_the_migration() {
-    let how = (Goals::default(), Mode::PreCopy);
-    let mut source = Source::new(spec(), None, 1, 1, how, Duration::from_secs(60));
-    let mut last = Vec::new();
-    for event in [
-        SourceEvent::Connected,
-        SourceEvent::Message(ToSource::Accepted {
-            version: 2,
-            session: 7,
-            codecs: 1,
-            no_post_copy: None,
-        }),
-        SourceEvent::LanesOpen,
-        SourceEvent::TrackingStarted(pages(0, 10)),
-        SourceEvent::RoundSent { round: 1, batches: 1, bytes: 100, same: 0 },
-        // A lane says so; the control channel has not ended yet.
-        SourceEvent::LinkLost("a lane is lost".into()),
-        SourceEvent::Message(ToSource::RoundDone { round: 1, lacking: PackedPages::default() }),
-        SourceEvent::Tick,
-    ] {
-        last = feed(&mut source, 1, event);
-    }
-    assert_eq!(last, [SourceAction::Rejoin { session: 7, done: 0 }]);
-    let held = PackedPages::pack(&pages(0, 10));
-    let on = feed(&mut source, 2, SourceEvent::Message(ToSource::GoOn { held }));
-    assert!(on.iter().any(|a| matches!(a, SourceAction::OpenLanes { .. })), "{on:?}");
-}
-
-#[test]
 fn a_destination_that_gave_up_while_the_commit_was_on_its_way_is_asked_and_gives_the_machine_back()
 {
     for mode in [Mode::PreCopy, Mode::PostCopy] {
@@ -406,35 +425,4 @@ fn a_destination_that_gave_up_while_the_commit_was_on_its_way_is_asked_and_gives
             assert!(!why.contains("broke the protocol"), "{said}: {why}");
         }
     }
-}
-
-/// A source whose commit is on its way.
-fn committed(mode: Mode) -> Source {
-    let how = (Goals::default(), mode);
-    let mut source = Source::new(spec(), None, 1, 1, how, Duration::from_secs(60));
-    let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
-    let mut events = vec![
-        SourceEvent::Connected,
-        SourceEvent::Message(accepted),
-        SourceEvent::LanesOpen,
-        SourceEvent::Message(ToSource::Ready),
-        SourceEvent::TrackingStarted(pages(0, 10)),
-    ];
-    if mode == Mode::PreCopy {
-        events.push(SourceEvent::RoundSent { round: 1, batches: 1, bytes: 100, same: 0 });
-        let done = ToSource::RoundDone { round: 1, lacking: PackedPages::default() };
-        events.push(SourceEvent::Message(done));
-    }
-    events.extend([
-        SourceEvent::Harvested(PageSet::new()),
-        SourceEvent::Paused(RunPermit::for_new_machine(1)),
-        SourceEvent::Harvested(PageSet::new()),
-        SourceEvent::StateSaved(vec![1]),
-        SourceEvent::Harvested(PageSet::new()),
-    ]);
-    for event in events {
-        feed(&mut source, 1, event);
-    }
-    assert!(source.is_committed(), "{mode:?}");
-    source
 }

@@ -80,6 +80,13 @@ impl Source {
 
     fn ran(&mut self, now: Duration) {
         self.told_of_running(now);
+        if self.post_copy
+            && let Phase::Doubting { why, .. } = &self.phase
+        {
+            // It was behind the word that the link is lost, and nobody will say that again.
+            let why = why.clone();
+            return self.come_back(now, why);
+        }
         if self.post_copy {
             self.tell(Progress::Fetching { pages: self.owed.len() });
             self.phase = Phase::Serving;

@@ -214,6 +214,13 @@ impl Source {
         self.committed
     }
 
+    /// The pages that this source has still to bring, or to give back: those not sent, those sent and not
+    /// acknowledged, and those owed after the hand-over. A page in none of them, and not in the trackers, is at
+    /// the destination as it is here.
+    pub fn debt(&self) -> [&PageSet; 3] {
+        [&self.pending, &self.in_flight, &self.owed]
+    }
+
     /// Takes one event at time `now` since the start.
     pub fn handle(&mut self, now: Duration, event: SourceEvent) {
         match event {

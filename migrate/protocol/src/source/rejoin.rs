@@ -112,10 +112,10 @@ impl Source {
         match (&self.phase, message) {
             (Phase::Doubting { .. }, message) => self.message_in_doubt(now, message),
             (_, message) if !self.is_committed() => match message {
-                ToSource::GoOn { held } if !reopening => self.go_on(now, &held),
-                // A lane was found lost first, and the old control channel still brought this. What is there
-                // of that round, `GoOn` says.
+                // It was behind the word that the link is lost, before the source went to come back: the
+                // destination says again what it holds.
                 ToSource::RoundDone { .. } if !reopening => {}
+                ToSource::GoOn { held } if !reopening => self.go_on(now, &held),
                 ToSource::Failed { reason } => {
                     self.fail_before_commit(format!("the destination gave up: {reason}"));
                 }
