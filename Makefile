@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench fuzz lint setup cargo-deny
+.PHONY: help demo test faults bench fuzz lint setup cargo-deny
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.18.3
@@ -24,6 +24,9 @@ test: setup ## Run every test; what cannot run here is listed as SKIP at the end
 		/^SKIP: / { skipped[++n] = "SKIP " name ": " substr($$0, 7) } \
 		!quiet { print; fflush() } \
 		END { for (i = 1; i <= n; i++) print skipped[i] }'
+
+faults: setup ## Run every row of docs/FAULTS.md with both guests: ten minutes, as root
+	@$(CARGO) test --locked -p ferry-faults -- --include-ignored --nocapture
 
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench
