@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test sim bench fuzz lint setup cargo-deny
+.PHONY: help demo test sim faults load bench fuzz lint setup cargo-deny
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.18.3
@@ -28,6 +28,12 @@ test: setup ## Run every test; what cannot run here is listed as SKIP at the end
 sim: setup ## Run the protocol in virtual time: SEEDS=100000 FROM=0; SEED=n replays one and shows all of it
 	@$(CARGO) run --release --locked --quiet -p ferry-sim -- \
 		$(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100000) --from $(or $(FROM),0)) $(if $(PLANT),--plant $(PLANT))
+
+faults: setup ## Run every row of docs/FAULTS.md with both guests: ten minutes, as root
+	@$(CARGO) test --locked -p ferry-faults -- --include-ignored --nocapture
+
+load: setup ## Move one machine 200 times there and back, and many at once
+	@FERRY_TRIPS=200 $(CARGO) test --locked -p ferry-e2e --test load -- --nocapture --test-threads 1
 
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench

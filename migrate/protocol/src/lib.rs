@@ -31,7 +31,9 @@ pub use outcome::{Fetched, Outcome, Progress, Switchover};
 pub use packed::PackedPages;
 pub use permit::{PermitStub, RunPermit};
 pub use policy::{Decision, Goals, Mode, Policy, RoundFacts};
-pub use source::{Reattach, Source, SourceAction, SourceEvent, Spooled};
+pub use source::{
+    DOUBT_TIMEOUT, QUESTION_TIMEOUT, Reattach, Source, SourceAction, SourceEvent, Spooled,
+};
 pub use spec::{DeviceSpec, HostCapabilities, MachineSpec, is_machine_name};
 pub use state::{MAX_SECTION_BYTES, StateError, StateReader, StateWriter};
 

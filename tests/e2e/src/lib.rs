@@ -3,6 +3,7 @@
 //! [`Hosts`] is two hosts of one authority, [`Host`] one of them, [`Running`] a process of theirs that is
 //! killed when it is dropped. Time-outs only find what hangs: nothing here judges how fast something is.
 
+pub mod group;
 pub mod network;
 mod process;
 

@@ -2,7 +2,7 @@
 
 use ferry_guest::workload::Params;
 use ferry_memory::available_bytes;
-use ferry_migrate::{Guest, Host, HostCapabilities, MachineSpec, Refusal};
+use ferry_migrate::{Guest, Host, HostCapabilities, MachineSpec, Refusal, words};
 
 use crate::{Config, ProcessError, ProcessGuest, STATE_VERSION, VMM, WORKER};
 
@@ -71,8 +71,7 @@ impl ProcessGuest {
                 ProcessError::Workload(_) => "vmm",
                 ProcessError::Host { .. } => "host",
             };
-            let cause = std::error::Error::source(&e).map(|c| format!(": {c}")).unwrap_or_default();
-            one(what, format!("{e}{cause}"))
+            one(what, words(&e))
         })?;
         let made = guest.spec();
         if (&made.extents, &made.devices) != (&spec.extents, &spec.devices) {

@@ -53,6 +53,7 @@ use crate::{Fetched, MachineSpec, PackedPages, RunPermit};
 
 pub use events::{SourceAction, SourceEvent};
 pub use reattach::{Reattach, Spooled};
+pub use rejoin::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
 
 /// How long to wait for an answer of a peer whose connection is alive.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);

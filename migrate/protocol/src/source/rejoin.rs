@@ -11,11 +11,11 @@ use crate::outcome::{Outcome, Progress};
 const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(5);
 /// How long to ask what became of a committed machine before the operator is told.
-const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
+pub const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two questions.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// How long one question may take.
-const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
+pub const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Phase {
     /// Comes back since `since`, for `why` it left.
