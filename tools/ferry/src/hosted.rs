@@ -16,6 +16,7 @@ use ferry_migrate::{
 use ferry_swap::Swap;
 use ferry_transport::{Identity, QuicConnector};
 
+use crate::confine;
 use crate::machine::{AnyMachine, PAGE_BYTES};
 use crate::merged::Meter;
 use crate::protocol::{
@@ -357,6 +358,7 @@ impl Hosted {
         let swap = match (&inner.swap, &what.swap) {
             (Some(swap), _) => swap.clone(),
             (None, Some(options)) => {
+                options.dir.as_deref().map_or(Ok(()), confine::may_write)?;
                 Swap::new(&self.machine.memory(), options).map_err(|e| words(&e))?
             }
             (None, None) if what.bytes.is_none() => {
@@ -456,7 +458,9 @@ impl Hosted {
                 _ => {}
             }
         }
+        confine::may_read(&how.identity)?;
         if let Some(dir) = &how.spool {
+            confine::may_write(dir)?;
             ferry_migrate::check_spool(dir).map_err(|e| words(&e))?;
         }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
@@ -517,6 +521,8 @@ impl Hosted {
     }
 
     fn save(&self, how: &SaveRequest, client: &mut Conversation) -> Result<SaveReport, String> {
+        confine::may_write(&how.dir)?;
+        how.base.as_deref().map_or(Ok(()), confine::may_read)?;
         let canceller = SaveCanceller::default();
         {
             let mut inner = self.inner();

@@ -4,6 +4,7 @@ mod args;
 mod balloon;
 mod bundle;
 mod cgroup;
+mod confine;
 mod demo;
 mod hosted;
 mod machine;

@@ -109,6 +109,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             Failure::words(format!("cannot read bundles in {} (--bundles): {e}", place.display()))
         })?;
     }
+    crate::confine::receiver(&runtime, args)?;
     let host = Arc::new(AnyHost {
         runtime,
         name: args.name.clone(),

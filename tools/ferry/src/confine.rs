@@ -1,0 +1,74 @@
+//! What a process that listens to other hosts keeps of the file system, and what commands may ask of it then.
+
+use std::path::{Path, PathBuf};
+
+use ferry_sandbox::{Beyond, Demand, Needs, confine, in_force};
+use ferry_sharing::Ksm;
+
+use crate::Failure;
+use crate::args::{Receive, SandboxArg};
+use crate::runtime_dir::RuntimeDir;
+
+/// What the kernel tells of this process and this host, and randomness.
+const READ: [&str; 6] = [
+    "/dev/urandom",
+    "/proc/meminfo",
+    "/proc/self",
+    "/sys/fs/cgroup",
+    "/sys/kernel/mm/hugepages",
+    "/sys/devices/system/cpu",
+];
+/// Machines, pages that come later, equal pages.
+const UPDATE: [&str; 3] = ["/dev/kvm", "/dev/userfaultfd", "/sys/kernel/mm/ksm"];
+
+/// Confines `ferry receive`.
+pub(crate) fn receiver(runtime: &RuntimeDir, args: &Receive) -> Result<(), Failure> {
+    let mut needs = Needs { read: args.bundles.clone(), ..Needs::default() };
+    needs.read.push(args.identity.clone());
+    needs.update.extend(Ksm::default().lock_files());
+    needs.update.extend(args.serial.clone());
+    needs.write.push(runtime.path().to_owned());
+    needs.write.extend(args.files.iter().chain(&args.swap.swap_dir).cloned());
+    give_up_all_but(needs, args.sandbox)
+}
+
+fn give_up_all_but(mut needs: Needs, sandbox: SandboxArg) -> Result<(), Failure> {
+    let demand = match sandbox {
+        SandboxArg::Off => return Ok(()),
+        SandboxArg::Auto => Demand::Best,
+        SandboxArg::Require => Demand::All,
+        SandboxArg::Strict => Demand::Deadly,
+    };
+    // Which of them there are differs between kernels.
+    let there = |paths: &[&'static str]| {
+        paths.iter().map(PathBuf::from).filter(|path| path.exists()).collect::<Vec<_>>()
+    };
+    needs.read.extend(there(&READ));
+    needs.update.extend(there(&UPDATE));
+    let confined = confine(&needs, demand).map_err(|e| {
+        Failure::words(format!("{e}; --sandbox off does without", e = ferry_migrate::words(&e)))
+    })?;
+    if confined.is_whole() {
+        eprintln!("ferry: {confined}");
+    } else {
+        tracing::warn!("{confined}");
+    }
+    Ok(())
+}
+
+/// Whether this process may read what is at `path`, and if not, what to do.
+pub(crate) fn may_read(path: &Path) -> Result<(), String> {
+    in_force().map_or(Ok(()), |confined| confined.may_read(path)).map_err(|e| advice(&e))
+}
+
+/// Whether this process may make files at `path`, and if not, what to do.
+pub(crate) fn may_write(path: &Path) -> Result<(), String> {
+    in_force().map_or(Ok(()), |confined| confined.may_write(path)).map_err(|e| advice(&e))
+}
+
+fn advice(beyond: &Beyond) -> String {
+    format!(
+        "{beyond}. Name one of these; or move the machine to a `ferry receive` that was started with --files and a \
+         directory above it"
+    )
+}
