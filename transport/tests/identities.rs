@@ -1,7 +1,7 @@
 //! `ferry pki init` and what is wrong with an identity.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -57,6 +57,37 @@ fn keys_are_for_their_owner_only_and_nothing_unfinished_stays() {
         fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["a", "authority.key", "authority.pem"]);
+}
+
+#[test]
+fn a_key_that_others_can_reach_is_refused_with_what_to_do() {
+    let dir = made(&["a"]);
+    let (host, authority) = (dir.path().join("a/key.pem"), dir.path().join("authority.key"));
+    let set = |path: &Path, mode| fs::set_permissions(path, PermissionsExt::from_mode(mode));
+    for mode in [0o601, 0o604, 0o620, 0o644, 0o666] {
+        set(&host, mode).unwrap();
+        set(&authority, mode).unwrap();
+        let refused = Identity::load(&dir.path().join("a")).unwrap_err().to_string();
+        assert!(refused.contains(&format!("chmod 600 {}", host.display())), "{refused}");
+        assert!(refused.contains(&format!("{mode:o}")), "{refused}");
+        let refused = init(dir.path(), &hosts(&["b"])).unwrap_err();
+        assert!(
+            matches!(&refused, PkiError::Exposed { path, .. } if *path == authority),
+            "{refused}"
+        );
+    }
+    set(&host, 0o600).unwrap();
+    Identity::load(&dir.path().join("a")).unwrap();
+    // A key of root may be for a service's group as well; any other owner's may not.
+    set(&host, 0o640).unwrap();
+    let of_root = fs::metadata(&host).unwrap().uid() == 0;
+    assert_eq!(Identity::load(&dir.path().join("a")).is_ok(), of_root);
+    if of_root {
+        std::os::unix::fs::chown(&host, Some(65_534), None).unwrap();
+        Identity::load(&dir.path().join("a")).unwrap_err();
+    } else {
+        println!("SKIP: only root has keys of root");
+    }
 }
 
 #[test]

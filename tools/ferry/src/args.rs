@@ -459,6 +459,9 @@ pub(crate) struct BundleServe {
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
+    /// Whether this process gives up what it does not need before it listens.
+    #[arg(long, value_enum, default_value_t = SandboxArg::Auto)]
+    pub(crate) sandbox: SandboxArg,
 }
 
 /// Where cold pages go.

@@ -6,7 +6,7 @@ use ferry_sandbox::{Beyond, Demand, Needs, confine, in_force};
 use ferry_sharing::Ksm;
 
 use crate::Failure;
-use crate::args::{Receive, SandboxArg};
+use crate::args::{BundleServe, Receive, SandboxArg};
 use crate::runtime_dir::RuntimeDir;
 
 /// What the kernel tells of this process and this host, and randomness.
@@ -21,10 +21,11 @@ const READ: [&str; 6] = [
 /// Machines, pages that come later, equal pages.
 const UPDATE: [&str; 3] = ["/dev/kvm", "/dev/userfaultfd", "/sys/kernel/mm/ksm"];
 
-/// Confines `ferry receive`.
-pub(crate) fn receiver(runtime: &RuntimeDir, args: &Receive) -> Result<(), Failure> {
+/// Confines `ferry receive`. Returns what is in force, in words.
+pub(crate) fn receiver(runtime: &RuntimeDir, args: &Receive) -> Result<String, Failure> {
     let mut needs = Needs { read: args.bundles.clone(), ..Needs::default() };
     needs.read.push(args.identity.clone());
+    needs.update.extend(there(&UPDATE));
     needs.update.extend(Ksm::default().lock_files());
     needs.update.extend(args.serial.clone());
     needs.write.push(runtime.path().to_owned());
@@ -32,28 +33,29 @@ pub(crate) fn receiver(runtime: &RuntimeDir, args: &Receive) -> Result<(), Failu
     give_up_all_but(needs, args.sandbox)
 }
 
-fn give_up_all_but(mut needs: Needs, sandbox: SandboxArg) -> Result<(), Failure> {
+/// Confines `ferry bundle serve`. Returns what is in force, in words.
+pub(crate) fn lender(args: &BundleServe) -> Result<String, Failure> {
+    let read = vec![args.dir.clone(), args.identity.clone()];
+    give_up_all_but(Needs { read, ..Needs::default() }, args.sandbox)
+}
+
+fn give_up_all_but(mut needs: Needs, sandbox: SandboxArg) -> Result<String, Failure> {
     let demand = match sandbox {
-        SandboxArg::Off => return Ok(()),
+        SandboxArg::Off => return Ok("NOT CONFINED (--sandbox off)".into()),
         SandboxArg::Auto => Demand::Best,
         SandboxArg::Require => Demand::All,
         SandboxArg::Strict => Demand::Deadly,
     };
-    // Which of them there are differs between kernels.
-    let there = |paths: &[&'static str]| {
-        paths.iter().map(PathBuf::from).filter(|path| path.exists()).collect::<Vec<_>>()
-    };
     needs.read.extend(there(&READ));
-    needs.update.extend(there(&UPDATE));
     let confined = confine(&needs, demand).map_err(|e| {
-        Failure::words(format!("{e}; --sandbox off does without", e = ferry_migrate::words(&e)))
+        Failure::words(format!("{}; --sandbox off does without", ferry_migrate::words(&e)))
     })?;
-    if confined.is_whole() {
-        eprintln!("ferry: {confined}");
-    } else {
-        tracing::warn!("{confined}");
-    }
-    Ok(())
+    Ok(confined.to_string())
+}
+
+/// Which of them there are differs between kernels.
+fn there(paths: &[&'static str]) -> impl Iterator<Item = PathBuf> {
+    paths.iter().map(PathBuf::from).filter(|path| path.exists())
 }
 
 /// Whether this process may read what is at `path`, and if not, what to do.

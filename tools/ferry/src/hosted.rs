@@ -23,7 +23,7 @@ use crate::protocol::{
     BalloonInfo, BalloonRequest, Conversation, LimitRequest, MachineInfo, MigrateRequest, Progress,
     Reply, Request, SaveRequest, ShareReply, ShareRequest,
 };
-use crate::runtime_dir::{Reservation, RuntimeError};
+use crate::runtime_dir::{Reservation, RuntimeError, check_peer};
 use crate::sharer::Sharer;
 
 /// What a guest says of its memory is waited for no longer than this; the last that it said is shown then.
@@ -148,7 +148,12 @@ impl Hosted {
     fn converse(&self, stream: UnixStream) {
         // A client that says nothing does not keep a thread for ever.
         let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+        let may = check_peer(&stream);
         let mut client = Conversation::new(stream);
+        if let Err(why) = may {
+            let _ = client.say(&Reply::Error(why));
+            return;
+        }
         let request = match client.hear::<Request>() {
             Ok(Some(request)) => request,
             Ok(None) => return,

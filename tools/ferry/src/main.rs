@@ -55,6 +55,8 @@ impl<E: std::error::Error> From<E> for Failure {
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
     survive_file_size_limits();
+    // Memory, keys, control: no file of this process is for others.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(e) => {

@@ -19,8 +19,10 @@ use rustix::process::{Signal, chroot, getpid, kill_process};
 /// Names what a process tries; without it, this program starts a process for each of [`TRIES`].
 const TRY: &str = "FERRY_SANDBOX_TRY";
 
+type Attempt = fn(&Path);
+
 /// Rules, and what tries to break them.
-const TRIES: [(&str, fn(&Path)); 7] = [
+const TRIES: [(&str, Attempt); 7] = [
     ("files_that_were_not_named_cannot_be_opened", files),
     ("no_program_no_trace_no_signal_no_other_socket_no_executable_memory", calls),
     ("control_sockets_of_other_processes_cannot_be_reached", peers),

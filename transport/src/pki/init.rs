@@ -11,6 +11,7 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
+use super::private::check_private;
 use super::{
     AUTHORITY_CERT, AUTHORITY_KEY, DEFAULT_HOST, HOST_CERT, HOST_KEY, PkiError, SERVICE_NAME,
     Validity,
@@ -64,6 +65,7 @@ pub fn init_for(
             created.push(Created::Authority(cert.clone()));
         }
     }
+    check_private(&key)?;
     let authority_pem = read(&cert)?;
     let authority_key = KeyPair::from_pem(&read(&key)?)
         .map_err(|e| PkiError::Content { path: key, why: format!("not a private key: {e}") })?;
