@@ -523,11 +523,8 @@ impl<H: Host + 'static> Arriving<H> {
             let acks = Some(&mut sink);
             let ended = receive_lane::run(reader, acks, &installer, codecs, old, installed).await;
             let event = match ended {
-                LaneEnd::Finished => {
-                    // The source is done with this lane, and may be gone.
-                    let _ = sink.finish().await;
-                    return;
-                }
+                // All was read: to wait until a source that is gone hears so would hold the machine's memory.
+                LaneEnd::Finished => return,
                 LaneEnd::Lost(why) => DestinationEvent::LinkLost(why),
                 LaneEnd::Bad(why) => {
                     sink.close(&why).await;

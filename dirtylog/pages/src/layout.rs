@@ -130,6 +130,33 @@ mod tests {
     }
 
     #[test]
+    fn pages_are_counted_without_holes() {
+        let layout = Layout::new(vec![Run::new(8, 4), Run::new(16, 4)]).unwrap();
+        assert_eq!(layout.pages(), 8);
+        let index = |gfn| layout.index_of(gfn);
+        assert_eq!([7, 8, 11, 12, 15, 16, 19, 20].map(index), {
+            [None, Some(0), Some(3), None, None, Some(4), Some(7), None]
+        });
+        for gfn in [7, 12, 15, 20] {
+            assert!(!layout.contains(Run::new(gfn, 1)), "{gfn}");
+        }
+        assert!(!layout.contains(Run::new(8, 0)));
+    }
+
+    #[test]
+    fn what_is_wrong_with_extents_is_said_with_numbers() {
+        let said = |extents: Vec<Run>| Layout::new(extents).unwrap_err().to_string();
+        assert!(said(vec![Run::new(16, 0)]).contains("extent 0 (frame 0x10, 0 pages) is empty"));
+        assert!(
+            said(vec![Run::new(4, 4), Run::new(6, 1)])
+                .contains("extent 1 overlaps or precedes extent 0")
+        );
+        let most = (0..=Layout::MAX_EXTENTS as u64).map(|n| Run::new(2 * n, 1));
+        assert!(said(most.clone().collect()).contains("1025 memory extents; at most 1024"));
+        assert!(Layout::new(most.take(Layout::MAX_EXTENTS).collect()).is_ok());
+    }
+
+    #[test]
     fn bad_extents_are_named() {
         assert_eq!(
             Layout::new(vec![Run::new(4, 4), Run::new(6, 1)]),

@@ -105,6 +105,25 @@ mod tests {
     }
 
     #[test]
+    fn an_observation_of_a_second_ago_counts_1_e_of_a_new_one() {
+        let mut rate = rate();
+        let some: PageSet = [Run::new(0, 500)].into_iter().collect();
+        rate.observe(Duration::from_millis(500), &some);
+        assert!(close(rate.pages_per_s(), 1000.0), "the first is all there is to go by");
+        rate.observe(Duration::from_millis(500), &PageSet::new());
+        assert!(close(rate.pages_per_s(), 1000.0 * (-0.5f64).exp()), "{}", rate.pages_per_s());
+        rate.observe(Duration::from_secs(2), &PageSet::new());
+        assert!(close(rate.pages_per_s(), 1000.0 * (-2.5f64).exp()), "{}", rate.pages_per_s());
+    }
+
+    #[test]
+    fn a_millisecond_is_long_enough_to_judge() {
+        let mut rate = rate();
+        rate.observe(SHORTEST, &[Run::new(0, 1)].into_iter().collect());
+        assert!(close(rate.pages_per_s(), 1000.0));
+    }
+
+    #[test]
     fn harvests_too_close_to_judge_are_counted_in_the_next() {
         let mut rate = rate();
         let harvest: PageSet = [Run::new(0, 50)].into_iter().collect();

@@ -181,3 +181,32 @@ fn a_set_of_runs_prints_short() {
     let text = format!("{set:?}");
     assert!(text.starts_with("PageSet(100 pages: 0x0+1 0x2+1") && text.ends_with("…)"), "{text}");
 }
+
+#[test]
+fn sets_that_hold_the_same_are_equal_whatever_they_held_before() {
+    let whole = Run::new(0, CHUNK);
+    let full: PageSet = [whole].into_iter().collect();
+    for gfn in [0, 63, 64, CHUNK - 1] {
+        let mut set = PageSet::new();
+        set.insert(gfn);
+        set.remove(gfn);
+        assert_eq!(set, PageSet::new(), "{gfn}");
+
+        set.insert_run(whole);
+        set.remove(gfn);
+        assert_eq!(set.len(), CHUNK - 1);
+        assert_ne!(set, full);
+        assert!(set.insert(gfn), "the last one that was missing");
+        assert_eq!(set, full, "{gfn}");
+        assert!(!set.insert(gfn));
+    }
+    // Page by page, the last one by the short way.
+    assert_eq!(set_of(&(0..CHUNK).collect()), full);
+}
+
+#[test]
+fn the_last_page_is_the_highest_also_of_a_full_chunk() {
+    let set: PageSet = [Run::new(CHUNK, CHUNK)].into_iter().collect();
+    assert_eq!((set.first(), set.last()), (Some(CHUNK), Some(2 * CHUNK - 1)));
+    assert_eq!(PageSet::new().last(), None);
+}

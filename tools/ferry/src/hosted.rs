@@ -83,9 +83,14 @@ impl Hosted {
         });
         let server = Arc::downgrade(&hosted);
         std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
+            for stream in listener.incoming() {
                 let Some(hosted) = server.upgrade() else { return };
-                std::thread::spawn(move || hosted.converse(stream));
+                match stream {
+                    Ok(stream) => drop(std::thread::spawn(move || hosted.converse(stream))),
+                    Err(_) if hosted.reservation.is_released() => return,
+                    // Out of descriptors, perhaps: not for ever.
+                    Err(_) => std::thread::sleep(Duration::from_millis(100)),
+                }
             }
         });
         let watcher = Arc::downgrade(&hosted);
@@ -187,6 +192,10 @@ impl Hosted {
                 Reply::Saved(Box::new(report))
             }),
         };
+        if ending.is_some() {
+            // Whoever hears that the machine is gone may bring it back at once.
+            self.reservation.release();
+        }
         // A client that is gone misses the reply; what it asked for is done.
         let _ = client.say(&reply.unwrap_or_else(Reply::Error));
         if let Some(ending) = ending {

@@ -1,5 +1,6 @@
 //! The `ferry` command: hosts machines, moves them, and shows what happens.
 
+mod allocator;
 mod args;
 mod balloon;
 mod bundle;
@@ -53,6 +54,7 @@ impl<E: std::error::Error> From<E> for Failure {
 }
 
 fn main() -> ExitCode {
+    allocator::give_back_what_is_freed();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
     survive_file_size_limits();
     // Memory, keys, control: no file of this process is for others.

@@ -11,12 +11,15 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ferry_migrate::is_machine_name;
 use rustix::fs::{Mode, fchmod};
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, listen, shutdown,
+    socket_with,
 };
 use rustix::process::{Uid, geteuid};
 
@@ -60,7 +63,10 @@ pub(crate) struct RuntimeDir(PathBuf);
 pub(crate) struct Reservation {
     name: String,
     dir: PathBuf,
-    _lock: File,
+    lock: File,
+    /// The control socket, once there is one.
+    listener: OnceLock<UnixListener>,
+    released: AtomicBool,
 }
 
 impl RuntimeDir {
@@ -100,7 +106,13 @@ impl RuntimeDir {
             .open(path)
             .map_err(fail)?;
         match lock.try_lock() {
-            Ok(()) => Ok(Reservation { name: name.to_owned(), dir: self.0.clone(), _lock: lock }),
+            Ok(()) => Ok(Reservation {
+                name: name.to_owned(),
+                dir: self.0.clone(),
+                lock,
+                listener: OnceLock::new(),
+                released: AtomicBool::new(false),
+            }),
             Err(TryLockError::WouldBlock) => {
                 Err(RuntimeError::Taken { name: name.to_owned(), dir: self.0.clone() })
             }
@@ -138,12 +150,34 @@ impl Reservation {
         &self.name
     }
 
-    /// The machine's control socket.
+    /// The machine's control socket; accepting ends with an error when the name is given back.
     pub(crate) fn listen(&self) -> Result<UnixListener, RuntimeError> {
         let path = self.socket();
         // Nobody else has the name: what is there was left behind.
         let _ = std::fs::remove_file(&path);
-        private_socket(&path).map_err(|source| RuntimeError::Socket { path, source })
+        let listener = private_socket(&path).and_then(|l| Ok((l.try_clone()?, l)));
+        let (ours, listener) = listener.map_err(|source| RuntimeError::Socket { path, source })?;
+        // There is one for each reservation.
+        let _ = self.listener.set(ours);
+        Ok(listener)
+    }
+
+    /// Gives the name back before the machine is gone: another one may take it from here on.
+    pub(crate) fn release(&self) {
+        if self.released.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // The lock's file stays: removing it would let two processes lock two files of one name.
+        let _ = std::fs::remove_file(self.socket());
+        if let Some(listener) = self.listener.get() {
+            // Whoever waits for a client in `accept` would wait for ever.
+            let _ = shutdown(listener, Shutdown::Both);
+        }
+        let _ = self.lock.unlock();
+    }
+
+    pub(crate) fn is_released(&self) -> bool {
+        self.released.load(Ordering::SeqCst)
     }
 
     fn socket(&self) -> PathBuf {
@@ -180,8 +214,7 @@ pub(crate) fn check_peer(stream: &UnixStream) -> Result<(), String> {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // The lock's file stays: removing it would let two processes lock two files of one name.
-        let _ = std::fs::remove_file(self.socket());
+        self.release();
     }
 }
 
@@ -259,6 +292,21 @@ mod tests {
         let _connected = nobody.join().unwrap();
         let refused = check_peer(&listener.accept().unwrap().0).unwrap_err();
         assert!(refused.contains("user 65534 may not"), "{refused}");
+    }
+
+    #[test]
+    fn a_name_that_is_given_back_can_be_taken_while_its_holder_lives_and_nobody_listens_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::open(Some(dir.path().join("run"))).unwrap();
+        let first = runtime.reserve("a").unwrap();
+        let listener = first.listen().unwrap();
+        let accepting = std::thread::spawn(move || listener.accept().is_err());
+        first.release();
+        assert!(accepting.join().unwrap());
+        let second = runtime.reserve("a").unwrap();
+        let _listener = second.listen().unwrap();
+        drop(first);
+        assert_eq!(runtime.names().unwrap(), ["a"]);
     }
 
     #[test]

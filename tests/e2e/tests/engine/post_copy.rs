@@ -193,10 +193,10 @@ fn after_the_hand_over(
 }
 
 /// Before the hand-over, and after it.
-const CUTS: [u64; 2] = [6, 14];
+const CUTS: [u64; 2] = [15, 35];
 
 #[test]
-fn a_link_cut_twenty_times_in_rounds_and_after_the_hand_over_is_taken_up_again_each_time() {
+fn a_link_cut_fifty_times_in_rounds_and_after_the_hand_over_is_taken_up_again_each_time() {
     for (link, seed) in [(Link::Memory, 5), (Link::Quic, 6)] {
         let mut at = stage(link);
         let dice = Mutex::new(Dice(seed));
