@@ -193,7 +193,7 @@ fn after_the_hand_over(
 }
 
 /// Before the hand-over, and after it.
-const CUTS: [u64; 2] = [15, 35];
+const CUTS: [u64; 2] = [6, 44];
 
 #[test]
 fn a_link_cut_fifty_times_in_rounds_and_after_the_hand_over_is_taken_up_again_each_time() {
