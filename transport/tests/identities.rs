@@ -130,9 +130,11 @@ fn what_is_missing_from_an_identity_is_named() {
     let a = dir.path().join("a");
     for file in ["cert.pem", "key.pem", "authority.pem"] {
         let content = fs::read(a.join(file)).unwrap();
-        fs::remove_file(a.join(file)).unwrap();
+        fs::rename(a.join(file), a.join("aside")).unwrap();
         let error = Identity::load(&a).unwrap_err();
         assert!(matches!(&error, PkiError::Missing { file: f, .. } if *f == file), "{error}");
+        // In place, with the permissions that it has.
+        fs::rename(a.join("aside"), a.join(file)).unwrap();
         fs::write(a.join(file), b"nonsense").unwrap();
         let error = Identity::load(&a).unwrap_err();
         assert!(
