@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint setup cargo-deny
+.PHONY: help demo test bench fuzz lint setup cargo-deny
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.18.3
@@ -27,6 +27,12 @@ test: setup ## Run every test; what cannot run here is listed as SKIP at the end
 
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench
+
+# Not in the environment: bash counts in a variable of that name.
+unexport SECONDS
+SECONDS := 60
+fuzz: setup ## Fuzz every target for SECONDS=60 each; KEEP=1 adds to the corpora, which `make test` replays
+	@tests/fuzz/run $(SECONDS) $(TARGETS)
 
 lint: setup cargo-deny ## Check formatting, lints, documentation, licences and dependencies
 	$(CARGO) fmt --all --check

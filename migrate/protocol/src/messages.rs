@@ -98,8 +98,17 @@ pub enum Hello {
 
 /// Bytes that do not begin a Ferry channel.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("the peer does not speak Ferry: its first message {0}")]
-pub struct NotFerry(String);
+pub enum NotFerry {
+    /// Other magic.
+    #[error("the peer does not speak Ferry: its first message does not begin with Ferry's magic")]
+    Magic,
+    /// Ferry's magic, and then no hello of this version.
+    #[error(
+        "the peer's first message is no hello of Ferry's protocol versions {VERSION_MIN} to {VERSION_MAX} \
+         ({0}): update the older one"
+    )]
+    Hello(String),
+}
 
 impl Hello {
     /// The hello of this build for a new migration.
@@ -120,10 +129,8 @@ impl Hello {
     /// # Errors
     /// Other magic, or not a hello.
     pub fn decode(bytes: &[u8]) -> Result<Self, NotFerry> {
-        let rest = bytes
-            .strip_prefix(&MAGIC[..])
-            .ok_or_else(|| NotFerry("does not begin with Ferry's magic".into()))?;
-        wire::decode(rest).map_err(|e| NotFerry(format!("is not a hello ({e})")))
+        let rest = bytes.strip_prefix(&MAGIC[..]).ok_or(NotFerry::Magic)?;
+        wire::decode(rest).map_err(|e| NotFerry::Hello(e.to_string()))
     }
 }
 

@@ -54,6 +54,10 @@ impl Source {
                     ),
                 });
             }
+            // It gave up while the commit was on its way: asked, it will say that it never ran the machine.
+            (Phase::Committed, ToSource::Failed { reason }) => {
+                self.doubt(now, format!("the destination cannot go on: {reason}"));
+            }
             (Phase::Committed | Phase::Doubting { .. }, other) => {
                 let why = format!("the destination broke the protocol: {}", name(&other));
                 self.doubt(now, why);

@@ -113,6 +113,9 @@ impl Source {
             (Phase::Doubting { .. }, message) => self.message_in_doubt(now, message),
             (_, message) if !self.is_committed() => match message {
                 ToSource::GoOn { held } if !reopening => self.go_on(now, &held),
+                // A lane was found lost first, and the old control channel still brought this. What is there
+                // of that round, `GoOn` says.
+                ToSource::RoundDone { .. } if !reopening => {}
                 ToSource::Failed { reason } => {
                     self.fail_before_commit(format!("the destination gave up: {reason}"));
                 }
@@ -174,9 +177,13 @@ impl Source {
                 self.phase = Phase::rejoining(now, why);
                 self.serve_again(now, &owed);
             }
-            ToSource::Failed { reason } if self.post_copy => {
-                self.told_of_running(now);
-                self.detach(reason);
+            // It gave up before the commit came, or cannot fetch pages any more: the word alone does not say
+            // which.
+            ToSource::Failed { reason } => {
+                let Phase::Doubting { why, .. } = &mut self.phase else { return };
+                *why = format!("the destination cannot go on: {reason}");
+                let why = why.clone();
+                self.lost_on_return(now, why);
             }
             ToSource::Digest { sum, fetched } => {
                 self.told_of_running(now);

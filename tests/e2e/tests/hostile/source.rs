@@ -150,7 +150,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
         ),
         (
             "half a hello",
-            "does not speak Ferry",
+            "no hello of Ferry's protocol versions",
             attack!(c => { raw(c, &message(b"ferry\0\r\n")).await }),
         ),
         ("a hello too long", "257 bytes", attack!(c => { raw(c, &message(&[0; 257])).await })),
