@@ -29,6 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         ("handover", handovers()),
         ("control", controls()),
         ("plan", plans()),
+        ("allow", allows()),
     ];
     for (target, seeds) in all {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
@@ -276,6 +277,11 @@ fn controls() -> Seeds {
         ),
     ];
     texts.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())).to_vec()
+}
+
+fn allows() -> Seeds {
+    let text = "host1 *\nhost2 web1 web2  # both\nsha256:HEX db1 dir/x\n";
+    vec![("example".into(), text.replace("HEX", &"3f".repeat(32)).into_bytes())]
 }
 
 fn plans() -> Seeds {

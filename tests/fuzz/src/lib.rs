@@ -14,10 +14,12 @@
 //! | [`bundle`] | manifests, memory and state of a chain | what is read is what the digests say, and the same after a merge |
 //! | [`handover`] | Firecracker's regions | an address leads to its page and back |
 //! | [`control`] | lines of the control socket | what is heard can be said, and is heard the same again |
+//! | [`allow`] | allow lists | a line lets a host do what it says, and none lets anybody do more |
 //! | [`plan`] | plans, and figures of their machines | the budget is kept, no machine falls below its reservation |
 //!
 //! Checksums are made right by what the errors say of them (*healing*): a fuzzer guesses no 64 bits.
 
+mod allow;
 mod balloon;
 mod bundle;
 mod control;
@@ -29,6 +31,7 @@ mod plan;
 mod protocol;
 mod state;
 
+pub use allow::allow;
 pub use balloon::balloon;
 pub use bundle::bundle;
 pub use control::control;
@@ -43,7 +46,7 @@ pub use state::state;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("frames", frames),
     ("messages", messages),
     ("protocol", protocol),
@@ -53,4 +56,5 @@ pub const TARGETS: [Target; 9] = [
     ("handover", handover),
     ("control", control),
     ("plan", plan),
+    ("allow", allow),
 ];
