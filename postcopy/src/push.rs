@@ -337,6 +337,29 @@ mod tests {
     }
 
     #[test]
+    fn a_cursor_gives_no_more_than_its_pages_however_many_are_asked_for() {
+        for at_a_time in [1, 10, 16, 100, 300] {
+            let mut queue = queue(&[Run::new(0, 100_000)], &[Run::new(5, 1)]);
+            queue.fault(50_000);
+            let mut given = PageSet::new();
+            while !given.contains(5) {
+                given.extend(queue.next(at_a_time));
+            }
+            let around = given.count_in(Run::new(49_000, 2000));
+            assert_eq!(around, CURSOR_PAGES, "{at_a_time} at a time");
+        }
+    }
+
+    #[test]
+    fn a_stream_is_followed_so_far_and_then_its_surroundings_are_drawn() {
+        let mut queue = queue(&[Run::new(0, 100_000)], &[]);
+        [50_000, 50_007, 50_014].into_iter().for_each(|gfn| assert!(queue.fault(gfn)));
+        let order = order(&mut queue, 16 + 4);
+        assert_eq!(order[15], 50_014 + 16 * 7);
+        assert_eq!(order[16..], [50_015, 50_016, 50_017, 50_013]);
+    }
+
+    #[test]
     fn faults_at_a_constant_distance_are_followed() {
         for stride in [1, -1, 7, -512, 300] {
             let mut queue = queue(&[Run::new(0, 100_000)], &[]);
