@@ -351,6 +351,34 @@ mod tests {
     }
 
     #[test]
+    fn the_oldest_cursor_gives_way_to_the_ninth() {
+        let mut queue = queue(&[Run::new(0, 200_000)], &[Run::new(5, 1)]);
+        let faults: Vec<u64> = (1..=9).map(|k| k * 20_000).collect();
+        faults.iter().for_each(|gfn| assert!(queue.fault(*gfn)));
+        let mut given = PageSet::new();
+        while !given.contains(5) {
+            given.extend(queue.next(1));
+        }
+        for gfn in faults {
+            let around = given.count_in(Run::new(gfn - 5000, 10_000));
+            assert_eq!(around, if gfn == 20_000 { 0 } else { CURSOR_PAGES }, "{gfn}");
+        }
+    }
+
+    #[test]
+    fn a_stride_is_looked_for_in_the_last_32_faults() {
+        for (between, found) in [(0, true), (30, true), (31, false)] {
+            let mut queue = queue(&[Run::new(0, 1 << 20)], &[]);
+            let others = (1..=between).map(|k| 10_000 + k * 10_000);
+            for gfn in [100, 107].into_iter().chain(others).chain([114]) {
+                queue.fault(gfn);
+            }
+            let next = if found { 121 } else { 115 };
+            assert_eq!(order(&mut queue, 1), [next], "{between} faults between");
+        }
+    }
+
+    #[test]
     fn a_stream_is_followed_so_far_and_then_its_surroundings_are_drawn() {
         let mut queue = queue(&[Run::new(0, 100_000)], &[]);
         [50_000, 50_007, 50_014].into_iter().for_each(|gfn| assert!(queue.fault(gfn)));

@@ -323,10 +323,12 @@ mod tests {
 
     #[test]
     fn a_rate_of_nothing_is_no_rate() {
-        let mut chooser = chooser(2e9);
+        let mut chooser = chooser(GBIT);
         run(&mut chooser, TEXT, 64);
-        chooser.set_link_rate(0.0);
-        assert_eq!(run(&mut chooser, TEXT, 100).0, [Codec::Raw; 100]);
+        for rate in [0.0, -1.0, f64::NAN] {
+            chooser.set_link_rate(rate);
+            assert_eq!(run(&mut chooser, TEXT, 1).0, [Codec::Zstd], "as at the rate before");
+        }
     }
 
     #[test]
