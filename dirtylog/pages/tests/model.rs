@@ -227,7 +227,7 @@ fn a_page_goes_to_its_own_chunk_however_far_apart_they_are() {
     for n in [1, 2, 77] {
         let mut set = PageSet::new();
         let far = n * CHUNK * CHUNK;
-        for gfn in [n, far, n + 1, far + 1] {
+        for gfn in [far, n, n + 1, far + 1] {
             assert!(set.insert(gfn));
         }
         let runs: Vec<_> = set.runs().collect();
