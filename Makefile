@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench mutants lint setup cargo-deny cargo-mutants
+.PHONY: help demo test sim faults load bench mutants fuzz lint setup cargo-deny cargo-mutants
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.18.3
@@ -29,6 +29,16 @@ test: setup ## Run every test; what cannot run here is listed as SKIP at the end
 		!quiet { print; fflush() } \
 		END { for (i = 1; i <= n; i++) print skipped[i] }'
 
+sim: setup ## Run the protocol in virtual time: SEEDS=100000 FROM=0; SEED=n replays one and shows all of it
+	@$(CARGO) run --release --locked --quiet -p ferry-sim -- \
+		$(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100000) --from $(or $(FROM),0)) $(if $(PLANT),--plant $(PLANT))
+
+faults: setup ## Run every row of docs/FAULTS.md with both guests: ten minutes, as root
+	@$(CARGO) test --locked -p ferry-faults -- --include-ignored --nocapture
+
+load: setup ## Move one machine 200 times there and back, and many at once
+	@FERRY_TRIPS=200 $(CARGO) test --locked -p ferry-e2e --test load -- --nocapture --test-threads 1
+
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench
 
@@ -50,6 +60,12 @@ mutants: setup cargo-mutants ## Change the pure crates in every small way: do th
 		{ percent = 100 * $$2 / ($$2 + $$3); printf "%-12s %8d %8d %8.1f\n", $$1, $$2, $$3, percent } \
 		percent < least { few = few " " $$1 } \
 		END { if (few) { print "fewer than " least " % were caught:" few; exit 1 } }'
+
+# Not in the environment: bash counts in a variable of that name.
+unexport SECONDS
+SECONDS := 60
+fuzz: setup ## Fuzz every target for SECONDS=60 each; KEEP=1 adds to the corpora, which `make test` replays
+	@tests/fuzz/run $(SECONDS) $(TARGETS)
 
 lint: setup cargo-deny ## Check formatting, lints, documentation, licences and dependencies
 	$(CARGO) fmt --all --check

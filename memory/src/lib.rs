@@ -9,6 +9,7 @@
 //! This crate does not know why a page is read, nor when that is allowed.
 
 mod aside;
+mod available;
 mod away;
 mod discards;
 mod error;
@@ -21,11 +22,12 @@ mod userfault;
 mod view;
 
 pub use aside::{Aside, Moved};
+pub use available::available_bytes;
 pub use away::{Away, Stay};
 pub use discards::DiscardLog;
 pub use error::MemoryError;
 pub use fill::Filler;
-pub use mapping::{HUGE_PAGES, Mapping, available_bytes};
+pub use mapping::{HUGE_PAGES, Mapping};
 pub use missing::{MissingPages, Placed, Touch, Waiters};
 pub use resident::resident;
 pub use touched::Touched;

@@ -196,28 +196,3 @@ fn free_huge_pages() -> u64 {
 fn figure(name: &str) -> Option<u64> {
     std::fs::read_to_string(format!("{HUGE_FIGURES}/{name}")).ok()?.trim().parse().ok()
 }
-
-/// Bytes that can be had without swapping, huge pages aside: `MemAvailable` of `/proc/meminfo`. Everything, if
-/// it does not say.
-pub fn available_bytes() -> u64 {
-    let figures = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    parse_available(&figures).unwrap_or(u64::MAX)
-}
-
-fn parse_available(meminfo: &str) -> Option<u64> {
-    let rest = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn available_memory_is_read_from_the_kernels_words() {
-        let text = "MemTotal:       24612340 kB\nMemAvailable:   1024 kB\n";
-        assert_eq!(parse_available(text), Some(1 << 20));
-        assert_eq!(parse_available("MemTotal: 1 kB\n"), None);
-        assert_eq!(parse_available("MemAvailable: lots\n"), None);
-    }
-}

@@ -1,6 +1,7 @@
 //! One machine on its way in: its channels, its state machine, its memory.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,19 +10,22 @@ use ferry_codec::CodecSet;
 use ferry_memory::{MissingPages, Waiters};
 use ferry_pager::{Notice, Pager};
 use ferry_pages::PageSet;
+use ferry_protocol::limits::{MAX_MESSAGE_BYTES, MAX_WAITING_MESSAGES, max_commit_bytes};
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, MachineSpec, Refusal,
-    StateReader, ToDestination, wire,
+    StateReader, ToDestination, is_machine_name, wire,
 };
-use ferry_transport::{ByteSink, FrameReader, send_message};
+use ferry_transport::{ByteSink, FrameReader, LinkError, send_message};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::fetch::Asks;
 use crate::fetching::{Bringer, Fetching};
 use crate::install::Installer;
 use crate::recall::{OldCopy, Recalls};
-use crate::receive::{Peer, ReceiveEvent, Server};
+use crate::receive::{Caller, ReceiveEvent, Server};
 use crate::receive_lane::{self, LaneEnd};
+use crate::send_lane::FAREWELL;
 use crate::{Guest, Host, fetch, words};
 
 /// The source of a machine brings its pages.
@@ -80,6 +84,12 @@ pub(crate) enum Message {
         epoch: u64,
         event: DestinationEvent,
     },
+    /// From the control channel, which is read on while few of these wait.
+    Said {
+        epoch: u64,
+        event: DestinationEvent,
+        _turn: Option<OwnedSemaphorePermit>,
+    },
     /// A lane, with the sink that says to the source that somebody is here.
     Lane {
         link: u64,
@@ -105,6 +115,14 @@ pub(crate) enum Message {
     Abandoned,
 }
 
+/// Ends when nothing more is to come of a link: at once when there is another, and a moment after its session's end,
+/// so that last words are heard.
+async fn over(mut link: watch::Receiver<bool>) {
+    if link.wait_for(|over| *over).await.is_err() {
+        tokio::time::sleep(FAREWELL).await;
+    }
+}
+
 async fn write(mut sink: Box<dyn ByteSink>, mut messages: UnboundedReceiver<Vec<u8>>) {
     while let Some(bytes) = messages.recv().await {
         if send_message(sink.as_mut(), &bytes).await.is_err() {
@@ -115,21 +133,37 @@ async fn write(mut sink: Box<dyn ByteSink>, mut messages: UnboundedReceiver<Vec<
     let _ = sink.finish().await;
 }
 
-async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64, loading: Loading) {
+/// `largest`: bytes that one message, the commit, may have; none of the others has more than `MAX_MESSAGE_BYTES`.
+async fn read(
+    mut reader: FrameReader,
+    door: Sender<Message>,
+    epoch: u64,
+    loading: Loading,
+    largest: Arc<AtomicUsize>,
+) {
+    let turns = Arc::new(Semaphore::new(MAX_WAITING_MESSAGES));
+    let mut committed = false;
     loop {
-        let event = match reader.read_message(wire::MAX_MESSAGE_BYTES).await {
+        let turn = turns.clone().acquire_owned().await.ok();
+        let max = || if committed { MAX_MESSAGE_BYTES } else { largest.load(Ordering::Relaxed) };
+        let event = match reader.read_message_within(max).await {
             Ok(Some(bytes)) => match wire::decode::<ToDestination>(&bytes) {
-                Ok(message) => DestinationEvent::Message(message),
+                Ok(message) => {
+                    committed |= matches!(message, ToDestination::Commit { .. })
+                        || bytes.len() > MAX_MESSAGE_BYTES;
+                    DestinationEvent::Message(message.plain())
+                }
                 Err(e) => DestinationEvent::BadPages(format!("the source sent nonsense: {e}")),
             },
             Ok(None) => DestinationEvent::LinkLost("the source closed the control channel".into()),
+            Err(e @ LinkError::TooLong { .. }) => DestinationEvent::BadPages(e.to_string()),
             Err(e) => DestinationEvent::LinkLost(e.to_string()),
         };
         let over = !matches!(event, DestinationEvent::Message(_));
         if over {
             loading.link_lost();
         }
-        if door.send(Message::Link { epoch, event }).is_err() || over {
+        if door.send(Message::Said { epoch, event, _turn: turn }).is_err() || over {
             return;
         }
     }
@@ -139,7 +173,7 @@ async fn read(mut reader: FrameReader, door: Sender<Message>, epoch: u64, loadin
 pub(crate) struct Arriving<H: Host> {
     server: Arc<Server<H>>,
     token: u128,
-    peer: Peer,
+    peer: Caller,
     door: Sender<Message>,
     /// Counts links: one for each control channel.
     epoch: u64,
@@ -147,6 +181,12 @@ pub(crate) struct Arriving<H: Host> {
     link: Option<u64>,
     /// The present link was not found lost.
     linked: bool,
+    /// True when another link takes the place of the present one.
+    replaced: watch::Sender<bool>,
+    /// Lets the control channel carry as much as it can.
+    widen: Option<Box<dyn FnOnce() + Send>>,
+    /// Bytes that the commit may have; see `read`.
+    largest: Arc<AtomicUsize>,
     /// To the control channel.
     outgoing: Option<UnboundedSender<Vec<u8>>>,
     /// To the urgent lane.
@@ -176,7 +216,7 @@ impl<H: Host + 'static> Arriving<H> {
     pub(crate) fn new(
         server: Arc<Server<H>>,
         token: u128,
-        peer: Peer,
+        peer: Caller,
         door: Sender<Message>,
         runtime: tokio::runtime::Handle,
     ) -> Self {
@@ -189,6 +229,9 @@ impl<H: Host + 'static> Arriving<H> {
             epoch: 0,
             link: Some(0),
             linked: true,
+            replaced: watch::Sender::new(false),
+            widen: None,
+            largest: Arc::new(AtomicUsize::new(MAX_MESSAGE_BYTES)),
             outgoing: None,
             asks: Asks::default(),
             urgent_allowed: false,
@@ -217,7 +260,9 @@ impl<H: Host + 'static> Arriving<H> {
                 None => receiver.recv().map_err(RecvTimeoutError::from),
             };
             match message {
-                Ok(Message::Link { epoch, event }) if epoch == self.epoch => {
+                Ok(Message::Link { epoch, event } | Message::Said { epoch, event, .. })
+                    if epoch == self.epoch =>
+                {
                     if let DestinationEvent::LinkLost(why) = &event {
                         let why = why.clone();
                         self.handle(event);
@@ -226,7 +271,7 @@ impl<H: Host + 'static> Arriving<H> {
                         self.handle(event);
                     }
                 }
-                Ok(Message::Link { .. }) => {}
+                Ok(Message::Link { .. } | Message::Said { .. }) => {}
                 // Of a link that was given up; dropped, it is closed.
                 Ok(Message::Lane { link, .. } | Message::Urgent { link, .. })
                     if Some(link) != self.link => {}
@@ -307,15 +352,19 @@ impl<H: Host + 'static> Arriving<H> {
                 self.codecs = CodecSet::from_bits(codecs);
                 self.lanes_allowed = lanes;
                 self.urgent_allowed = true;
+                if let Some(widen) = self.widen.take() {
+                    widen();
+                }
                 None
             }
             DestinationAction::Hold => {
                 self.epoch += 1;
                 self.outgoing = None;
                 self.asks.close();
+                self.replaced.send_replace(true);
                 self.link = None;
                 if let Some(spec) = &self.spec {
-                    let (name, who) = (spec.name.clone(), self.peer.identity.clone());
+                    let (name, who) = (spec.name.clone(), self.peer.peer.name.clone());
                     self.server.set_away(self.token, Some((name, who)));
                 }
                 None
@@ -352,10 +401,19 @@ impl<H: Host + 'static> Arriving<H> {
     pub(crate) fn control(&mut self, reader: FrameReader, sink: Box<dyn ByteSink>) {
         self.epoch += 1;
         self.linked = true;
+        self.replaced.send_replace(true);
+        self.replaced = watch::Sender::new(false);
+        self.widen = Some(reader.widen());
         let (outgoing, messages) = unbounded_channel();
-        self.runtime.spawn(write(sink, messages));
-        let loading = self.loading.clone();
-        self.runtime.spawn(read(reader, self.door.clone(), self.epoch, loading));
+        let (loading, largest) = (self.loading.clone(), self.largest.clone());
+        let read = read(reader, self.door.clone(), self.epoch, loading, largest);
+        let (of_reader, of_writer) = (self.replaced.subscribe(), self.replaced.subscribe());
+        self.runtime.spawn(async move {
+            tokio::select! { () = read => {}, () = over(of_reader) => {} }
+        });
+        self.runtime.spawn(async move {
+            tokio::select! { () = write(sink, messages) => {}, () = over(of_writer) => {} }
+        });
         self.outgoing = Some(outgoing);
     }
 
@@ -376,7 +434,7 @@ impl<H: Host + 'static> Arriving<H> {
     /// Tells that a machine lost its source, which may come back; once for each link.
     fn waits(&mut self, why: String) {
         let missing = self.missing().map(|(missing, _)| missing.len());
-        let waits = self.machine.deadline().is_some() || missing.is_some() && self.running;
+        let waits = self.machine.is_alone() || missing.is_some() && self.running;
         if !waits || !std::mem::take(&mut self.linked) {
             return;
         }
@@ -422,9 +480,13 @@ impl<H: Host + 'static> Arriving<H> {
         self.asks.open(asks, &missing);
         self.asks.ask(waited);
         let (codecs, door, epoch) = (self.codecs, self.door.clone(), self.epoch);
-        let loading = self.loading.clone();
+        let (loading, replaced) = (self.loading.clone(), self.replaced.subscribe());
+        reader.widen()();
         self.runtime.spawn(async move {
-            let event = fetch::run(reader, sink, wanted, &installer, codecs).await;
+            let event = tokio::select! {
+                event = fetch::run(reader, sink, wanted, &installer, codecs) => event,
+                () = over(replaced) => return,
+            };
             if let Some(event) = event {
                 loading.link_lost();
                 let _ = door.send(Message::Link { epoch, event });
@@ -435,12 +497,21 @@ impl<H: Host + 'static> Arriving<H> {
     fn build(&mut self, spec: MachineSpec, machine: Option<u128>) -> Result<Built, Vec<Refusal>> {
         let name = spec.name.clone();
         let peer = self.peer.to_string();
+        if !is_machine_name(&name) {
+            let why = format!("`{:.64}` cannot name a machine", name.escape_debug().to_string());
+            return Err(vec![Refusal::new("name", why)]);
+        }
         (self.server.tell)(ReceiveEvent::Arriving { name: name.clone(), peer });
+        let admission = &self.server.options.admission;
+        let admitted = admission.admit(&self.peer.peer, "send machine", &spec.name);
+        admitted.map_err(|why| vec![Refusal::new("identity", why)])?;
         let layout = spec.layout().map_err(|e| vec![Refusal::new("memory", e.to_string())])?;
-        self.server.supersede(&spec.name, &self.peer.identity);
+        self.server.supersede(&spec.name, &self.peer.peer.name);
+        self.server.make_room(self.token, spec.memory_bytes()).map_err(|no| vec![no])?;
         let guest = self.server.host.prepare(&spec)?;
         self.installer = Some(Arc::new(Installer::new(guest.memory(), layout)));
         self.guest = Some(guest);
+        self.largest.store(max_commit_bytes(spec.memory_bytes()), Ordering::Relaxed);
         let mut recalled = Vec::new();
         if let Some(machine) = machine {
             let tell = |bundle: &Path, pages| {
@@ -474,11 +545,23 @@ impl<H: Host + 'static> Arriving<H> {
         let guest = self.guest.as_mut().ok_or("there is no machine")?;
         let state = StateReader::parse(state).map_err(|e| e.to_string())?;
         self.loading.begin(self.installer.clone());
+        let (loading, limit) = (self.loading.clone(), self.server.options.load_timeout);
+        let owes = self.installer.as_ref().is_some_and(|installer| installer.is_paging());
+        let watchdog = self.runtime.spawn(async move {
+            tokio::time::sleep(limit).await;
+            if owes {
+                loading.link_lost();
+            }
+        });
         let loaded = guest.load(&state).map_err(|e| words(&e));
+        watchdog.abort();
         if self.loading.end() {
             loaded
         } else {
-            Err("the link was lost while state was loaded".into())
+            let s = limit.as_secs_f64();
+            Err(format!(
+                "the link was lost while state was loaded, or pages for it did not come within {s:.0} s"
+            ))
         }
     }
 
@@ -514,7 +597,8 @@ impl<H: Host + 'static> Arriving<H> {
         let old = self.recalls(&installer);
         // A thread of its own: on the runtime's threads, the lane's connection would stand still while
         // pages are verified and written.
-        let runtime = self.runtime.clone();
+        let (runtime, replaced) = (self.runtime.clone(), self.replaced.subscribe());
+        reader.widen()();
         let run = async move {
             let installed = |round| {
                 let event = DestinationEvent::Installed { round };
@@ -534,6 +618,12 @@ impl<H: Host + 'static> Arriving<H> {
             let _ = door.send(Message::Link { epoch, event });
         };
         let thread = std::thread::Builder::new().name("ferry-install".into());
+        let run = async move {
+            tokio::select! {
+                () = run => {}
+                () = over(replaced) => {}
+            }
+        };
         if let Err(e) = thread.spawn(move || runtime.block_on(run)) {
             let why = format!("cannot start a thread for a lane: {e}");
             self.handle(DestinationEvent::LinkLost(why));
@@ -552,6 +642,7 @@ impl<H: Host + 'static> Arriving<H> {
                 Fetching::new(Arc::new(FromSource { installer, door }))
             });
             let spec = spec.clone();
+            self.server.has_arrived(self.token);
             (self.server.tell)(ReceiveEvent::Arrived { guest, spec, fetching });
         }
     }

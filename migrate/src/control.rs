@@ -62,10 +62,12 @@ impl Control {
     }
 }
 
-/// Starts the thread: it connects and says `hello`, and then carries out orders.
+/// Starts the thread: it connects and says `hello`, and then carries out orders. No answer is longer than
+/// `max_message`.
 pub(crate) fn start(
     connector: Arc<dyn Connector>,
     hello: Hello,
+    max_message: usize,
     tell: impl Fn(ControlEvent) + Send + Sync + 'static,
 ) -> Control {
     let tell: Tell = Arc::new(tell);
@@ -82,7 +84,7 @@ pub(crate) fn start(
         };
         runtime.block_on(async {
             tokio::select! {
-                () = talk(connector.as_ref(), &hello, receiver, tell) => {}
+                () = talk(connector.as_ref(), &hello, max_message, receiver, tell) => {}
                 // A peer that is alive but reads nothing must not hold up the end.
                 () = async {
                     let _ = ended.wait_for(|ended| *ended).await;
@@ -99,6 +101,7 @@ pub(crate) fn start(
 async fn talk(
     connector: &dyn Connector,
     hello: &Hello,
+    max_message: usize,
     mut orders: UnboundedReceiver<Order>,
     tell: Tell,
 ) {
@@ -107,7 +110,7 @@ async fn talk(
         Err(e) => return tell(ControlEvent::Lost(e.to_string())),
     };
     tell(ControlEvent::Connected);
-    tokio::spawn(read(source, tell.clone()));
+    tokio::spawn(read(source, max_message, tell.clone()));
     while let Some(order) = orders.recv().await {
         match order {
             Order::Send(bytes) => {
@@ -122,12 +125,12 @@ async fn talk(
     let _ = sink.finish().await;
 }
 
-async fn read(source: Box<dyn ByteSource>, tell: Tell) {
+async fn read(source: Box<dyn ByteSource>, max_message: usize, tell: Tell) {
     let mut reader = FrameReader::new(source);
     loop {
-        let event = match reader.read_message(wire::MAX_MESSAGE_BYTES).await {
+        let event = match reader.read_message(max_message).await {
             Ok(Some(bytes)) => match wire::decode(&bytes) {
-                Ok(message) => ControlEvent::Message(message),
+                Ok::<ToSource, _>(message) => ControlEvent::Message(message.plain()),
                 Err(e) => ControlEvent::Lost(format!("the destination sent nonsense: {e}")),
             },
             Ok(None) => ControlEvent::Lost("the destination closed the control channel".into()),

@@ -99,4 +99,10 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Every reason why it cannot, each naming the value on both sides.
     fn prepare(&self, spec: &MachineSpec) -> Result<Self::Guest, Vec<Refusal>>;
+
+    /// Bytes that machines on their way in may have in all; asked when none is. A host whose memory for them is
+    /// counted elsewhere, such as huge pages, says `u64::MAX`.
+    fn available_bytes(&self) -> u64 {
+        ferry_memory::available_bytes()
+    }
 }

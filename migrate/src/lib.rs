@@ -14,6 +14,7 @@ mod hints;
 mod install;
 mod kept;
 mod lazy;
+mod pinned;
 mod recall;
 mod receive;
 mod receive_lane;
@@ -33,6 +34,7 @@ pub use ferry_protocol::{
     Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, Mode, PermitStub, Progress,
     Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
 };
+pub use ferry_transport::{Admission, AllowList};
 pub use fetching::Fetching;
 pub use guest::{Guest, GuestError, Host};
 pub use hints::FreePages;

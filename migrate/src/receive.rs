@@ -2,7 +2,7 @@
 //!
 //! Channels live on the caller's runtime; each session has a thread, which runs the state machine and
 //! touches the guest. A channel's first message says whether it begins a session, joins one as a lane,
-//! or asks what became of one.
+//! or asks what became of one. A session is its identity's that began it: to others it is as if it were not there.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -11,24 +11,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ferry_codec::CodecSet;
-use ferry_protocol::{
-    Arrival, Hello, MAX_HELLO_BYTES, MachineSpec, Refusal, ToSource, VERSION_MAX, VERSION_MIN,
-    Verdict, wire,
+use ferry_protocol::limits::{
+    HELLO_TIMEOUT, LOAD_TIMEOUT, MAX_ARRIVING, MAX_ARRIVING_PER_IDENTITY, MAX_HELLO_BYTES,
+    MAX_UNKNOWN_PER_IDENTITY, REMEMBERED,
 };
-use ferry_transport::{ByteSink, Channel, FrameReader, LinkError, Listener, send_message};
+use ferry_protocol::{
+    Arrival, Hello, MachineSpec, Refusal, ToSource, VERSION_MAX, VERSION_MIN, Verdict, wire,
+};
+use ferry_transport::{
+    Admission, ByteSink, Channel, FrameReader, LinkError, Listener, Peer, send_message,
+};
 
 use crate::Host;
 use crate::arriving::{Arriving, Message};
 use crate::fetching::Fetching;
 
-/// A peer that opened a channel says what it wants within this time.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a new session waits until the one in its way is gone.
 const SUPERSEDE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Sessions whose end is remembered for inquiries.
-const REMEMBERED: usize = 1024;
-/// Machines that may be on their way in at once.
-const MAX_ARRIVING: usize = 32;
 
 /// How to receive.
 #[derive(Clone, Debug)]
@@ -39,11 +38,24 @@ pub struct ReceiveOptions {
     pub once: bool,
     /// Bundles, or directories of bundles: pages of an old one of the machine that comes are not sent.
     pub bundles: Vec<PathBuf>,
+    /// Who may send which machines. Asked when a session begins; one that runs goes on.
+    pub admission: Admission,
+    /// Most memory, in bytes, of machines that are on their way in at once; none: what the host has available.
+    pub max_memory_bytes: Option<u64>,
+    /// Loading a machine's state does not wait for longer than this for pages that its source owes.
+    pub load_timeout: Duration,
 }
 
 impl Default for ReceiveOptions {
     fn default() -> Self {
-        Self { codecs: CodecSet::ALL, once: false, bundles: Vec::new() }
+        Self {
+            codecs: CodecSet::ALL,
+            once: false,
+            bundles: Vec::new(),
+            admission: Admission::Everyone,
+            max_memory_bytes: None,
+            load_timeout: LOAD_TIMEOUT,
+        }
     }
 }
 
@@ -96,20 +108,24 @@ pub enum ReceiveEvent<G> {
 }
 
 /// Who opened a channel, from where.
-pub(crate) struct Peer {
-    pub(crate) identity: String,
+pub(crate) struct Caller {
+    pub(crate) peer: Peer,
     place: String,
 }
 
-impl std::fmt::Display for Peer {
+impl std::fmt::Display for Caller {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} ({})", self.identity, self.place)
+        write!(f, "{} ({})", self.peer.name, self.place)
     }
 }
 
 type Tell<G> = Arc<dyn Fn(ReceiveEvent<G>) + Send + Sync>;
 
 struct Session {
+    /// The name in the certificate of whoever began it: the only one who may join it or hear of it.
+    identity: String,
+    /// Bytes of a machine that has not run here.
+    memory_bytes: u64,
     verdict: Verdict,
     /// Where lanes join; none when it is over.
     door: Option<Sender<Message>>,
@@ -123,11 +139,16 @@ struct Sessions {
     /// Tokens in the order in which they came.
     order: Vec<u128>,
     taken: usize,
+    /// What all machines on their way in may have, where there is no other limit: as of the last time when there was
+    /// none, less what has begun to run since.
+    available_bytes: u64,
+    /// Channels that have not said what they are for, by identity.
+    unknown: HashMap<String, usize>,
 }
 
 impl Sessions {
-    fn arriving(&self) -> usize {
-        self.by_token.values().filter(|s| s.door.is_some()).count()
+    fn arriving(&self) -> impl Iterator<Item = &Session> {
+        self.by_token.values().filter(|s| s.door.is_some())
     }
 
     fn forget_oldest(&mut self) {
@@ -163,16 +184,26 @@ pub async fn receive<H: Host + 'static>(
     while let Some(accepted) = listener.accept().await {
         match accepted {
             Ok(channel) => {
-                tokio::spawn(welcome(server.clone(), channel));
+                let place = Unknown::new(&server, &channel.peer.name);
+                tokio::spawn(welcome(server.clone(), channel, place));
             }
             Err(e) => (server.tell)(ReceiveEvent::Turned(e.to_string())),
         }
     }
 }
 
-async fn welcome<H: Host + 'static>(server: Arc<Server<H>>, channel: Channel) {
+async fn welcome<H: Host + 'static>(
+    server: Arc<Server<H>>,
+    channel: Channel,
+    place: Option<Unknown<H>>,
+) {
     let Channel { source, sink, peer, remote, .. } = channel;
-    let peer = Peer { identity: peer.to_string(), place: remote };
+    let peer = Caller { peer, place: remote };
+    let Some(_place) = place else {
+        let most = MAX_UNKNOWN_PER_IDENTITY;
+        let why = format!("{most} of its connections have not said what they want; wait a moment");
+        return server.turn_away(&peer, sink, &why).await;
+    };
     let mut reader = FrameReader::new(source);
     let hello = tokio::time::timeout(HELLO_TIMEOUT, reader.read_message(MAX_HELLO_BYTES)).await;
     let why = match hello {
@@ -187,10 +218,37 @@ async fn welcome<H: Host + 'static>(server: Arc<Server<H>>, channel: Channel) {
     server.turn_away(&peer, sink, &why).await;
 }
 
+/// A channel that has not said what it is for, or is told that it cannot be.
+struct Unknown<H: Host>(Arc<Server<H>>, String);
+
+impl<H: Host + 'static> Unknown<H> {
+    fn new(server: &Arc<Server<H>>, identity: &str) -> Option<Self> {
+        let mut sessions = server.sessions();
+        let unknown = sessions.unknown.entry(identity.to_owned()).or_default();
+        if *unknown >= MAX_UNKNOWN_PER_IDENTITY {
+            return None;
+        }
+        *unknown += 1;
+        Some(Self(server.clone(), identity.to_owned()))
+    }
+}
+
+impl<H: Host> Drop for Unknown<H> {
+    fn drop(&mut self) {
+        let mut sessions = self.0.sessions();
+        if let Some(unknown) = sessions.unknown.get_mut(&self.1) {
+            *unknown -= 1;
+            if *unknown == 0 {
+                sessions.unknown.remove(&self.1);
+            }
+        }
+    }
+}
+
 async fn greet<H: Host + 'static>(
     server: &Arc<Server<H>>,
     hello: Hello,
-    peer: Peer,
+    peer: Caller,
     reader: FrameReader,
     mut sink: Box<dyn ByteSink>,
 ) {
@@ -203,7 +261,7 @@ async fn greet<H: Host + 'static>(
                 );
                 Err(Refusal::new("version", why))
             } else {
-                server.admit().map_err(|why| Refusal::new("host", why))
+                server.admit(&peer.peer)
             };
             match admitted {
                 Ok((token, receiver, door)) => {
@@ -228,7 +286,11 @@ async fn greet<H: Host + 'static>(
             server.join(session, peer, reader, sink, lane).await;
         }
         Hello::Rejoin { session, done, link } => {
-            let open = server.sessions().by_token.get(&session).is_some_and(|s| s.door.is_some());
+            let open = server
+                .sessions()
+                .by_token
+                .get(&session)
+                .is_some_and(|s| s.door.is_some() && s.identity == peer.peer.name);
             if open {
                 let rejoin = move |reader, sink| Message::Rejoin { link, reader, sink, done };
                 server.join(session, peer, reader, sink, rejoin).await;
@@ -262,11 +324,13 @@ async fn say_last(
     tokio::time::timeout(HELLO_TIMEOUT, farewell).await.unwrap_or(Ok(()))
 }
 
-impl<H: Host + 'static> Server<H> {
+impl<H: Host> Server<H> {
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
+impl<H: Host + 'static> Server<H> {
     /// Whose source is away from now on, or is back.
     pub(crate) fn set_away(&self, token: u128, away: Option<(String, String)>) {
         if let Some(session) = self.sessions().by_token.get_mut(&token) {
@@ -305,9 +369,53 @@ impl<H: Host + 'static> Server<H> {
         if let Some(session) = sessions.by_token.get_mut(&token) {
             session.door = None;
             session.away = None;
+            session.memory_bytes = 0;
         }
         if !stays {
             sessions.taken -= 1;
+        }
+    }
+
+    /// Sets memory aside for the machine of this session.
+    pub(crate) fn make_room(&self, token: u128, bytes: u64) -> Result<(), Refusal> {
+        let mut sessions = self.sessions();
+        let others: u64 = sessions.by_token.values().map(|s| s.memory_bytes).sum();
+        if others == 0 {
+            sessions.available_bytes = self.host.available_bytes();
+        }
+        let most = self.options.max_memory_bytes.unwrap_or(sessions.available_bytes);
+        if others.saturating_add(bytes) > most {
+            let [needs, others, most] = [bytes, others, most].map(|bytes| bytes >> 20);
+            return Err(Refusal::new(
+                "memory",
+                format!(
+                    "the machine has {needs} MiB, and {others} MiB of others are on their way; this host takes in \
+                     {most} MiB at once: try again when they are here, or see `ferry receive --max-memory`"
+                ),
+            ));
+        }
+        if let Some(session) = sessions.by_token.get_mut(&token) {
+            session.memory_bytes = bytes;
+        }
+        Ok(())
+    }
+
+    /// The machine of this session runs here: its memory is the host's affair.
+    pub(crate) fn has_arrived(&self, token: u128) {
+        let mut sessions = self.sessions();
+        let session = sessions.by_token.get_mut(&token);
+        let bytes = session.map_or(0, |s| std::mem::take(&mut s.memory_bytes));
+        sessions.available_bytes = sessions.available_bytes.saturating_sub(bytes);
+    }
+
+    /// Says that `peer` named a session of another identity, if it did.
+    fn tell_foreign(&self, session: u128, peer: &Caller) {
+        let whose = self.sessions().by_token.get(&session).map(|s| s.identity.clone());
+        if let Some(whose) = whose.filter(|whose| *whose != peer.peer.name) {
+            let said = format!(
+                "{peer} named a session of {whose} and was told nothing of it: how did it come by that number?"
+            );
+            (self.tell)(ReceiveEvent::Turned(said));
         }
     }
 
@@ -315,12 +423,16 @@ impl<H: Host + 'static> Server<H> {
     async fn join(
         &self,
         session: u128,
-        peer: Peer,
+        peer: Caller,
         reader: FrameReader,
         sink: Box<dyn ByteSink>,
         message: impl FnOnce(FrameReader, Box<dyn ByteSink>) -> Message,
     ) {
-        let door = self.sessions().by_token.get(&session).and_then(|s| s.door.clone());
+        let door = {
+            let sessions = self.sessions();
+            let own = sessions.by_token.get(&session).filter(|s| s.identity == peer.peer.name);
+            own.and_then(|s| s.door.clone())
+        };
         let message = message(reader, sink);
         let joined = match door {
             Some(door) => door.send(message).map_err(|e| e.0),
@@ -332,6 +444,7 @@ impl<H: Host + 'static> Server<H> {
             | Message::Rejoin { sink, .. },
         ) = joined
         {
+            self.tell_foreign(session, &peer);
             self.turn_away(&peer, sink, "a lane for a session that is not open here").await;
         }
     }
@@ -339,18 +452,22 @@ impl<H: Host + 'static> Server<H> {
     async fn answer_verdict(
         &self,
         session: u128,
-        peer: &Peer,
+        peer: &Caller,
         reader: FrameReader,
         mut sink: Box<dyn ByteSink>,
     ) {
-        let verdict =
-            self.sessions().by_token.get(&session).map_or(Verdict::Unknown, |s| s.verdict);
+        self.tell_foreign(session, peer);
+        let verdict = {
+            let sessions = self.sessions();
+            let own = sessions.by_token.get(&session).filter(|s| s.identity == peer.peer.name);
+            own.map_or(Verdict::Unknown, |s| s.verdict)
+        };
         if let Err(e) = say_last(&mut sink, reader, &ToSource::Verdict(verdict)).await {
             tracing::debug!("{peer} did not hear how its session ended: {e}");
         }
     }
 
-    async fn turn_away(&self, peer: &Peer, mut sink: Box<dyn ByteSink>, why: &str) {
+    async fn turn_away(&self, peer: &Caller, mut sink: Box<dyn ByteSink>, why: &str) {
         sink.close(why).await;
         (self.tell)(ReceiveEvent::Turned(format!("turned {peer} away: {why}")));
     }
@@ -360,7 +477,7 @@ impl<H: Host + 'static> Server<H> {
         token: u128,
         receiver: Receiver<Message>,
         door: Sender<Message>,
-        peer: Peer,
+        peer: Caller,
         reader: FrameReader,
         sink: Box<dyn ByteSink>,
     ) {
@@ -374,20 +491,35 @@ impl<H: Host + 'static> Server<H> {
         }
     }
 
-    fn admit(&self) -> Result<(u128, Receiver<Message>, Sender<Message>), String> {
+    fn admit(&self, peer: &Peer) -> Result<(u128, Receiver<Message>, Sender<Message>), Refusal> {
+        self.options.admission.knows(peer).map_err(|why| Refusal::new("identity", why))?;
         let mut sessions = self.sessions();
+        let busy = |why: String| Err(Refusal::new("host", why));
         let away = sessions.by_token.values().filter(|s| s.away.is_some()).count();
         if self.options.once && sessions.taken > away {
-            return Err("this host takes in one machine, and has it (--once)".into());
+            return busy("this host takes in one machine, and has it (--once)".into());
         }
-        if sessions.arriving() >= MAX_ARRIVING {
-            return Err(format!("{MAX_ARRIVING} machines are on their way in already; try again"));
+        if sessions.arriving().count() >= MAX_ARRIVING {
+            return busy(format!("{MAX_ARRIVING} machines are on their way in already; try again"));
+        }
+        let own = sessions.arriving().filter(|s| s.identity == peer.name).count();
+        if own >= MAX_ARRIVING_PER_IDENTITY {
+            return busy(format!(
+                "{own} machines of host `{}` are on their way in already, the most of one host; try again",
+                peer.name
+            ));
         }
         let (door, receiver) = channel();
         let token = rand::random();
         sessions.by_token.insert(
             token,
-            Session { verdict: Verdict::Unknown, door: Some(door.clone()), away: None },
+            Session {
+                identity: peer.name.clone(),
+                memory_bytes: 0,
+                verdict: Verdict::Unknown,
+                door: Some(door.clone()),
+                away: None,
+            },
         );
         sessions.order.push(token);
         sessions.taken += 1;

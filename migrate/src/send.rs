@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use ferry_codec::{CodecSet, is_zero, page_digest};
 use ferry_memory::{GuestView, Touched};
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
+use ferry_protocol::limits;
 use ferry_protocol::{
     Goals, Hello, Mode, Outcome, PermitStub, Progress, Reattach, RunPermit, Source, SourceAction,
     SourceEvent, StateWriter, ToDestination,
@@ -25,6 +26,7 @@ use tokio::sync::watch;
 
 use crate::control::{self, ControlEvent};
 use crate::hints::Hints;
+use crate::pinned::Pinned;
 use crate::recall::Digests;
 use crate::report::{self, PageCounts, Report};
 use crate::round::{Round, Trackers};
@@ -168,6 +170,7 @@ pub fn send(
     let (codecs, lanes) = (options.codecs.bits(), options.lanes);
     let (spec, number) = (guest.spec(), guest.machine());
     let machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
+    let connector = Arc::new(Pinned::new(connector, None));
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
     engine.connect(Hello::control());
     engine.run(&receiver)
@@ -183,6 +186,8 @@ pub fn reattach(
     canceller: &Canceller,
     watch: &mut dyn FnMut(SendEvent),
 ) -> Sent {
+    let peer = reattach.peer().map(str::to_owned);
+    let connector = Arc::new(Pinned::new(connector, peer));
     let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
     go_on(guest, machine, None, connector, options, canceller, watch)
 }
@@ -192,7 +197,7 @@ pub(crate) fn go_on(
     guest: &mut dyn Guest,
     machine: Source,
     digest: Option<u64>,
-    connector: Arc<dyn Connector>,
+    connector: Arc<Pinned>,
     options: &SendOptions,
     canceller: &Canceller,
     watch: &mut dyn FnMut(SendEvent),
@@ -220,7 +225,7 @@ struct Engine<'a> {
     options: SendOptions,
     guest: &'a mut dyn Guest,
     memory: GuestView,
-    connector: Arc<dyn Connector>,
+    connector: Arc<Pinned>,
     /// Counts links: one for each time that the control channel was opened.
     epoch: u64,
     /// What the destination knows the link by.
@@ -228,6 +233,8 @@ struct Engine<'a> {
     control: Option<control::Control>,
     sender: Sender<Message>,
     trackers: Trackers,
+    /// No message of the destination is longer, bytes.
+    max_answer: usize,
     hints: Hints,
     look: Option<Touched>,
     /// Pages that the guest touched while it was sampled.
@@ -265,7 +272,7 @@ impl<'a> Engine<'a> {
     fn new(
         guest: &'a mut dyn Guest,
         machine: Source,
-        connector: Arc<dyn Connector>,
+        connector: Arc<Pinned>,
         options: &SendOptions,
         canceller: &Canceller,
         watch: &'a mut dyn FnMut(SendEvent),
@@ -273,6 +280,7 @@ impl<'a> Engine<'a> {
         let (sender, receiver) = channel();
         canceller.attach(sender.clone());
         let layout = guest.spec().layout().unwrap_or_default();
+        let guest_bytes = guest.spec().memory_bytes();
         let engine = Self {
             began: Instant::now(),
             machine,
@@ -285,6 +293,7 @@ impl<'a> Engine<'a> {
             control: None,
             sender,
             trackers: Arc::default(),
+            max_answer: limits::max_answer_bytes(guest_bytes),
             hints: Hints::default(),
             look: None,
             touched: PageSet::new(),
@@ -316,10 +325,11 @@ impl<'a> Engine<'a> {
     fn connect(&mut self, hello: Hello) {
         self.epoch += 1;
         let (sender, epoch) = (self.sender.clone(), self.epoch);
-        let control = control::start(self.connector.clone(), hello, move |event| {
-            let event = LinkEvent::Control(event);
-            let _ = sender.send(Message::Link { epoch, event });
-        });
+        let control =
+            control::start(self.connector.clone(), hello, self.max_answer, move |event| {
+                let event = LinkEvent::Control(event);
+                let _ = sender.send(Message::Link { epoch, event });
+            });
         self.control = Some(control);
     }
 
@@ -432,6 +442,10 @@ impl<'a> Engine<'a> {
             SourceAction::Resume(permit) => {
                 self.paused = false;
                 self.failed_resume = self.guest.resume(permit).err();
+                // Of a commit that came to nothing: the next one owes other pages, with other content.
+                if let Some(spooling) = self.spooling.take() {
+                    spooling.end(false);
+                }
                 None
             }
             SourceAction::ReturnDirty(pages) => {
@@ -711,7 +725,9 @@ impl<'a> Engine<'a> {
         let left = match (outcome, self.failed_resume.take()) {
             (Outcome::Completed { .. }, _) => Left::Nothing,
             (Outcome::InDoubt { permit, .. }, _) => Left::InDoubt(permit),
-            (Outcome::Detached { reattach, .. }, _) => Left::Detached(reattach),
+            (Outcome::Detached { reattach, .. }, _) => {
+                Left::Detached(reattach.of_peer(self.connector.peer()))
+            }
             (_, None) => Left::Running,
             (_, Some((permit, error))) => {
                 machine = report::Whereabouts::PausedAtSource;

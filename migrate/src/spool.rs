@@ -19,6 +19,7 @@ use ferry_transport::Connector;
 use rustix::process::setpriority_process;
 use rustix::thread::gettid;
 
+use crate::pinned::Pinned;
 use crate::report::{Report, Whereabouts};
 use crate::send::{self, Canceller, Left, SendEvent, SendOptions};
 use crate::{Guest, GuestError, words};
@@ -217,6 +218,7 @@ pub fn serve_spool(
     let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
     let (mut remains, digest) = (Remains { spec, view }, Some(digest));
     let options = SendOptions { spool: None, ..options.clone() };
+    let connector = Arc::new(Pinned::new(connector, None));
     let sent = send::go_on(&mut remains, machine, digest, connector, &options, canceller, watch);
     let mut report = sent.report;
     match sent.left {

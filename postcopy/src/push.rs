@@ -379,6 +379,22 @@ mod tests {
     }
 
     #[test]
+    fn eight_streams_are_known_and_a_fault_that_proves_one_is_followed_twice_as_far() {
+        for (stream, pages) in [(0, FIRST_DEPTH), (1, 2 * FIRST_DEPTH), (8, 2 * FIRST_DEPTH)] {
+            let mut queue = queue(&[Run::new(0, 1 << 20)], &[]);
+            let at = |stream: u64, k: u64| 20_000 * (stream + 1) + 7 * k;
+            for other in 0..9 {
+                (0..3).for_each(|k| assert!(queue.fault(at(other, k))));
+            }
+            queue.fault(at(stream, 3));
+            let along: Vec<u64> = (4..4 + pages).map(|k| at(stream, k)).collect();
+            let next = order(&mut queue, along.len() + 1);
+            assert_eq!(next[..along.len()], along, "stream {stream}");
+            assert_eq!(next[along.len()], at(stream, 3) + 1, "stream {stream}");
+        }
+    }
+
+    #[test]
     fn a_stream_is_followed_so_far_and_then_its_surroundings_are_drawn() {
         let mut queue = queue(&[Run::new(0, 100_000)], &[]);
         [50_000, 50_007, 50_014].into_iter().for_each(|gfn| assert!(queue.fault(gfn)));

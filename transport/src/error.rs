@@ -49,6 +49,28 @@ pub enum LinkError {
         /// How long it was waited.
         seconds: u64,
     },
+    /// The peer is not who it has to be.
+    #[error(
+        "{remote} is host {found}, and has to be `{wanted}`: check the address; nothing was told to it"
+    )]
+    OtherPeer {
+        /// The address.
+        remote: String,
+        /// Who it is.
+        found: String,
+        /// Who it has to be.
+        wanted: String,
+    },
+    /// The peer opens connections faster than they are taken.
+    #[error(
+        "{remote} opens more than {per_s} connections a second: the others are left unanswered until it waits"
+    )]
+    TooOften {
+        /// The peer.
+        remote: String,
+        /// How many it may.
+        per_s: u32,
+    },
     /// The peer ended the connection and said why.
     #[error("{remote} closed the connection: {reason}")]
     Closed {
@@ -137,10 +159,10 @@ fn certificate_words(whose: &CertificateOf, remote: &str, problem: &CertificateP
             "{remote} does not accept this host's certificate: it is from another authority; both hosts need identities made by the same `ferry pki init`"
         ),
         (CertificateOf::Peer, NotInItsTime) => format!(
-            "the certificate of {remote} has expired or is not valid yet; give it a new identity by `ferry pki init`, or set the clocks right"
+            "the certificate of {remote} has expired or is not valid yet; give it a new one by `ferry pki renew`, or set the clocks right"
         ),
         (CertificateOf::Ours, NotInItsTime) => format!(
-            "{remote} does not accept this host's certificate: it has expired or is not valid yet; make a new identity by `ferry pki init`, or set the clocks right"
+            "{remote} does not accept this host's certificate: it has expired or is not valid yet; make a new one by `ferry pki renew`, or set the clocks right"
         ),
         (CertificateOf::Peer, Missing) => {
             format!("{remote} showed no certificate; it needs an identity from `ferry pki init`")

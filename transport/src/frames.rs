@@ -67,9 +67,20 @@ impl FrameReader {
     /// # Errors
     /// The link failed, the peer finished in the middle, or the message is too long.
     pub async fn read_message(&mut self, max: usize) -> Result<Option<Bytes>, LinkError> {
+        self.read_message_within(|| max).await
+    }
+
+    /// As [`read_message`](Self::read_message), where `max` is asked for once the message begins.
+    ///
+    /// # Errors
+    /// As [`read_message`](Self::read_message).
+    pub async fn read_message_within(
+        &mut self,
+        max: impl FnOnce() -> usize,
+    ) -> Result<Option<Bytes>, LinkError> {
         let Some(prefix) = self.fill(PREFIX_BYTES).await? else { return Ok(None) };
         let length = prefix.try_into().map_or(0, u32::from_le_bytes);
-        let bytes = usize::try_from(length).unwrap_or(usize::MAX);
+        let (bytes, max) = (usize::try_from(length).unwrap_or(usize::MAX), max());
         if bytes > max {
             return Err(LinkError::TooLong { bytes: length.into(), max });
         }
@@ -79,6 +90,11 @@ impl FrameReader {
         let mut message = Vec::new();
         self.gather(bytes, &mut message).await?;
         Ok(Some(message.into()))
+    }
+
+    /// See [`ByteSource::widen`].
+    pub fn widen(&self) -> Box<dyn FnOnce() + Send> {
+        self.source.widen()
     }
 
     /// The link's source, and what was received from it but not read.

@@ -1,4 +1,4 @@
-//! How frames travel: QUIC with mutual TLS, an in-memory link, identities, pacing.
+//! How frames travel: QUIC with mutual TLS, an in-memory link, identities, allow lists, pacing.
 //!
 //! A [`Connector`] makes [`Channel`]s to one address and a [`Listener`] takes them in. A channel is one
 //! connection with one stream of bytes in each direction: a [`ByteSink`] and a [`ByteSource`], whose
@@ -8,10 +8,12 @@
 //! This crate does not know what the bytes mean: the first ones of a channel say to the engine what it
 //! is for.
 
+mod allow;
 mod error;
 mod frames;
 pub mod memory;
 mod pacing;
+mod peer;
 pub mod pki;
 pub mod quic;
 
@@ -20,9 +22,11 @@ use std::pin::Pin;
 
 use bytes::Bytes;
 
+pub use allow::{Admission, AllowList};
 pub use error::{CertificateOf, CertificateProblem, LinkError};
 pub use frames::{FrameReader, send_message};
 pub use pacing::Pacer;
+pub use peer::{Fingerprint, Peer, PeerRule};
 pub use pki::{Identity, PkiError};
 pub use quic::{QuicConnector, QuicListener};
 
@@ -50,12 +54,17 @@ pub trait ByteSource: Send {
     fn ready(&mut self) -> Option<Bytes> {
         None
     }
+    /// What lets the peer have as much on its way as the link carries. Until it is called, a channel that was
+    /// accepted takes little that is not read.
+    fn widen(&self) -> Box<dyn FnOnce() + Send> {
+        Box::new(|| ())
+    }
 }
 
 /// One connection to a peer that proved its identity.
 pub struct Channel {
-    /// Whose certificate the peer showed: the host's name. `memory` in memory.
-    pub peer: String,
+    /// Whose certificate the peer showed.
+    pub peer: Peer,
     /// Where the peer is, for reports.
     pub remote: String,
     /// To the peer.
@@ -66,7 +75,7 @@ pub struct Channel {
 
 impl std::fmt::Debug for Channel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Channel({} at {})", self.peer, self.remote)
+        write!(f, "Channel({} at {})", self.peer.name, self.remote)
     }
 }
 

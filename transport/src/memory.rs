@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
-use crate::{BoxFuture, ByteSink, ByteSource, Channel, Connector, LinkError, Listener};
+use crate::{
+    BoxFuture, ByteSink, ByteSource, Channel, Connector, Fingerprint, LinkError, Listener, Peer,
+};
 
 /// What memory calls its peer.
 const PEER: &str = "memory";
@@ -16,21 +18,29 @@ const BACKLOG: usize = 64;
 /// direction before a sender waits.
 pub fn pair(pieces: usize) -> (MemoryConnector, MemoryListener) {
     let (offer, offered) = mpsc::channel(BACKLOG);
-    (MemoryConnector { offer, pieces: pieces.max(1) }, MemoryListener { offered })
+    (
+        MemoryConnector { offer, pieces: pieces.max(1), name: PEER.to_owned() },
+        MemoryListener { offered },
+    )
 }
 
 /// The two ends of one channel.
 pub fn channel(pieces: usize) -> (Channel, Channel) {
+    between(pieces, PEER)
+}
+
+/// The two ends of one channel; the second one's peer is `name`.
+fn between(pieces: usize, name: &str) -> (Channel, Channel) {
     let (to_right, from_left) = mpsc::channel(pieces);
     let (to_left, from_right) = mpsc::channel(pieces);
     let closed = watch::Sender::new(None);
-    let end = |to, from| Channel {
-        peer: PEER.to_owned(),
+    let end = |name: &str, to, from| Channel {
+        peer: Peer { name: name.to_owned(), fingerprint: Fingerprint::of(name.as_bytes()) },
         remote: PEER.to_owned(),
         sink: Box::new(MemorySink { to: Some(to), closed: closed.clone() }),
         source: Box::new(MemorySource { from, closed: closed.subscribe(), finished: false }),
     };
-    (end(to_right, from_right), end(to_left, from_left))
+    (end(PEER, to_right, from_right), end(name, to_left, from_left))
 }
 
 /// Makes channels to its [`MemoryListener`].
@@ -38,12 +48,22 @@ pub fn channel(pieces: usize) -> (Channel, Channel) {
 pub struct MemoryConnector {
     offer: mpsc::Sender<Channel>,
     pieces: usize,
+    /// Who it is to the listener.
+    name: String,
+}
+
+impl MemoryConnector {
+    /// One that leads to the same listener, as host `name`.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self.clone() }
+    }
 }
 
 impl Connector for MemoryConnector {
     fn connect(&self) -> BoxFuture<'_, Result<Channel, LinkError>> {
         Box::pin(async {
-            let (ours, theirs) = channel(self.pieces);
+            let (ours, theirs) = between(self.pieces, &self.name);
             self.offer
                 .send(theirs)
                 .await

@@ -71,7 +71,7 @@ async fn read_all(channel: &mut Channel) -> Result<Vec<u8>, LinkError> {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_side_knows_the_other_and_bytes_arrive_in_both_directions() {
     let (mut left, mut right) = connected(&hosts()).await;
-    assert_eq!((left.peer.as_str(), right.peer.as_str()), ("right", "left"));
+    assert_eq!((left.peer.name.as_str(), right.peer.name.as_str()), ("right", "left"));
     let bytes: Vec<u8> = (0..=250).cycle().take(20 << 20).collect();
     let sent = Bytes::from(bytes.clone());
     let answer = tokio::spawn(async move {
@@ -407,7 +407,7 @@ async fn peers_that_stall_or_fail_hold_up_nobody() {
             Err(_) => failures += 1,
         }
     };
-    assert_eq!(channel.peer, "left");
+    assert_eq!(channel.peer.name, "left");
     assert!(start.elapsed() < Duration::from_secs(4), "waited for the silent ones");
     assert!(failures <= 20, "the silent ones have not failed yet");
     good.await.unwrap().unwrap();

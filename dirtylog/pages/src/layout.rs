@@ -20,6 +20,8 @@ pub enum LayoutError {
     OutOfOrder(usize),
     /// More extents than [`Layout::MAX_EXTENTS`].
     TooMany(usize),
+    /// More pages than [`Layout::MAX_PAGES`], up to the extent with this number.
+    TooLarge(usize),
 }
 
 impl std::fmt::Display for LayoutError {
@@ -38,6 +40,11 @@ impl std::fmt::Display for LayoutError {
             Self::TooMany(n) => {
                 write!(f, "{n} memory extents; at most {} are allowed", Layout::MAX_EXTENTS)
             }
+            Self::TooLarge(i) => write!(
+                f,
+                "memory up to extent {i} is more than {} pages, the most that a machine may have",
+                Layout::MAX_PAGES
+            ),
         }
     }
 }
@@ -49,16 +56,19 @@ impl Layout {
     pub const MAX_EXTENTS: usize = 1024;
     /// Frames end below this: x86-64 has at most 52 physical address bits.
     pub const MAX_FRAME: u64 = 1 << 40;
+    /// No machine has more pages: 16 TiB. A [`PageSet`] of all of them takes some MiB, so that a peer or a file
+    /// that names a huge machine in a few bytes costs no more than that.
+    pub const MAX_PAGES: u64 = 1 << 32;
 
     /// Checks and takes `extents`.
     ///
     /// # Errors
-    /// An extent that is empty, too high, or out of order.
+    /// An extent that is empty, too high, or out of order; too many extents or pages.
     pub fn new(extents: Vec<Extent>) -> Result<Self, LayoutError> {
         if extents.len() > Self::MAX_EXTENTS {
             return Err(LayoutError::TooMany(extents.len()));
         }
-        let mut end = 0;
+        let (mut end, mut pages) = (0, 0u64);
         for (i, e) in extents.iter().enumerate() {
             let fits = e.start.checked_add(e.pages).is_some_and(|end| end <= Self::MAX_FRAME);
             if e.pages == 0 || !fits {
@@ -68,6 +78,11 @@ impl Layout {
                 return Err(LayoutError::OutOfOrder(i));
             }
             end = e.end();
+            // Both are at most MAX_FRAME.
+            pages += e.pages;
+            if pages > Self::MAX_PAGES {
+                return Err(LayoutError::TooLarge(i));
+            }
         }
         Ok(Self(extents))
     }
@@ -123,6 +138,15 @@ mod tests {
         assert_eq!(layout.index_of(32), Some(16));
         assert_eq!(layout.index_of(31), None);
         assert_eq!(layout.all().len(), 32);
+    }
+
+    #[test]
+    fn a_machine_of_more_pages_than_a_set_of_them_may_take_is_refused() {
+        let most = Run::new(1 << 33, Layout::MAX_PAGES - 5);
+        assert_eq!(Layout::new(vec![Run::new(0, 5), most]).map(|l| l.pages()), Ok(1 << 32));
+        assert_eq!(Layout::new(vec![Run::new(0, 6), most]), Err(LayoutError::TooLarge(1)));
+        let all = Layout::new(vec![Run::new(0, Layout::MAX_FRAME)]).unwrap_err();
+        assert!(all.to_string().contains("more than 4294967296 pages"), "{all}");
     }
 
     #[test]

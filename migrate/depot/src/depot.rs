@@ -1,27 +1,31 @@
 //! The side that has bundles: opens and reads files below one directory, for peers that proved who they are.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_bundle::{MANIFEST, is_file_of_bundle};
+use ferry_protocol::limits::HELLO_TIMEOUT;
 use ferry_protocol::{
     Hello, LENDING_VERSION, MAX_HELLO_BYTES, MAX_OPEN_FILES, MAX_PATH_BYTES, MAX_READ_BYTES,
     MAX_TO_DEPOT_BYTES, ToDepot, ToReader, wire,
 };
-use ferry_transport::{ByteSink, ByteSource, FrameReader, LinkError, Listener, send_message};
+use ferry_transport::{
+    Admission, ByteSink, ByteSource, FrameReader, LinkError, Listener, Peer, send_message,
+};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 use tokio::sync::Semaphore;
 
 /// Channels that are served at once; a reader has two.
 const MAX_CHANNELS: usize = 64;
-/// A peer that opened a channel says what it wants within this time.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Of them, channels of one identity.
+const MAX_CHANNELS_PER_IDENTITY: usize = 48;
 /// A peer takes what it asked for within this time.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -32,6 +36,7 @@ const MOST_TRIES: u32 = 10_000;
 #[derive(Debug)]
 pub struct Depot {
     root: OwnedFd,
+    admission: Admission,
 }
 
 /// What the host of a depot is told.
@@ -55,11 +60,28 @@ impl Depot {
     /// It is not a directory, or cannot be opened.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Self { root: rustix::fs::open(dir, flags, Mode::empty())? })
+        let root = rustix::fs::open(dir, flags, Mode::empty())?;
+        Ok(Self { root, admission: Admission::Everyone })
+    }
+
+    /// Lends to those only whom `admission` lets read a bundle; names are paths from the directory that is lent.
+    /// Asked each time when a file is opened.
+    #[must_use]
+    pub fn lend_to(self, admission: Admission) -> Self {
+        Self { admission, ..self }
+    }
+
+    /// The bundle that `file` belongs to, wherever the path to it led: from the directory that is lent.
+    fn bundle_of(&self, file: &File) -> io::Result<String> {
+        let place = |fd: i32| PathBuf::from(format!("/proc/self/fd/{fd}")).read_link();
+        let (root, path) = (place(self.root.as_raw_fd())?, place(file.as_raw_fd())?);
+        let within = path.parent().and_then(|dir| dir.strip_prefix(root).ok());
+        let within = within.ok_or_else(|| io::Error::other("it was moved away"))?;
+        within.to_str().map(str::to_owned).ok_or_else(|| io::Error::other("its name is no text"))
     }
 
     /// Opens the file of a bundle at `path`.
-    fn open_file(&self, path: &str) -> Result<(File, u64), ToReader> {
+    fn open_file(&self, path: &str, peer: &Peer) -> Result<(File, u64), ToReader> {
         let failed = |why: &dyn std::fmt::Display| ToReader::Failed { why: why.to_string() };
         let missing = |why: &str| ToReader::Missing { why: why.to_owned() };
         if path.len() > MAX_PATH_BYTES {
@@ -90,6 +112,10 @@ impl Depot {
         if !about.is_file() {
             return Err(failed(&"it is not a file"));
         }
+        if !matches!(self.admission, Admission::Everyone) {
+            let bundle = self.bundle_of(&file).map_err(|e| failed(&e))?;
+            self.admission.admit(peer, "read bundle", &bundle).map_err(|why| failed(&why))?;
+        }
         Ok((file, about.len()))
     }
 }
@@ -102,6 +128,7 @@ pub async fn serve(
 ) {
     let (depot, tell) = (Arc::new(depot), Arc::new(tell));
     let places = Arc::new(Semaphore::new(MAX_CHANNELS));
+    let mut own_places = HashMap::<String, Arc<Semaphore>>::new();
     while let Some(accepted) = listener.accept().await {
         let mut channel = match accepted {
             Ok(channel) => channel,
@@ -110,16 +137,24 @@ pub async fn serve(
                 continue;
             }
         };
-        let peer = format!("{} ({})", channel.peer, channel.remote);
-        let place = places.clone().try_acquire_owned();
+        let who = channel.peer.clone();
+        let peer = format!("{} ({})", who.name, channel.remote);
+        let own = own_places.entry(who.name.clone());
+        let own = own.or_insert_with(|| Arc::new(Semaphore::new(MAX_CHANNELS_PER_IDENTITY)));
+        let place = (own.clone().try_acquire_owned(), places.clone().try_acquire_owned());
         let (depot, tell) = (depot.clone(), tell.clone());
         tokio::spawn(async move {
             let why = match place {
-                Ok(_place) => {
+                (Ok(_own), Ok(_place)) => {
                     let reads = |bundle| tell(DepotEvent::Reads { peer: peer.clone(), bundle });
-                    attend(depot, &mut channel.sink, channel.source, reads).await
+                    attend(depot, who, &mut channel.sink, channel.source, reads).await
                 }
-                Err(_) => Err("too many read bundles here already; try again".to_owned()),
+                (Err(_), _) => Err(format!(
+                    "it has {MAX_CHANNELS_PER_IDENTITY} connections here already, the most of one host; try again"
+                )),
+                (_, Err(_)) => {
+                    Err(format!("{MAX_CHANNELS} connections read bundles here already; try again"))
+                }
             };
             if let Err(why) = why {
                 channel.sink.close(&why).await;
@@ -132,14 +167,16 @@ pub async fn serve(
 /// Serves a peer until it has gone.
 async fn attend(
     depot: Arc<Depot>,
+    peer: Peer,
     sink: &mut Box<dyn ByteSink>,
     source: Box<dyn ByteSource>,
     reads: impl Fn(String),
 ) -> Result<(), String> {
     let mut reader = FrameReader::new(source);
     greeted(&mut reader).await?;
+    depot.admission.knows(&peer)?;
     let files = (0..MAX_OPEN_FILES).map(|_| None).collect();
-    let mut desk = Desk { depot, files, told: false };
+    let mut desk = Desk { depot, peer, files, told: false };
     loop {
         let bytes = match reader.read_message(MAX_TO_DEPOT_BYTES).await {
             Ok(Some(bytes)) => bytes,
@@ -186,6 +223,7 @@ async fn greeted(reader: &mut FrameReader) -> Result<(), String> {
 /// What one channel has open.
 struct Desk {
     depot: Arc<Depot>,
+    peer: Peer,
     /// With the bundle of which it is the manifest.
     files: Vec<Option<(Arc<File>, Option<String>)>>,
     /// A bundle is read.
@@ -196,8 +234,8 @@ impl Desk {
     async fn open(&mut self, file: u16, path: String) -> Result<ToReader, String> {
         let place = self.files.get_mut(usize::from(file)).ok_or("it opens too many files")?;
         let bundle = path.strip_suffix(MANIFEST).map(|dir| dir.trim_end_matches('/').to_owned());
-        let depot = self.depot.clone();
-        let (opened, bytes) = match blocking(move || depot.open_file(&path)).await? {
+        let (depot, peer) = (self.depot.clone(), self.peer.clone());
+        let (opened, bytes) = match blocking(move || depot.open_file(&path, &peer)).await? {
             Ok(opened) => opened,
             Err(why) => return Ok(why),
         };
@@ -244,6 +282,45 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
+    use ferry_transport::Fingerprint;
+
+    fn peer(name: &str) -> Peer {
+        Peer { name: name.into(), fingerprint: Fingerprint::of(name.as_bytes()) }
+    }
+
+    #[test]
+    fn a_peer_reads_the_bundles_that_it_may_read_whatever_way_leads_to_them() {
+        let dir = tempfile::tempdir().unwrap();
+        for bundle in ["one", "two", "team/three"] {
+            std::fs::create_dir_all(dir.path().join(bundle)).unwrap();
+            std::fs::write(dir.path().join(bundle).join(MANIFEST), "{}").unwrap();
+        }
+        std::fs::write(dir.path().join(MANIFEST), "{}").unwrap();
+        std::os::unix::fs::symlink("two", dir.path().join("one/link")).unwrap();
+        std::os::unix::fs::symlink("../two", dir.path().join("one/out")).unwrap();
+        let list = "a *\nb one\nc team".parse().unwrap();
+        let depot = Depot::open(dir.path()).unwrap().lend_to(Admission::List(list));
+        for (who, path, may) in [
+            ("a", "one", true),
+            ("a", ".", true),
+            ("b", "one", true),
+            ("b", "two/../one", true),
+            ("b", "one/../two", false),
+            ("b", "one/out", false),
+            ("b", "two", false),
+            ("b", ".", false),
+            ("c", "team/three", true),
+            ("c", "one/../team/three", true),
+            ("c", "one", false),
+            ("d", "one", false),
+        ] {
+            let opened = depot.open_file(&format!("{path}/{MANIFEST}"), &peer(who));
+            assert_eq!(opened.is_ok(), may, "{who} {path}: {opened:?}");
+            if let Err(ToReader::Failed { why }) = opened {
+                assert!(why.contains(&format!("`{who}`")) && why.contains("may not"), "{why}");
+            }
+        }
+    }
 
     #[test]
     fn a_path_by_a_parent_is_followed_while_files_are_renamed() {
@@ -263,7 +340,8 @@ mod tests {
                 }
             });
             let path = format!("two/../one/{MANIFEST}");
-            let failed = (0..20_000).filter(|_| depot.open_file(&path).is_err()).count();
+            let peer = peer("a");
+            let failed = (0..20_000).filter(|_| depot.open_file(&path, &peer).is_err()).count();
             end.store(true, Ordering::Relaxed);
             assert_eq!(failed, 0);
         });

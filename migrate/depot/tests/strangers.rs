@@ -172,21 +172,26 @@ fn a_reader_that_asks_for_too_much_is_turned_away_and_others_are_served() {
 }
 
 #[test]
-fn more_readers_than_there_are_places_are_turned_away_until_some_have_gone() {
+fn more_readers_than_there_are_places_in_all_or_for_one_are_turned_away_until_some_have_gone() {
     let (dir, address) = (tempfile::tempdir().unwrap(), Arc::<Address>::default());
     save(&dir.path().join("b"), &some_memory(), None).unwrap();
     let _lender = Lender::of(&address, dir.path());
     run(async {
         let mut talks = Vec::new();
-        for _ in 0..64 {
-            let mut talk = Talk::to(&address).await;
-            talk.say(&open_of("b/manifest.json")).await;
-            talk.answer().await.unwrap();
-            talks.push(talk);
+        for (name, places, words) in [
+            ("greedy", 48, "it has 48 connections here already"),
+            ("modest", 16, "64 connections read bundles here already"),
+        ] {
+            let address = address.named(name);
+            for _ in 0..places {
+                let mut talk = Talk::to(&address).await;
+                talk.say(&open_of("b/manifest.json")).await;
+                talk.answer().await.unwrap();
+                talks.push(talk);
+            }
+            let why = Talk::to(&address).await.answer().await.unwrap_err();
+            assert!(why.contains(words) && why.contains("try again"), "{why}");
         }
-        let mut late = Talk::to(&address).await;
-        let why = late.answer().await.unwrap_err();
-        assert!(why.contains("too many") && why.contains("try again"), "{why}");
     });
     let mut tries = 0;
     while open(&address, "b").is_err() {

@@ -16,19 +16,20 @@
 //! loaded, and the session lasts until all are here. A link that is lost before the machine is resumed makes
 //! the session void. One that is lost later is awaited again (`Rejoined`), however long it takes:
 //! nobody else has the machine.
+//!
+//! A source that stays connected and is silent ends its session as well, as long as its machine has not run here:
+//! what it brought takes memory. From then on nothing ends a session that owes pages but its own machine.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::messages::{MAX_LANES, Recalled, ToDestination, ToSource, VERSION_MAX, Verdict};
+use crate::limits::{HELLO_TIMEOUT, MAX_KEEP, MAX_LANES, SILENCE};
+use crate::messages::{Recalled, ToDestination, ToSource, VERSION_MAX, Verdict};
 use crate::{Fetched, MachineSpec, PackedPages, Refusal, RunPermit};
 use ferry_pages::{Layout, PageSet};
 
 /// More rounds than this are not a migration.
 const MAX_ROUNDS: u32 = 1 << 20;
-
-/// No machine that has not run is kept for longer without its source.
-const MAX_KEEP: Duration = Duration::from_secs(3600);
 
 /// Pages of the last rounds come in full: nobody could send them again.
 const NAMED_LAST: &str = "the source named pages that the old copy here lacks, and committed";
@@ -178,6 +179,8 @@ pub struct Destination {
     lanes: u16,
     /// How long to keep what came when the link is lost.
     keep: Duration,
+    /// When the source said or brought something last, or it became its turn.
+    heard: Duration,
     layout: Option<Layout>,
     /// Pages were owed at the commit, and not all are here.
     owes: bool,
@@ -208,6 +211,7 @@ impl Destination {
             codecs,
             lanes: 0,
             keep: Duration::ZERO,
+            heard: Duration::ZERO,
             layout: None,
             owes: false,
             fetched: None,
@@ -241,12 +245,32 @@ impl Destination {
     pub fn deadline(&self) -> Option<Duration> {
         match self.phase {
             Phase::Alone { until, .. } => Some(until),
+            Phase::Waiting => Some(self.heard.saturating_add(HELLO_TIMEOUT)),
+            Phase::Receiving | Phase::Committed { .. } | Phase::Running => {
+                Some(self.heard.saturating_add(SILENCE))
+            }
             _ => None,
         }
     }
 
+    /// Whether it has not run, has lost its source, and waits for it.
+    pub fn is_alone(&self) -> bool {
+        matches!(self.phase, Phase::Alone { .. })
+    }
+
+    /// Rounds of which batches came and that are not done: one, and two more while the guest stands still.
+    pub fn open_rounds(&self) -> usize {
+        self.installed.len()
+    }
+
     /// Takes one event at time `now` since the start.
     pub fn handle(&mut self, now: Duration, event: DestinationEvent) {
+        use DestinationEvent::{AllHere, Built, Digest, Installed, Message, Rejoined, Resumed};
+        let of_source = matches!(&event, Message(_) | Installed { .. } | Rejoined { .. });
+        let of_this_host = matches!(&event, Built(_) | Resumed(_) | AllHere(_) | Digest(_));
+        if of_source || of_this_host {
+            self.heard = now;
+        }
         match event {
             DestinationEvent::Message(message) => self.message(now, message),
             DestinationEvent::LinkLost(why) => self.link_lost(now, why),
@@ -274,14 +298,10 @@ impl Destination {
                     self.void("the machine's source began anew".into());
                 }
             }
-            DestinationEvent::Tick => {
-                if let Phase::Alone { until, why } = &self.phase
-                    && now >= *until
-                {
-                    let s = self.keep.as_secs_f64();
-                    self.void(format!("{why}; its source did not come back for {s:.0} s"));
-                }
+            DestinationEvent::Tick if self.deadline().is_some_and(|at| now >= at) => {
+                self.too_late();
             }
+            DestinationEvent::Tick => {}
             DestinationEvent::Loaded(result) => self.loaded(now, result),
             DestinationEvent::Resumed(result) => self.resumed(now, result),
             DestinationEvent::Digest(sum) => {
@@ -362,6 +382,23 @@ impl Destination {
                 _,
             ) => {}
             (_, other) => self.give_up(format!("the source broke the protocol: {}", name(&other))),
+        }
+    }
+
+    fn too_late(&mut self) {
+        let silent = |limit: Duration| {
+            format!("the source was connected and silent for {} s; begin anew", limit.as_secs())
+        };
+        match &self.phase {
+            Phase::Alone { why, .. } => {
+                let s = self.keep.as_secs_f64();
+                self.void(format!("{why}; its source did not come back for {s:.0} s"));
+            }
+            Phase::Waiting => self.give_up(silent(HELLO_TIMEOUT)),
+            Phase::Running => {
+                self.finish(Verdict::Ran, Arrival::Runs { digest_verified: None });
+            }
+            _ => self.give_up(silent(SILENCE)),
         }
     }
 

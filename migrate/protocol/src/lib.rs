@@ -7,6 +7,7 @@
 
 mod destination;
 mod lending;
+pub mod limits;
 mod messages;
 mod outcome;
 mod packed;
@@ -22,22 +23,24 @@ pub use lending::{
     LENDING_VERSION, MAX_OPEN_FILES, MAX_PATH_BYTES, MAX_READ_BYTES, MAX_TO_DEPOT_BYTES,
     MAX_TO_READER_BYTES, ToDepot, ToReader,
 };
+pub use limits::{MAX_HELLO_BYTES, MAX_LANES};
 pub use messages::{
-    Hello, MAX_HELLO_BYTES, MAX_LANES, NotFerry, Recalled, ToDestination, ToSource, VERSION_MAX,
-    VERSION_MIN, Verdict,
+    Hello, NotFerry, Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN, Verdict,
 };
 pub use outcome::{Fetched, Outcome, Progress, Switchover};
 pub use packed::PackedPages;
 pub use permit::{PermitStub, RunPermit};
 pub use policy::{Decision, Goals, Mode, Policy, RoundFacts};
-pub use source::{Reattach, Source, SourceAction, SourceEvent, Spooled};
+pub use source::{
+    DOUBT_TIMEOUT, QUESTION_TIMEOUT, Reattach, Source, SourceAction, SourceEvent, Spooled,
+};
 pub use spec::{DeviceSpec, HostCapabilities, MachineSpec, is_machine_name};
 pub use state::{MAX_SECTION_BYTES, StateError, StateReader, StateWriter};
 
 /// One reason why a destination does not take a machine.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Refusal {
-    /// What is the matter: `memory`, `cpu`, `device`, `name`, `version`, `vmm`, `vcpus`, `host`.
+    /// What is the matter: `memory`, `cpu`, `device`, `name`, `version`, `vmm`, `vcpus`, `host`, `identity`.
     pub what: String,
     /// The sentence for the operator, with the value on each side.
     pub why: String,

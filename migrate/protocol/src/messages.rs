@@ -39,6 +39,7 @@ use std::time::Duration;
 use ferry_pages::PageSet;
 use serde::{Deserialize, Serialize};
 
+use crate::limits::{MAX_REASONS, MAX_WORDS};
 use crate::{Fetched, MachineSpec, PackedPages, Refusal, RunPermit, wire};
 
 /// Oldest protocol version that this build speaks.
@@ -47,10 +48,6 @@ pub const VERSION_MIN: u16 = 2;
 pub const VERSION_MAX: u16 = 2;
 /// First bytes on every channel; a version that cannot be decoded is still recognised by them.
 pub(crate) const MAGIC: [u8; 8] = *b"ferry\0\r\n";
-/// No hello is larger than this.
-pub const MAX_HELLO_BYTES: usize = 256;
-/// No migration has more lanes than this.
-pub const MAX_LANES: u16 = 64;
 
 /// What a channel is for: the first message on it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,8 +95,17 @@ pub enum Hello {
 
 /// Bytes that do not begin a Ferry channel.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("the peer does not speak Ferry: its first message {0}")]
-pub struct NotFerry(String);
+pub enum NotFerry {
+    /// Other magic.
+    #[error("the peer does not speak Ferry: its first message does not begin with Ferry's magic")]
+    Magic,
+    /// Ferry's magic, and then no hello of this version.
+    #[error(
+        "the peer's first message is no hello of Ferry's protocol versions {VERSION_MIN} to {VERSION_MAX} \
+         ({0}): update the older one"
+    )]
+    Hello(String),
+}
 
 impl Hello {
     /// The hello of this build for a new migration.
@@ -120,10 +126,8 @@ impl Hello {
     /// # Errors
     /// Other magic, or not a hello.
     pub fn decode(bytes: &[u8]) -> Result<Self, NotFerry> {
-        let rest = bytes
-            .strip_prefix(&MAGIC[..])
-            .ok_or_else(|| NotFerry("does not begin with Ferry's magic".into()))?;
-        wire::decode(rest).map_err(|e| NotFerry(format!("is not a hello ({e})")))
+        let rest = bytes.strip_prefix(&MAGIC[..]).ok_or(NotFerry::Magic)?;
+        wire::decode(rest).map_err(|e| NotFerry::Hello(e.to_string()))
     }
 }
 
@@ -276,6 +280,43 @@ pub enum ToSource {
     Verdict(Verdict),
 }
 
+impl ToDestination {
+    /// The same, with what is for people to read as one plain line of bounded length.
+    #[must_use]
+    pub fn plain(mut self) -> Self {
+        if let Self::Abort { reason } = &mut self {
+            make_plain(reason);
+        }
+        self
+    }
+}
+
+impl ToSource {
+    /// As [`ToDestination::plain`].
+    #[must_use]
+    pub fn plain(mut self) -> Self {
+        match &mut self {
+            Self::Failed { reason } | Self::CommitRefused { reason } => make_plain(reason),
+            Self::Accepted { no_post_copy: Some(why), .. } => make_plain(why),
+            Self::Refused { reasons } => {
+                reasons.truncate(MAX_REASONS);
+                for reason in reasons {
+                    make_plain(&mut reason.what);
+                    make_plain(&mut reason.why);
+                }
+            }
+            _ => {}
+        }
+        self
+    }
+}
+
+/// A peer's words go to the operator's terminal.
+fn make_plain(words: &mut String) {
+    let plain = words.chars().map(|c| if c.is_control() { ' ' } else { c });
+    *words = plain.take(MAX_WORDS).collect();
+}
+
 /// What became of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
@@ -290,6 +331,7 @@ pub enum Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{MAX_HELLO_BYTES, MAX_LANES};
     use ferry_pages::{Layout, Run};
 
     #[test]
@@ -304,10 +346,9 @@ mod tests {
             let bytes = hello.encode();
             assert!(bytes.starts_with(&MAGIC) && bytes.len() <= MAX_HELLO_BYTES);
             assert_eq!(Hello::decode(&bytes), Ok(hello));
-            let why = Hello::decode(&bytes[1..]).unwrap_err().to_string();
-            assert!(why.contains("Ferry's magic"), "{why}");
-            let why = Hello::decode(&bytes[..bytes.len() - 1]).unwrap_err().to_string();
-            assert!(why.contains("not a hello"), "{why}");
+            assert_eq!(Hello::decode(&bytes[1..]), Err(NotFerry::Magic));
+            let cut = Hello::decode(&bytes[..bytes.len() - 1]);
+            assert!(matches!(cut, Err(NotFerry::Hello(_))), "{cut:?}");
         }
     }
 
@@ -327,5 +368,31 @@ mod tests {
             }
             assert!(all.into_iter().eq((0..pages).map(|gfn| (gfn, gfn + 7))));
         }
+    }
+
+    #[test]
+    fn words_of_a_peer_are_one_plain_line_of_bounded_length() {
+        let words = "\u{1b}[2Jall is well\n\u{9b}31m".repeat(1000);
+        let refusal = Refusal::new(words.clone(), words.clone());
+        for message in [
+            ToSource::Failed { reason: words.clone() },
+            ToSource::CommitRefused { reason: words.clone() },
+            ToSource::Refused { reasons: vec![refusal; 1000] },
+        ] {
+            let shown = match message.plain() {
+                ToSource::Failed { reason } | ToSource::CommitRefused { reason } => reason,
+                ToSource::Refused { reasons } => {
+                    reasons.iter().map(|r| r.what.clone() + &r.why).collect()
+                }
+                other => panic!("{other:?}"),
+            };
+            assert!(shown.contains("all is well") && !shown.contains(char::is_control));
+            assert!(shown.chars().count() <= 2 * MAX_WORDS * MAX_REASONS);
+        }
+        let ToDestination::Abort { reason } = (ToDestination::Abort { reason: words }).plain()
+        else {
+            panic!()
+        };
+        assert!(!reason.contains(char::is_control) && reason.chars().count() <= MAX_WORDS);
     }
 }

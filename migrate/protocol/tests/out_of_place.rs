@@ -6,8 +6,8 @@ use std::time::Duration;
 use ferry_pages::{PageSet, Run};
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, MachineSpec, Mode,
-    Outcome, PackedPages, Recalled, Refusal, RunPermit, Source, SourceAction, SourceEvent,
-    ToDestination, ToSource, Verdict,
+    Outcome, PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
+    SourceEvent, ToDestination, ToSource, Verdict,
 };
 
 const RUNNING: ToSource = ToSource::Running { pages_us: 0, load_us: 0, resume_us: 0 };
@@ -33,27 +33,41 @@ fn spec() -> MachineSpec {
     }
 }
 
-/// A source that serves pages 0 to 9 to a machine that runs at the destination.
-fn serving() -> Source {
-    let mode = (Goals::default(), Mode::PostCopy);
-    let mut source = Source::new(spec(), None, 1, 1, mode, Duration::from_secs(60));
+/// A source whose commit is on its way.
+fn committed(mode: Mode) -> Source {
+    let how = (Goals::default(), mode);
+    let mut source = Source::new(spec(), None, 1, 1, how, Duration::from_secs(60));
     let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
-    let mut last = Vec::new();
-    for event in [
+    let mut events = vec![
         SourceEvent::Connected,
         SourceEvent::Message(accepted),
         SourceEvent::LanesOpen,
-        SourceEvent::TrackingStarted(pages(0, 10)),
         SourceEvent::Message(ToSource::Ready),
+        SourceEvent::TrackingStarted(pages(0, 10)),
+    ];
+    if mode == Mode::PreCopy {
+        events.push(SourceEvent::RoundSent { round: 1, batches: 1, bytes: 100, same: 0 });
+        let done = ToSource::RoundDone { round: 1, lacking: PackedPages::default() };
+        events.push(SourceEvent::Message(done));
+    }
+    events.extend([
         SourceEvent::Harvested(PageSet::new()),
         SourceEvent::Paused(RunPermit::for_new_machine(1)),
         SourceEvent::Harvested(PageSet::new()),
         SourceEvent::StateSaved(vec![1]),
         SourceEvent::Harvested(PageSet::new()),
-        SourceEvent::Message(RUNNING),
-    ] {
-        last = feed(&mut source, 1, event);
+    ]);
+    for event in events {
+        feed(&mut source, 1, event);
     }
+    assert!(source.is_committed(), "{mode:?}");
+    source
+}
+
+/// A source that serves pages 0 to 9 to a machine that runs at the destination.
+fn serving() -> Source {
+    let mut source = committed(Mode::PostCopy);
+    let last = feed(&mut source, 1, SourceEvent::Message(RUNNING));
     assert_eq!(last.last(), Some(&SourceAction::Push));
     source
 }
@@ -130,6 +144,40 @@ fn nor_does_one_while_the_source_comes_back() {
             still_owes(source, &actions, &said);
         }
     }
+}
+
+#[test]
+fn a_round_that_is_acknowledged_behind_the_word_of_a_lost_link_ends_nothing() {
+    let mode = (Goals::default(), Mode::PreCopy);
+    let mut source = Source::new(spec(), None, 1, 1, mode, Duration::from_secs(60));
+    let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
+    let (round, lacking) = (1, PackedPages::default());
+    for event in [
+        SourceEvent::Connected,
+        SourceEvent::Message(accepted),
+        SourceEvent::LanesOpen,
+        SourceEvent::TrackingStarted(pages(0, 10)),
+        SourceEvent::RoundSent { round, batches: 1, bytes: 40_960, same: 0 },
+        SourceEvent::LinkLost("a lane broke".into()),
+    ] {
+        feed(&mut source, 1, event);
+    }
+    let late = SourceEvent::Message(ToSource::RoundDone { round, lacking });
+    assert_eq!(feed(&mut source, 1, late), []);
+    let back = feed(&mut source, 2, SourceEvent::Tick);
+    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 0 }]);
+    let held = PackedPages::pack(&pages(0, 10));
+    let on = feed(&mut source, 2, SourceEvent::Message(ToSource::GoOn { held }));
+    assert!(on.iter().any(|a| matches!(a, SourceAction::OpenLanes { .. })), "{on:?}");
+}
+
+#[test]
+fn a_source_that_hears_that_the_machine_runs_behind_the_word_of_a_lost_link_comes_back() {
+    let mut source = committed(Mode::PostCopy);
+    feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+    feed(&mut source, 2, SourceEvent::Message(RUNNING));
+    let back = feed(&mut source, 3, SourceEvent::Tick);
+    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 1 }]);
 }
 
 #[test]
@@ -348,5 +396,33 @@ fn a_commit_that_names_pages_which_cannot_be_had_is_refused() {
         };
         assert!(actions.iter().any(refused), "late: {late}: {actions:?}");
         assert!(!actions.iter().any(|a| matches!(a, DestinationAction::Load(_))), "{actions:?}");
+    }
+}
+
+#[test]
+fn a_destination_that_gave_up_while_the_commit_was_on_its_way_is_asked_and_gives_the_machine_back()
+{
+    for mode in [Mode::PreCopy, Mode::PostCopy] {
+        for lane_lost in [false, true] {
+            let said = format!("{mode:?}, a lane was lost first: {lane_lost}");
+            let mut source = committed(mode);
+            if lane_lost {
+                feed(&mut source, 2, SourceEvent::LinkLost("a lane is lost".into()));
+            }
+            let failed = ToSource::Failed { reason: "a page is damaged".into() };
+            let on = feed(&mut source, 2, SourceEvent::Message(failed));
+            let told = |a: &SourceAction| {
+                matches!(a, SourceAction::Tell(Progress::Running) | SourceAction::Finish(_))
+            };
+            assert!(!on.iter().any(told), "{said}: {on:?}");
+            let asks = feed(&mut source, 1000, SourceEvent::Tick);
+            assert!(matches!(asks[..], [SourceAction::Rejoin { .. }]), "{said}: {asks:?}");
+            let never = ToSource::Verdict(Verdict::NeverRan);
+            let back = feed(&mut source, 1001, SourceEvent::Message(never));
+            assert!(back.iter().any(|a| matches!(a, SourceAction::Resume(_))), "{said}: {back:?}");
+            let why = format!("{back:?}");
+            assert!(why.contains("a page is damaged"), "{said}: {why}");
+            assert!(!why.contains("broke the protocol"), "{said}: {why}");
+        }
     }
 }

@@ -192,7 +192,7 @@ impl Handover {
     }
 
     /// The page at `address` in Firecracker's process.
-    pub(crate) fn page_at(&self, address: u64) -> Option<u64> {
+    pub fn page_at(&self, address: u64) -> Option<u64> {
         self.regions.iter().find_map(|region| {
             let page = address.checked_sub(region.host)? / self.page_bytes;
             (page < region.run.pages).then(|| region.run.start + page)
@@ -200,7 +200,7 @@ impl Handover {
     }
 
     /// The pages that lie wholly between two addresses of one region.
-    pub(crate) fn pages_between(&self, start: u64, end: u64) -> Option<Run> {
+    pub fn pages_between(&self, start: u64, end: u64) -> Option<Run> {
         let region = self.regions.iter().find(|region| {
             let bytes = region.run.pages * self.page_bytes;
             start >= region.host && end <= region.host + bytes && start < end
@@ -211,7 +211,7 @@ impl Handover {
     }
 
     /// The address of page `page`, and how many pages of its region there are from it on.
-    pub(crate) fn address_of(&self, page: u64) -> Option<(u64, u64)> {
+    pub fn address_of(&self, page: u64) -> Option<(u64, u64)> {
         let region = self.regions.iter().find(|r| r.run.start <= page && page < r.run.end())?;
         let inside = page - region.run.start;
         Some((region.host + inside * self.page_bytes, region.run.pages - inside))

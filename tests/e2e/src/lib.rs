@@ -3,6 +3,7 @@
 //! [`Hosts`] is two hosts of one authority, [`Host`] one of them, [`Running`] a process of theirs that is
 //! killed when it is dropped. Time-outs only find what hangs: nothing here judges how fast something is.
 
+pub mod group;
 pub mod network;
 mod process;
 
@@ -103,6 +104,7 @@ impl Hosts {
             runtime: dir.path().join(name),
             identity: pki.join(name),
             before: Vec::new(),
+            binary: None,
         };
         let (source, destination) = (host("a"), host("b"));
         source.run(&["pki", "init", path(&pki), "--host", "a", "--host", "b"]).succeeded();
@@ -124,6 +126,8 @@ pub struct Host {
     pub identity: PathBuf,
     /// What stands before `ferry`, such as `ip netns exec NAME`.
     pub before: Vec<String>,
+    /// The `ferry` of this host where it is not the one that is tested ([`ferry`]).
+    pub binary: Option<PathBuf>,
 }
 
 /// A path as text: the paths of tests are plain.
@@ -134,7 +138,8 @@ pub fn path(path: &Path) -> &str {
 impl Host {
     /// `ferry` on this host, with `args`.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut words = self.before.iter().map(AsRef::as_ref).chain([ferry().as_os_str()]);
+        let binary = self.binary.as_deref().unwrap_or_else(|| ferry());
+        let mut words = self.before.iter().map(AsRef::as_ref).chain([binary.as_os_str()]);
         let mut command = Command::new(words.next().expect("at least ferry"));
         command.args(words).arg("--runtime-dir").arg(&self.runtime).args(args);
         command

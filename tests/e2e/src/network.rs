@@ -1,6 +1,7 @@
 //! Two network namespaces joined by a cable that can be cut.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -8,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub const ADDRESSES: [&str; 2] = ["10.77.77.1", "10.77.77.2"];
 
 /// Two namespaces; they go with this.
+#[derive(Debug)]
 pub struct Network([String; 2]);
 
 /// Why a command did not succeed, in words.
@@ -27,24 +29,41 @@ fn ip(words: &str) -> Option<String> {
 impl Network {
     /// None, with a word on standard output, where this is not permitted.
     pub fn new() -> Option<Self> {
+        Self::made(|[a, b]| {
+            let mut commands =
+                vec![format!("-n {a} link add cable type veth peer name cable netns {b}")];
+            for (end, address) in [a, b].iter().zip(ADDRESSES) {
+                commands.push(format!("-n {end} address add {address}/24 dev cable"));
+                commands.push(format!("-n {end} link set cable up"));
+            }
+            commands
+        })
+    }
+
+    /// Two namespaces without a cable, each with a loopback that takes packets as large as an Ethernet does:
+    /// what shall pass from one to the other has to be carried. None, with a word, as above.
+    pub fn apart() -> Option<Self> {
+        Self::made(|names| {
+            names.each_ref().map(|n| format!("-n {n} link set lo up mtu 1500")).into()
+        })
+    }
+
+    fn made(commands: impl FnOnce(&[String; 2]) -> Vec<String>) -> Option<Self> {
         static MADE: AtomicU32 = AtomicU32::new(0);
         let id = format!("{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         let network = Self(["a", "b"].map(|end| format!("ferry-{id}-{end}")));
-        let [a, b] = &network.0;
-        let mut commands = vec![
-            format!("netns add {a}"),
-            format!("netns add {b}"),
-            format!("-n {a} link add cable type veth peer name cable netns {b}"),
-        ];
-        for (end, address) in network.0.iter().zip(ADDRESSES) {
-            commands.push(format!("-n {end} address add {address}/24 dev cable"));
-            commands.push(format!("-n {end} link set cable up"));
-        }
-        if let Some(why) = commands.iter().find_map(|words| ip(words)) {
+        let mut all: Vec<String> = network.0.iter().map(|n| format!("netns add {n}")).collect();
+        all.extend(commands(&network.0));
+        if let Some(why) = all.iter().find_map(|words| ip(words)) {
             println!("SKIP: no network of two hosts can be made: {why}");
             return None;
         }
         Some(network)
+    }
+
+    /// The file by which a thread enters the namespace of `end`.
+    pub fn file(&self, end: usize) -> PathBuf {
+        Path::new("/run/netns").join(&self.0[end])
     }
 
     /// What runs a command at one end.

@@ -5,36 +5,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use ferry_e2e::{Done, Host, Hosts, Running, kvm, network, path, wait_for};
+use ferry_e2e::{Host, Hosts, Running, kvm, network, path, wait_for};
 use ferry_transport::pki::{Validity, init_for};
-use rustix::process::Signal;
 
 const PROCESS: &str = ":process";
-/// Rounds of 9 MiB that come dirty at once: at `SLOW` each takes longer than the link's idle time-out.
-const ENDLESS: &str = "pattern=working-set set=9M rate=20000 random=100";
-const SLOW: [&str; 4] = ["--bandwidth", "8Mbit", "--rejoin", "1s"];
 
-/// A machine `m` that never gets ready to move at `SLOW`, and a destination.
+/// A machine `m`, and a destination.
 fn set_out() -> (Hosts, Running, Running, SocketAddr) {
-    set_out_with(ENDLESS)
-}
-
-fn set_out_with(cmdline: &str) -> (Hosts, Running, Running, SocketAddr) {
     let hosts = Hosts::new();
     let (receiver, to) = hosts.destination.receive(&[]);
-    let runner = hosts.source.boot("m", PROCESS, &["--cmdline", cmdline]);
+    let runner = hosts.source.boot("m", PROCESS, &[]);
     (hosts, runner, receiver, to)
-}
-
-/// Insists that a migration in plain words failed, why, and that the machine runs on.
-#[track_caller]
-fn stays(hosts: &Hosts, done: &Done, words: &[&str]) {
-    assert_eq!(done.status, Some(1), "{done:?}");
-    assert!(done.stdout.contains("`m` goes on here: the move failed"), "{done:?}");
-    for word in words {
-        assert!(done.stdout.contains(word), "`{word}` is not in {done:?}");
-    }
-    hosts.source.works("m");
 }
 
 /// Insists that `m` can be moved now.
@@ -118,7 +99,7 @@ fn memory_too_small_for_the_kernel_is_told_with_both_sizes() {
 
 #[test]
 fn a_name_is_taken_once_on_each_host() {
-    let (hosts, _runner, receiver, to) = set_out_with(ferry_e2e::BUSY);
+    let (hosts, _runner, receiver, to) = set_out();
     hosts.source.run(&["vm", "run", "m", "--kernel", PROCESS]).failed(&["name `m` is taken"]);
     let _other = hosts.destination.boot("m", PROCESS, &[]);
     hosts.source.migrate("m", to, &[]).stayed("refused", &["name `m` is taken"]);
@@ -231,7 +212,7 @@ fn stranger(identity: &Path) -> quinn::Endpoint {
 
 #[test]
 fn only_hosts_of_the_same_authority_and_in_time_take_part() {
-    let (hosts, _runner, receiver, to) = set_out_with(ferry_e2e::BUSY);
+    let (hosts, _runner, receiver, to) = set_out();
     let day = Duration::from_secs(86_400);
     let past = Validity { from: SystemTime::now() - 10 * day, authority: 3652 * day, host: day };
     init_for(&hosts.path("pki"), &["old".to_owned()], &past).expect("an identity");
@@ -306,171 +287,4 @@ fn a_destination_without_kvm_refuses_a_kvm_machine() {
     // What needs no KVM is welcome.
     let _process = hosts.source.boot("p", PROCESS, &[]);
     hosts.source.migrate("p", to, &[]).completed();
-}
-
-/// The destination dies as soon as the source has said `words`.
-fn destination_dies_when(words: &str, more: &[&str]) {
-    let (hosts, _runner, receiver, to) = set_out();
-    let moving = hosts.source.start_migrate("m", to, &[&SLOW[..], more].concat());
-    moving.line(words);
-    receiver.kill();
-    stays(&hosts, &moving.end(), &[&to.to_string()]);
-    // The name that it left behind is free.
-    let (_receiver, to) = hosts.destination.receive(&[]);
-    moves(&hosts, to);
-}
-
-#[test]
-fn a_destination_that_dies_before_the_first_page_leaves_the_machine_running() {
-    destination_dies_when("the destination takes the machine", &[]);
-}
-
-#[test]
-fn a_destination_that_dies_in_the_first_round_leaves_the_machine_running() {
-    destination_dies_when("round 1: ", &[]);
-}
-
-#[test]
-fn a_destination_that_dies_in_a_later_round_leaves_the_machine_running() {
-    destination_dies_when("round 2: ", &[]);
-}
-
-#[test]
-fn a_destination_that_dies_while_the_last_pages_are_sent_leaves_the_machine_running() {
-    // So long a stop is allowed that the last pages take more than the link's idle time-out.
-    destination_dies_when("the guest stands still", &["--max-downtime", "2m"]);
-}
-
-#[test]
-fn a_destination_that_freezes_is_given_up_and_takes_machines_when_it_is_back() {
-    let (hosts, _runner, receiver, to) = set_out();
-    let moving = hosts.source.start_migrate("m", to, &SLOW);
-    moving.line("round 1: ");
-    receiver.signal(Signal::STOP);
-    stays(&hosts, &moving.end(), &["was not heard from for"]);
-    // Frozen from the beginning, it is as nobody.
-    hosts.source.migrate("m", to, &[]).stayed("failed", &["nothing speaks QUIC"]);
-    hosts.source.works("m");
-    receiver.signal(Signal::CONT);
-    receiver.line("did not come");
-    moves(&hosts, to);
-}
-
-#[test]
-fn a_source_that_dies_leaves_nothing_at_the_destination() {
-    let (hosts, runner, receiver, to) = set_out();
-    let moving = hosts.source.start_migrate("m", to, &SLOW);
-    moving.line("round 1: ");
-    runner.kill();
-    let done = moving.end();
-    assert_eq!(done.status, Some(1), "{done:?}");
-    assert!(done.stderr.contains("`m` ended during the migration: look at both hosts"), "{done:?}");
-    receiver.line("machine `m` did not come");
-    assert!(hosts.destination.machines().is_empty() && hosts.source.machines().is_empty());
-    let _again = hosts.source.boot("m", PROCESS, &[]);
-    moves(&hosts, to);
-}
-
-#[test]
-fn a_client_that_dies_does_not_end_the_migration() {
-    let (hosts, runner, receiver, to) = set_out_with(ferry_e2e::BUSY);
-    let moving = hosts.source.start_migrate("m", to, &SLOW);
-    moving.line("round 1: ");
-    moving.kill();
-    receiver.line("its memory is the same");
-    hosts.destination.works("m");
-    runner.end().succeeded();
-}
-
-/// The last pages take seconds, but fewer than the link's idle time-out.
-const SHORT_STOP: &str = "pattern=working-set set=3M rate=20000 random=100";
-
-/// A machine whose destination froze so late that the source sends the run permit to nobody.
-fn doubtful() -> (Hosts, Running, Running, Running, SocketAddr) {
-    let (hosts, runner, receiver, to) = set_out_with(SHORT_STOP);
-    let more = ["--max-downtime", "2m"];
-    let moving = hosts.source.start_migrate("m", to, &[&SLOW[..], &more].concat());
-    moving.line("the guest stands still");
-    receiver.signal(Signal::STOP);
-    moving.line("the run permit is on its way");
-    moving.line("asking the destination what became of the machine");
-    (hosts, runner, receiver, moving, to)
-}
-
-#[test]
-fn a_machine_in_doubt_stays_paused_until_the_operator_knows() {
-    let (hosts, _runner, receiver, moving, to) = doubtful();
-    let done = moving.end();
-    assert_eq!(done.status, Some(1), "{done:?}");
-    assert!(done.stdout.contains("DID NOT ARRIVE and stays paused here"), "{done:?}");
-    assert_eq!(hosts.source.state("m"), "paused in doubt");
-    let checked = hosts.source.checked("m");
-    let words = ["--destination-is-dead", "ferry vm stop m"];
-    hosts.source.run(&["vm", "resume", "m"]).failed(&words);
-    hosts.source.run(&["vm", "pause", "m"]).failed(&words);
-    let again = hosts.source.migrate("m", to, &[]);
-    assert_eq!(again.report["machine"], "paused_at_source", "{again:?}");
-    assert!(again.reason().contains(words[0]) && again.status == Some(1), "{again:?}");
-    assert_eq!(hosts.source.checked("m"), checked, "it stands still");
-    receiver.kill();
-    hosts.source.run(&["vm", "resume", "m", "--destination-is-dead"]).succeeded();
-    hosts.source.works("m");
-    let (_receiver, to) = hosts.destination.receive(&[]);
-    moves(&hosts, to);
-}
-
-#[test]
-fn a_destination_that_wakes_in_time_settles_the_doubt_and_one_machine_runs() {
-    let (hosts, _runner, receiver, moving, _to) = doubtful();
-    receiver.signal(Signal::CONT);
-    let done = moving.end();
-    let arrived = hosts.destination.show("m").is_some();
-    if done.status == Some(0) {
-        assert!(arrived && hosts.source.machines().is_empty(), "{done:?}");
-        hosts.destination.works("m");
-    } else {
-        assert!(!arrived, "{done:?}");
-        stays(&hosts, &done, &[]);
-    }
-}
-
-fn in_namespaces() -> Option<(network::Network, Hosts, Running, SocketAddr)> {
-    let network = network::Network::new()?;
-    let mut hosts = Hosts::new();
-    hosts.source.before = network.at(0);
-    hosts.destination.before = network.at(1);
-    let (receiver, to) = hosts.destination.receive_on(&format!("{}:0", network::ADDRESSES[1]), &[]);
-    Some((network, hosts, receiver, to))
-}
-
-#[test]
-fn a_link_that_is_cut_mid_round_and_mended_costs_time_and_nothing_else() {
-    let Some((network, hosts, receiver, to)) = in_namespaces() else { return };
-    let _runner = hosts.source.boot("m", PROCESS, &["--cmdline", ferry_e2e::BUSY]);
-    let moving = hosts.source.start_migrate("m", to, &["--bandwidth", "16Mbit"]);
-    moving.line("round 1: ");
-    network.set_link("down");
-    moving.line("trying to come back");
-    receiver.line("What came is kept");
-    hosts.source.works("m");
-    network.set_link("up");
-    let done = moving.end().succeeded();
-    for word in ["the same on both sides", "lost 1 times"] {
-        assert!(done.stdout.contains(word), "`{word}` is not in {done:?}");
-    }
-    hosts.destination.works("m");
-}
-
-#[test]
-fn a_link_that_is_cut_mid_round_for_good_leaves_the_machine_running() {
-    let Some((network, hosts, receiver, to)) = in_namespaces() else { return };
-    let _runner = hosts.source.boot("m", PROCESS, &["--cmdline", ENDLESS]);
-    let moving = hosts.source.start_migrate("m", to, &SLOW);
-    moving.line("round 1: ");
-    network.set_link("down");
-    stays(&hosts, &moving.end(), &["was not heard from for", "could not be reached for 1 s"]);
-    receiver.line("did not come");
-    hosts.source.migrate("m", to, &[]).stayed("failed", &["nothing speaks QUIC"]);
-    network.set_link("up");
-    moves(&hosts, to);
 }

@@ -4,154 +4,100 @@
 
 mod destination_host;
 mod judge;
+mod memory;
 mod network;
+mod paging;
+mod plan;
+mod rounds;
+mod serving;
 mod source_host;
+mod watch;
+mod words;
 
 use std::time::Duration;
 
-use ferry_protocol::{DestinationEvent, Goals, Mode, SourceEvent};
+use ferry_protocol::{DestinationEvent, Goals, Mode, RunPermit, SourceEvent, wire};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
+use crate::rules::{Broken, Kept, Rule};
+use crate::{End, Plant};
 use destination_host::DestinationHost;
-use network::{Fate, Network, Packet};
+use memory::{Memory, PAGES, Stamp, bit};
+use network::{Network, Packet};
+use plan::Plan;
 use source_host::SourceHost;
 
-const PAGES: u64 = 64;
 const SESSION: u128 = 77;
 const NEVER: u64 = u64::MAX;
+/// Once nothing goes wrong any more, all is over within this virtual time. The longest is a minute until an
+/// answer is given up, half a minute in doubt, a minute of attempts to come back, and as long that what came
+/// is kept.
+const LONGEST_CALM_US: u64 = 240_000_000;
+/// No run has as many events: one that has goes in circles.
+const MOST_STEPS: u64 = 60_000;
 
-/// A fault of our own, planted to see that the checks find it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Plant {
-    Nothing,
-    DropHarvestedBit,
-    SkipHarvestAfterSave,
-    /// The destination installs without asking the ledger, and lanes deliver a page twice.
-    NoLedger,
-    ResumeAfterCommit,
-    /// Copies of owed pages that came before the hand-over stay where the guest sees them.
-    KeepStaleCopies,
-    /// Pages that come after the hand-over are installed without asking `Demand`.
-    NoDemand,
-    /// After a lost link, the source serves what it had not sent.
-    ServeOnlyUnsent,
-    ResumeAfterDetach,
-    /// To a source that comes back, the destination says that it has every page that ever came.
-    ClaimOldPages,
-    /// The destination takes a commit that an old link brings after the source came back.
-    TakeLateCommit,
-    /// The destination's old copy is not the one that it told the digests of.
-    StaleCopy,
-    /// The source compares pages with the old copy as they were before they were re-armed.
-    CompareBeforeRearm,
-    /// The destination does not say that it lacks pages of its old copy.
-    SilentlyLacking,
+/// A machine before it moves.
+struct Departure {
+    memory: Memory,
+    /// What the destination has of it from an earlier time.
+    old: Vec<(u64, Stamp)>,
+    permit: RunPermit,
+    /// The guest's last write.
+    version: u32,
 }
 
-/// In place of what a page holds: what the destination's old copy has.
-const SAME: u64 = u64::MAX;
+/// Hears each event and action, in words.
+pub type Listener = Box<dyn FnMut(&str)>;
 
-/// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    Moved,
-    MovedAfterInquiry,
-    MovedByPostCopy,
-    /// The link was lost before the commit, and the source came back.
-    MovedAfterCut,
-    /// The link was lost while pages were owed, and the source came back.
-    MovedAfterRejoin,
-    ReattachedAndMoved,
-    StayedAndRuns,
-    ReclaimedAfterInquiry,
-    /// Taken up again, the source learned that the destination never ran the machine.
-    ReattachedAndReclaimed,
-    PausedInDoubt,
-    Detached,
-    /// The source died while it owed pages; what the destination has not got is lost.
-    SourceDied,
-}
-
-/// What goes wrong in a run, beside what waits in the network from the start.
-#[derive(Default)]
-struct Plan {
-    /// Cuts to come after the one before was mended, or after the commit.
-    more_cuts: u32,
-    /// The network does not come back after a cut, or only after very long.
-    stays_down: bool,
-    long_outages: bool,
-    cut_kills_destination: bool,
-    /// The process that answers in place of the dead one knows no session; otherwise nobody answers.
-    destination_restarts: bool,
-    destination_dies_later: bool,
-    source_dies: bool,
-    cancels_rejoining: bool,
-    operator_persists: bool,
-    refuse_load: bool,
-    refuse_paging: bool,
-    no_post_copy: bool,
-    paging_breaks: bool,
-    abandons: bool,
-    discards: bool,
-    /// Pages of the old copy cannot be read.
-    old_copy_damaged: bool,
-}
-
+/// One machine on its way, with all that happens to it.
 pub struct World {
     rng: SmallRng,
     plant: Plant,
     plan: Plan,
-    mode: Mode,
     now: u64,
+    steps: u64,
+    /// Nothing went wrong since.
+    calm_since: u64,
     net: Network,
     source: SourceHost,
     destination: DestinationHost,
+    /// The guest's last write: it counts them, on whichever side it runs.
+    version: u32,
+    /// What the guest would find in its memory if it had never moved; before it runs at the destination, that is
+    /// the source's.
+    truth: Option<Memory>,
     /// The link was cut while the source was at work.
     cut: bool,
-    /// Print each event and action.
-    pub traced: bool,
+    listener: Option<Listener>,
 }
 
 impl World {
+    /// A world in which goes wrong what the seed says; with a fault of our own, or [`Plant::Nothing`].
     pub fn new(seed: u64, plant: Plant) -> Self {
         let mut w = Self::quiet(seed);
         w.plant = plant;
-        let horizon =
-            60_000 + w.net.latency_us * 40 + if w.mode == Mode::PostCopy { 100_000 } else { 0 };
-        if w.rng.random_bool(0.5) {
-            let at = w.rng.random_range(0..horizon);
-            w.fate_at(at, Fate::Cut);
-        }
-        if w.rng.random_bool(0.2) {
-            let at = w.rng.random_range(0..horizon);
-            w.fate_at(at, Fate::Cancel);
-        }
-        let rng = &mut w.rng;
-        w.plan = Plan {
-            more_cuts: if rng.random_bool(0.5) { rng.random_range(0..5) } else { 0 },
-            stays_down: rng.random_bool(0.15),
-            long_outages: rng.random_bool(0.3),
-            cut_kills_destination: rng.random_bool(0.15),
-            destination_restarts: rng.random_bool(0.5),
-            destination_dies_later: rng.random_bool(0.05),
-            source_dies: rng.random_bool(0.05),
-            cancels_rejoining: rng.random_bool(0.1),
-            operator_persists: rng.random_bool(0.7),
-            refuse_load: rng.random_bool(0.05),
-            refuse_paging: rng.random_bool(0.03),
-            no_post_copy: rng.random_bool(0.08),
-            paging_breaks: rng.random_bool(0.04),
-            abandons: rng.random_bool(0.04),
-            discards: rng.random_bool(0.1),
-            old_copy_damaged: rng.random_bool(0.2),
-        };
+        w.plan_trouble();
         w
     }
 
     /// A world in which nothing goes wrong.
     pub fn quiet(seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
+        let resident = (0..PAGES).filter(|_| rng.random_bool(0.7)).fold(0, |m, p| m | bit(p));
+        let memory = Memory::first_versions(resident);
+        // Some pages as they once were, some as they never were, if there is an old copy at all.
+        let share = [0.0, 0.9][rng.random_range(0..2)];
+        let old: Vec<u64> = (0..PAGES).filter(|_| rng.random_bool(share)).collect();
+        let version = |rng: &mut SmallRng| if rng.random_bool(0.7) { 1 } else { 7 << 20 };
+        let old = old.into_iter().map(|p| (p, Stamp::new(p, version(&mut rng)))).collect();
+        let permit = RunPermit::for_new_machine(1);
+        let mut world = Self::leg(rng, Departure { memory, old, permit, version: 1 });
+        world.plan.round_trip = world.rng.random_bool(0.3);
+        world
+    }
+
+    fn leg(mut rng: SmallRng, departure: Departure) -> Self {
         let modes = [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
         let mode = modes[rng.random_range(0..modes.len())];
         let mut goals = Goals::default();
@@ -161,180 +107,177 @@ impl World {
             goals.max_total = Duration::from_secs(2);
         }
         let latency_us = rng.random_range(10..3000);
-        let source = SourceHost::new(&mut rng, (goals, mode));
-        let destination = DestinationHost::new(source.old_copy(&mut rng));
+        let Departure { memory, old, permit, version } = departure;
         Self {
-            source,
-            destination,
+            source: SourceHost::new(&mut rng, (goals, mode), memory, permit),
+            destination: DestinationHost::new(old),
             net: Network::new(latency_us),
             plant: Plant::Nothing,
             plan: Plan::default(),
-            mode,
             now: 0,
+            steps: 0,
+            calm_since: 0,
+            version,
+            truth: None,
             cut: false,
-            traced: false,
+            listener: None,
             rng,
         }
     }
 
-    /// Runs to the end; an error is a broken rule.
-    pub fn run(mut self) -> Result<End, String> {
+    /// The same, with someone who hears of everything.
+    #[must_use]
+    pub fn heard_by(mut self, listener: Listener) -> Self {
+        self.listener = Some(listener);
+        self
+    }
+
+    /// Runs to the end, perhaps there and back.
+    ///
+    /// # Errors
+    /// A rule was broken.
+    pub fn run(mut self) -> Result<End, Broken> {
+        let round_trip = self.plan.round_trip;
+        let end = self.run_leg()?;
+        match self.departure_back() {
+            Some(departure) if round_trip && end.moved() => {
+                let mut back = Self::leg(self.rng, departure);
+                back.plant = self.plant;
+                back.listener = self.listener;
+                if self.plan.troubled {
+                    back.plan_trouble();
+                }
+                back.tell("fate", || "the machine goes back to where it came from".into());
+                let end = back.run_leg()?;
+                Ok(if end.moved() { End::MovedThereAndBack } else { end })
+            }
+            _ => Ok(end),
+        }
+    }
+
+    /// The machine where it arrived, and what its source kept of it.
+    fn departure_back(&mut self) -> Option<Departure> {
+        let memory = self.truth.filter(|_| self.destination.runs)?;
+        let permit = self.destination.permit.take()?;
+        let kept = self.source.at_pause?;
+        let old = (0..PAGES).map(|p| (p, kept[p])).filter(|(_, stamp)| !stamp.is_zero());
+        let old = if self.rng.random_bool(0.8) { old.collect() } else { Vec::new() };
+        Some(Departure { memory, old, permit, version: self.version })
+    }
+
+    fn run_leg(&mut self) -> Kept<End> {
         self.feed_source(SourceEvent::Connected)?;
-        for _ in 0..200_000 {
+        loop {
             let over = self.source.outcome.is_some() || self.source.dead;
             if over && self.net.is_empty() && self.destination.deadline().is_none() {
-                break;
+                return self.judge();
             }
             self.step()?;
         }
-        self.judge()
     }
 
-    fn step(&mut self) -> Result<(), String> {
+    fn step(&mut self) -> Kept {
         let packet_at = self.net.next_at();
         let (here, there) = (self.source.deadline(), self.destination.deadline());
         let next = [packet_at, here, there].into_iter().flatten().min();
         let Some(next) = next else { return Err(self.stuck()) };
         let before = self.now;
         self.now = next.max(self.now);
+        self.steps += 1;
         self.source_guest_writes(self.now - before);
         self.destination_guest_runs()?;
         if packet_at.is_some_and(|t| t <= self.now) {
-            let packet = self.net.pop().unwrap();
-            self.deliver(packet)?;
+            if let Some(packet) = self.net.pop() {
+                self.arrive(packet)?;
+            }
         } else if here == Some(next) {
             self.feed_source(SourceEvent::Tick)?;
         } else {
             self.feed_destination(DestinationEvent::Tick)?;
         }
-        if self.source.runs && self.destination.ever_ran {
-            return Err("the machine runs twice".into());
-        }
-        Ok(())
+        self.watch()
     }
 
-    fn deliver(&mut self, packet: Packet) -> Result<(), String> {
+    /// What travels comes, unless something befalls its link just before.
+    fn arrive(&mut self, packet: Packet) -> Kept {
+        let Some(travels) = packet.travels().filter(|_| self.plan.troubled) else {
+            return self.deliver(packet);
+        };
+        if self.strike(travels, true)? {
+            return Ok(());
+        }
+        self.deliver(packet)?;
+        self.strike(travels, false).map(drop)
+    }
+
+    fn deliver(&mut self, packet: Packet) -> Kept {
         match packet {
-            Packet::ToDestination(m) => self.feed_destination(DestinationEvent::Message(m)),
-            Packet::ToSource(m) => self.feed_source(SourceEvent::Message(m)),
-            Packet::Batch { link, round, pages } => {
-                self.pages_came(round, &pages, self.destination.listens_to(link))
+            Packet::ToDestination(link, bytes) => {
+                if !self.destination.listens_to(link) && self.plant != Plant::OldLinksCount {
+                    return Ok(());
+                }
+                self.feed_destination(DestinationEvent::Message(decoded(&bytes)?))
             }
-            Packet::Echo { round, pages } => self.pages_came(round, &pages, false),
-            Packet::UrgentOpen => self.urgent_open(),
-            Packet::Request(page) => {
-                self.requested(page);
+            Packet::ToSource(link, bytes) => {
+                if link != self.net.link && self.plant != Plant::OldLinksCount {
+                    return Ok(());
+                }
+                self.feed_source(SourceEvent::Message(decoded(&bytes)?))
+            }
+            Packet::Batch(batch) => self.pages_came(batch),
+            Packet::Ack { turn, bytes, sent_at } => {
+                self.acknowledged(turn, bytes, sent_at);
                 Ok(())
             }
+            Packet::UrgentOpen => self.urgent_open(),
+            Packet::Request(page) => self.requested(page),
             Packet::Hello { done } => self.hello_again(done),
             Packet::Closed => self.destination_lost(self.net.link),
             Packet::SourceLost(link) if link != self.net.link => Ok(()),
             Packet::SourceLost(_) => self.feed_source(SourceEvent::LinkLost("link cut".into())),
             Packet::DestinationLost(link) => self.destination_lost(link),
-            Packet::Event(e) => self.feed_source(e),
+            Packet::DestinationLaneLost(link) if link != self.destination.link => Ok(()),
+            Packet::DestinationLaneLost(_) => {
+                self.feed_destination(DestinationEvent::LinkLost("a lane broke".into()))
+            }
+            Packet::Event(process, e) if process == self.source.process => self.feed_source(e),
+            Packet::Event(..) => Ok(()),
             Packet::DestinationEvent(e) => self.feed_destination(e),
+            Packet::RoundTurn(round) => {
+                self.send_more(round);
+                Ok(())
+            }
             Packet::PushTurn(turn) => {
                 self.push(turn);
                 Ok(())
             }
             Packet::Fault { vcpu, page } => self.fault(vcpu, page),
             Packet::Installed { round, page, content } => self.installed(round, page, content),
+            Packet::InstallLate(batch) => self.install(&batch),
             Packet::Discard => self.discard(),
-            Packet::Fate(m) => self.befall(m),
+            Packet::Fate(fate) => self.befall(fate),
         }
     }
 
-    fn trace(&self, words: impl FnOnce() -> String) {
-        if self.traced {
-            println!("{:>9.3} ms  {}", self.now as f64 / 1e3, words());
+    fn tell(&mut self, who: &str, words: impl FnOnce() -> String) {
+        if let Some(listener) = &mut self.listener {
+            listener(&format!("{:>12.3} ms  {who:<15} {}", self.now as f64 / 1e3, words()));
         }
     }
 
-    fn fate_at(&mut self, at: u64, fate: Fate) {
-        self.net.at(at, Packet::Fate(fate));
-    }
-
-    fn befall(&mut self, fate: Fate) -> Result<(), String> {
-        self.trace(|| format!("fate           {fate:?}"));
-        match fate {
-            Fate::Cut => {
-                if self.plan.cut_kills_destination && !self.destination.ever_ran {
-                    self.destination.die();
-                }
-                self.cut_link();
+    /// The guest writes `page`: something new, zeros, or what it had there once.
+    fn next_content(&mut self, page: u64) -> Stamp {
+        match self.rng.random_range(0..20) {
+            0 | 1 => Stamp::ZERO,
+            2 => Stamp::new(page, 1),
+            _ => {
+                self.version += 1;
+                Stamp::new(page, self.version)
             }
-            Fate::Cancel => self.feed_source(SourceEvent::Cancel)?,
-            Fate::SourceDies => {
-                self.source.dead = self.source.outcome.is_none();
-                if self.source.dead {
-                    self.cut_link();
-                }
-            }
-            Fate::DestinationDies => {
-                self.destination.die();
-                self.cut_link();
-            }
-            Fate::PagingBreaks => self.paging_breaks()?,
-            Fate::Abandoned => self.abandon()?,
-            Fate::Reattach => self.reattach()?,
         }
-        Ok(())
-    }
-
-    /// The network breaks: what is on the link is lost, and both ends learn of it in their own time.
-    fn cut_link(&mut self) {
-        if self.source.outcome.is_none() {
-            self.cut = true;
-        }
-        let outage = match (self.plan.stays_down, self.plan.long_outages) {
-            (true, _) if self.rng.random_bool(0.5) => NEVER,
-            (_, true) => self.rng.random_range(0..90_000_000),
-            _ => self.rng.random_range(0..2_000_000),
-        };
-        self.net.down_until = self.net.down_until.max(self.now.saturating_add(outage));
-        self.drop_link();
-        let link = self.net.link;
-        // Each channel says so, and the first is not always the only one.
-        for _ in 0..self.rng.random_range(1..3) {
-            let at = self.now + self.notice();
-            self.net.at(at, Packet::SourceLost(link));
-        }
-    }
-
-    /// Nothing comes or goes on the link any more; the destination learns of it later.
-    fn drop_link(&mut self) {
-        if self.net.lose_link(&mut self.rng) {
-            let at = self.now + self.notice();
-            self.net.at(at, Packet::DestinationLost(self.net.link));
-        }
-    }
-
-    /// How long until a host notices.
-    fn notice(&mut self) -> u64 {
-        let most = if self.rng.random_bool(0.5) { 20_000 } else { 5_000_000 };
-        self.rng.random_range(0..most)
-    }
-
-    /// The commit is out, or the source is back: time for the next cut.
-    fn tempt_fate(&mut self) {
-        if self.plan.more_cuts > 0 {
-            self.plan.more_cuts -= 1;
-            let soon = self.now + self.rng.random_range(0..self.net.latency_us * 30);
-            self.fate_at(soon, Fate::Cut);
-        }
-    }
-
-    fn reachable(&mut self) -> bool {
-        let answers = !self.destination.dead || self.plan.destination_restarts;
-        self.now >= self.net.down_until && answers && self.rng.random_bool(0.8)
     }
 }
 
-fn run_pages(pages: &ferry_pages::PageSet) -> impl Iterator<Item = u64> + '_ {
-    pages.runs().flat_map(|r| r.start..r.end())
-}
-
-/// Of a page's place and content; nothing for a zero page.
-fn digest(page: u64, content: u64) -> u64 {
-    if content == 0 { 0 } else { (content << 8 | page).wrapping_mul(0x9e37_79b9_7f4a_7c15) }
+fn decoded<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Kept<T> {
+    wire::decode(bytes).map_err(|e| Rule::Peace.broken(e.to_string()))
 }

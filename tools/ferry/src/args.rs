@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ferry_migrate::Mode;
 use ferry_refvmm::DirtyLog;
+use ferry_transport::PeerRule;
 use serde::{Deserialize, Serialize};
 
 /// Live migration of KVM machines.
@@ -34,7 +35,14 @@ pub(crate) enum Command {
     Vm(Vm),
     /// Take in machines, and go on running them.
     #[command(
-        after_help = "Example:\n  ferry receive --listen 0.0.0.0:7000 --identity pki/host2 --serial console.log"
+        after_help = "Example:\n  ferry receive --listen 0.0.0.0:7000 --identity pki/host2 --serial console.log\n  \
+                      ferry receive --listen 0.0.0.0:7000 --identity pki/host2 --allow /etc/ferry/allow\n\n\
+                      A line of the file that --allow names is a host, by its name or its certificate's fingerprint, and the machines \
+                      that it may send:\n  \
+                      host1         *\n  \
+                      host3         web1 web2\n  \
+                      sha256:3f2a…  db1      # openssl x509 -in cert.pem -noout -fingerprint -sha256\n\n\
+                      It is read for each machine that comes; what is under way is not touched by it."
     )]
     Receive(Receive),
     /// Move a running machine to another host.
@@ -131,6 +139,22 @@ pub(crate) enum Pki {
         dir: PathBuf,
         /// A host to make an identity for; may be repeated [default: host].
         #[arg(long = "host", value_name = "NAME")]
+        hosts: Vec<String>,
+        /// Days that the identities are valid.
+        #[arg(long, value_name = "DAYS", default_value_t = 730, value_parser = clap::value_parser!(u32).range(1..=36500))]
+        days: u32,
+    },
+    /// Give hosts a new key and certificate in place of the old, which the authority in DIR signs.
+    #[command(after_help = "Example:\n  ferry pki renew pki --host host1\n\n\
+                      What runs with that identity uses the new one for new connections as soon as it is in its directory; \
+                      connections that there are stay. On another host, replace all files of the identity's directory.\n\n\
+                      To change to another authority: add its authority.pem to those of all hosts, give each host an identity \
+                      of it, and then remove the old one from them.")]
+    Renew {
+        /// Where `ferry pki init` made them.
+        dir: PathBuf,
+        /// The host; may be repeated.
+        #[arg(long = "host", value_name = "NAME", required = true)]
         hosts: Vec<String>,
         /// Days that the identities are valid.
         #[arg(long, value_name = "DAYS", default_value_t = 730, value_parser = clap::value_parser!(u32).range(1..=36500))]
@@ -267,6 +291,13 @@ pub(crate) struct Receive {
     pub(crate) bundles: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) swap: SwapArgs,
+    /// Which hosts may send which machines (see below) [default: all hosts with an identity of the same authority, all
+    /// machines].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) allow: Option<PathBuf>,
+    /// Most memory of machines that are on their way in at once [default: what is available].
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) max_memory: Option<u64>,
     /// Take in one machine, and exit when it ends.
     #[arg(long)]
     pub(crate) once: bool,
@@ -289,6 +320,8 @@ pub(crate) struct Migrate {
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
+    #[command(flatten)]
+    pub(crate) peer: PeerArg,
     /// How memory is moved.
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
     pub(crate) mode: ModeArg,
@@ -318,6 +351,15 @@ pub(crate) struct Migrate {
     pub(crate) json: bool,
 }
 
+/// Who has to be at the other end.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PeerArg {
+    /// The other host must be this one: its name, or `sha256:` and its certificate's fingerprint [default: any host with
+    /// an identity of the same authority].
+    #[arg(long, value_name = "HOST")]
+    pub(crate) peer: Option<PeerRule>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ServeSpool {
     /// What `ferry migrate --spool` wrote.
@@ -328,6 +370,8 @@ pub(crate) struct ServeSpool {
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
+    #[command(flatten)]
+    pub(crate) peer: PeerArg,
     /// Most that page data may take of the link, such as 1Gbit or 100Mbit.
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
@@ -423,8 +467,12 @@ pub(crate) enum Bundle {
         after_help = "Example:\n  host1$ ferry bundle serve /backup --listen 0.0.0.0:7001 --identity pki/host1\n  \
                       host2$ ferry restore ferry://192.0.2.1:7001/web1-monday web1 --lazy --identity pki/host2\n\n\
                       NAME is a bundle's directory, seen from DIR; a bundle may be DIR itself: then there is no NAME. Every host \
-                      with an identity of the same authority can read all bundles below DIR, and nothing else. It ends when it is \
-                      interrupted; who reads then waits for it to come back."
+                      with an identity of the same authority can read all bundles below DIR, and nothing else, unless --allow \
+                      says which host may read which. It ends when it is interrupted; who reads then waits for it to come back.\n\n\
+                      A line of the file that --allow names is a host, by its name or its certificate's fingerprint, and the bundles \
+                      that it may read, the bases of each included:\n  \
+                      host2         *\n  \
+                      sha256:3f2a…  web1-monday web1-tuesday"
     )]
     Serve(BundleServe),
 }
@@ -439,6 +487,10 @@ pub(crate) struct BundleServe {
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
+    /// Which hosts may read which bundles (see below) [default: all hosts with an identity of the same authority, all
+    /// bundles].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) allow: Option<PathBuf>,
 }
 
 /// Where cold pages go.
@@ -611,6 +663,8 @@ pub(crate) struct Places {
     /// This host's identity, for bundles of other hosts: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) peer: PeerArg,
 }
 
 #[derive(Debug, Args)]

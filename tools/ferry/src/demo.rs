@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use ferry_transport::pki;
+use ferry_transport::{PeerRule, pki};
 
-use crate::args::{Demo, DemoGuest, Migrate, ModeArg};
+use crate::args::{Demo, DemoGuest, Migrate, ModeArg, PeerArg};
 use crate::protocol::{MachineInfo, Request};
 use crate::runtime_dir::RuntimeDir;
 use crate::{Failure, machine, migrate, vm};
@@ -81,6 +81,7 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
             name: NAME.into(),
             to,
             identity: dir.join("pki/source"),
+            peer: PeerArg { peer: Some(PeerRule::Name("destination".into())) },
             mode: ModeArg::Auto,
             resume: false,
             rejoin: Duration::from_secs(120),

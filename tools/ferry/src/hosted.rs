@@ -14,7 +14,7 @@ use ferry_migrate::{
     Whereabouts, reattach, save, send, words,
 };
 use ferry_swap::Swap;
-use ferry_transport::{Identity, QuicConnector};
+use ferry_transport::{Identity, PeerRule, QuicConnector};
 
 use crate::machine::{AnyMachine, PAGE_BYTES};
 use crate::merged::Meter;
@@ -470,6 +470,8 @@ impl Hosted {
         }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
         let connector = QuicConnector::new(&identity, how.to).map_err(|e| e.to_string())?;
+        let peer = how.peer.as_deref().map(str::parse::<PeerRule>).transpose()?;
+        let connector = connector.to_peer(peer);
         let canceller = Canceller::default();
         let detached = {
             let mut inner = self.inner();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migrate::{Canceller, OutcomeKind, Report, SendOptions, Spool, Whereabouts};
-use ferry_transport::{Identity, QuicConnector};
+use ferry_transport::QuicConnector;
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
@@ -45,6 +45,7 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
     let request = Request::Migrate(MigrateRequest {
         to: args.to,
         identity,
+        peer: args.peer.peer.as_ref().map(ToString::to_string),
         max_downtime_ms: millis(args.max_downtime),
         max_total_ms: millis(args.max_total),
         bandwidth_bytes_per_s: args.bandwidth,
@@ -82,8 +83,9 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
 
 /// Serves the pages of a spool, showing progress unless `args.json`.
 pub(crate) fn serve_spool(args: &ServeSpool) -> Result<ExitCode, Failure> {
-    let identity = Identity::load(&args.identity)?;
-    let connector = Arc::new(QuicConnector::new(&identity, args.to)?);
+    let identity = crate::load_identity(&args.identity)?;
+    let connector = QuicConnector::new(&identity, args.to)?.to_peer(args.peer.peer.clone());
+    let connector = Arc::new(connector);
     let spool = Spool::open(&args.dir)?;
     let name = spool.machine().to_owned();
     let mut show = Show::new(args.json);

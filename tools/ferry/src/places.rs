@@ -8,19 +8,24 @@ use std::sync::Arc;
 use ferry_bundle::Chain;
 use ferry_depot::{Depot, DepotEvent, Network, PATIENCE, serve};
 use ferry_migrate::words;
-use ferry_transport::{Connector, Identity, Listener, QuicConnector, QuicListener};
+use ferry_transport::{Connector, Identity, Listener, PeerRule, QuicConnector, QuicListener};
 
 use crate::Failure;
 use crate::args::{BundleServe, Places};
 
 /// Opens the bundle at `dir`, wherever it and its bases lie.
 pub(crate) fn open(dir: &Path, places: &Places) -> Result<Chain, Failure> {
-    let identity = places.identity.clone();
-    let network = Network::new(move |address| connector(address, identity.as_ref()), PATIENCE);
+    let (identity, peer) = (places.identity.clone(), places.peer.peer.clone());
+    let connect = move |address: &str| connector(address, identity.as_ref(), peer.clone());
+    let network = Network::new(connect, PATIENCE);
     Ok(Chain::open_on(&network, dir, &places.bases)?)
 }
 
-fn connector(address: &str, identity: Option<&PathBuf>) -> io::Result<Arc<dyn Connector>> {
+fn connector(
+    address: &str,
+    identity: Option<&PathBuf>,
+    peer: Option<PeerRule>,
+) -> io::Result<Arc<dyn Connector>> {
     let identity = identity.ok_or_else(|| {
         io::Error::other("another host wants to know who reads: say --identity DIR")
     })?;
@@ -33,14 +38,16 @@ fn connector(address: &str, identity: Option<&PathBuf>) -> io::Result<Arc<dyn Co
     let mut found = address.to_socket_addrs().map_err(|e| wrong(e.to_string()))?;
     let to = found.next().ok_or_else(|| wrong("the name has no address".into()))?;
     let connector = QuicConnector::new(&identity, to).map_err(|e| io::Error::other(words(&e)))?;
-    Ok(Arc::new(connector))
+    Ok(Arc::new(connector.to_peer(peer)))
 }
 
 pub(crate) fn lend(args: &BundleServe) -> Result<(), Failure> {
-    let identity = Identity::load(&args.identity)?;
+    let identity = crate::load_identity(&args.identity)?;
+    let admission = crate::allowed(args.allow.as_ref())?;
     let depot = Depot::open(&args.dir).map_err(|e| {
         Failure::words(format!("cannot lend bundles of {}: {e}", args.dir.display()))
     })?;
+    let depot = depot.lend_to(admission);
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     tokio.block_on(async {
         let listener = QuicListener::bind(&identity, args.listen)?;

@@ -12,7 +12,7 @@ use ferry_migrate::{
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::{RefHost, SerialSink};
 use ferry_swap::Swap;
-use ferry_transport::{Identity, Listener, QuicListener};
+use ferry_transport::{Listener, QuicListener};
 
 use crate::Failure;
 use crate::args::Receive;
@@ -83,6 +83,10 @@ impl Host for AnyHost {
         reserved.insert(spec.name.clone(), reservation);
         Ok(machine)
     }
+
+    fn available_bytes(&self) -> u64 {
+        self.kvm.available_bytes()
+    }
 }
 
 enum Notice {
@@ -91,7 +95,8 @@ enum Notice {
 }
 
 pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
-    let identity = Identity::load(&args.identity)?;
+    let identity = crate::load_identity(&args.identity)?;
+    let admission = crate::allowed(args.allow.as_ref())?;
     if let Some(name) = &args.name {
         // Says now what would otherwise be said to the first source.
         drop(runtime.reserve(name)?);
@@ -138,7 +143,9 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
         move |event| arrival_event(&host, event, &notices)
     };
     let (once, bundles) = (args.once, args.bundles.clone());
-    let options = ReceiveOptions { once, bundles, ..ReceiveOptions::default() };
+    let max_memory_bytes = args.max_memory;
+    let options =
+        ReceiveOptions { once, bundles, admission, max_memory_bytes, ..ReceiveOptions::default() };
     tokio.spawn(receive(Box::new(listener), host, options, tell));
     for notice in noticed {
         match notice {

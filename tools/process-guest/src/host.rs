@@ -2,7 +2,7 @@
 
 use ferry_guest::workload::Params;
 use ferry_memory::available_bytes;
-use ferry_migrate::{Guest, Host, HostCapabilities, MachineSpec, Refusal};
+use ferry_migrate::{Guest, Host, HostCapabilities, MachineSpec, Refusal, words};
 
 use crate::{Config, ProcessError, ProcessGuest, STATE_VERSION, VMM, WORKER};
 
@@ -71,8 +71,7 @@ impl ProcessGuest {
                 ProcessError::Workload(_) => "vmm",
                 ProcessError::Host { .. } => "host",
             };
-            let cause = std::error::Error::source(&e).map(|c| format!(": {c}")).unwrap_or_default();
-            one(what, format!("{e}{cause}"))
+            one(what, words(&e))
         })?;
         let made = guest.spec();
         if (&made.extents, &made.devices) != (&spec.extents, &spec.devices) {
@@ -95,5 +94,9 @@ impl Host for ProcessHost {
         } else {
             Err(refusals)
         }
+    }
+
+    fn available_bytes(&self) -> u64 {
+        if self.huge_pages { u64::MAX } else { ferry_memory::available_bytes() }
     }
 }

@@ -150,4 +150,8 @@ impl Host for RefHost {
     fn prepare(&self, spec: &MachineSpec) -> Result<Machine, Vec<Refusal>> {
         Machine::arrive(spec, &self.arrival)
     }
+
+    fn available_bytes(&self) -> u64 {
+        if self.arrival.huge_pages { u64::MAX } else { ferry_memory::available_bytes() }
+    }
 }

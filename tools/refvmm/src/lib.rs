@@ -12,6 +12,7 @@ mod boot;
 mod config;
 mod console;
 mod error;
+pub mod fuzzing;
 mod guest;
 mod host;
 mod kernel;

@@ -34,7 +34,7 @@ use crate::console::{Console, ConsoleState};
 use crate::error::Asked;
 use crate::virtio_mmio::DeviceState;
 
-const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 1;
 const TSC_DEADLINE: u32 = 0x6e0;
 const XSAVE_HEAD_BYTES: usize = size_of::<kvm_xsave>();
 const IRQCHIPS: [(&str, u32); 3] = [

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
@@ -16,12 +17,21 @@ use time::format_description::well_known::Rfc3339;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::{AUTHORITY_CERT, HOST_CERT, HOST_KEY, PkiError};
+use crate::Fingerprint;
 use crate::quic::crypto_provider;
+
+/// A certificate whose time ends sooner than this is worth a word.
+const EXPIRES_SOON: Duration = Duration::from_secs(30 * 86_400);
 
 /// Who this host is, and whom it trusts.
 #[derive(Clone)]
 pub struct Identity {
     name: String,
+    fingerprint: Fingerprint,
+    until: OffsetDateTime,
+    dir: PathBuf,
+    /// Of the files, before they were read.
+    stamps: Stamps,
     pub(crate) certified: Arc<CertifiedKey>,
     pub(crate) authority: Arc<RootCertStore>,
 }
@@ -49,8 +59,9 @@ impl Identity {
         if !dir.is_dir() {
             return Err(PkiError::NoDirectory { path: dir.to_owned() });
         }
-        let cert = read_certificate(dir, HOST_CERT)?;
-        let authority = read_certificate(dir, AUTHORITY_CERT)?;
+        let stamps = stamps(dir);
+        let cert = read_certificates(dir, HOST_CERT)?.swap_remove(0);
+        let authorities = read_certificates(dir, AUTHORITY_CERT)?;
         let (key_path, key_pem) = read(dir, HOST_KEY)?;
         let key = PrivateKeyDer::from_pem_slice(&key_pem)
             .map_err(|e| content(&key_path, "not a private key in PEM form", e))?;
@@ -68,14 +79,24 @@ impl Identity {
                 cert: HOST_CERT,
             });
         }
-        authority.check_time(now)?;
         cert.check_time(now)?;
 
         let other = |why: String| PkiError::OtherAuthority { path: dir.to_owned(), why };
         let mut roots = RootCertStore::empty();
-        roots
-            .add(authority.der)
-            .map_err(|e| content(&authority.path, "not an authority's certificate", e))?;
+        let mut of_the_past = None;
+        for authority in authorities {
+            // Verifiers of TLS do not look at a root's time.
+            if let Err(e) = authority.check_time(now) {
+                of_the_past = Some(e);
+                continue;
+            }
+            roots
+                .add(authority.der)
+                .map_err(|e| content(&authority.path, "not an authority's certificate", e))?;
+        }
+        if let (true, Some(e)) = (roots.is_empty(), of_the_past) {
+            return Err(e);
+        }
         let roots = Arc::new(roots);
         let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         WebPkiClientVerifier::builder_with_provider(roots.clone(), provider)
@@ -85,7 +106,39 @@ impl Identity {
             .map_err(|e| other(e.to_string()))?;
         let name = peer_name(&cert.der)
             .ok_or_else(|| content(&cert.path, "no host name", "its subject has no common name"))?;
-        Ok(Self { name, certified: Arc::new(certified), authority: roots })
+        Ok(Self {
+            name,
+            fingerprint: Fingerprint::of(&cert.der),
+            until: cert.until,
+            dir: dir.to_owned(),
+            stamps,
+            certified: Arc::new(certified),
+            authority: roots,
+        })
+    }
+
+    /// The identity as it is now, if its files were replaced since it was loaded.
+    pub fn renewed(&self) -> Option<Result<Self, PkiError>> {
+        (stamps(&self.dir) != self.stamps).then(|| Self::load(&self.dir))
+    }
+
+    /// Of its certificate.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
+    }
+
+    /// A sentence for the operator if its time ends within 30 days of `now`.
+    pub fn expires_soon(&self, now: SystemTime) -> Option<String> {
+        let left = self.until - OffsetDateTime::from(now);
+        (left < EXPIRES_SOON).then(|| {
+            format!(
+                "the certificate of `{}` in {} expires on {}: `ferry pki renew` makes a new one, which is used for \
+                 new connections as soon as it is there",
+                self.name,
+                self.dir.display(),
+                words(self.until)
+            )
+        })
     }
 
     /// The host's name.
@@ -111,30 +164,50 @@ struct Certificate {
 impl Certificate {
     fn check_time(&self, now: SystemTime) -> Result<(), PkiError> {
         let now = OffsetDateTime::from(now);
-        let (path, date) = (self.path.clone(), |at: OffsetDateTime| {
-            at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
-        });
+        let path = self.path.clone();
         if now > self.until {
-            return Err(PkiError::Expired { path, date: date(self.until) });
+            return Err(PkiError::Expired { path, date: words(self.until) });
         }
         if now < self.from {
-            return Err(PkiError::NotYetValid { path, date: date(self.from) });
+            return Err(PkiError::NotYetValid { path, date: words(self.from) });
         }
         Ok(())
     }
 }
 
-fn read_certificate(dir: &Path, file: &'static str) -> Result<Certificate, PkiError> {
+fn words(at: OffsetDateTime) -> String {
+    at.format(&Rfc3339).unwrap_or_else(|_| at.to_string())
+}
+
+/// Of each file of an identity: none if it is not there, else what changes when it is replaced.
+type Stamps = [Option<(u64, i64, i64, u64)>; 3];
+
+fn stamps(dir: &Path) -> Stamps {
+    [HOST_CERT, HOST_KEY, AUTHORITY_CERT].map(|file| {
+        let about = fs::metadata(dir.join(file)).ok()?;
+        Some((about.ino(), about.ctime(), about.ctime_nsec(), about.size()))
+    })
+}
+
+/// All of a file; at least one.
+fn read_certificates(dir: &Path, file: &'static str) -> Result<Vec<Certificate>, PkiError> {
     let (path, pem) = read(dir, file)?;
-    let der = CertificateDer::from_pem_slice(&pem)
+    let all: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
         .map_err(|e| content(&path, "not a certificate in PEM form", e))?;
-    let (from, until) = {
-        let (_, cert) = X509Certificate::from_der(&der)
-            .map_err(|e| content(&path, "not an X.509 certificate", e))?;
-        let validity = cert.validity();
-        (validity.not_before.to_datetime(), validity.not_after.to_datetime())
+    if all.is_empty() {
+        return Err(content(&path, "not a certificate in PEM form", "there is none in it"));
+    }
+    let read = |der: CertificateDer<'static>| {
+        let (from, until) = {
+            let (_, cert) = X509Certificate::from_der(&der)
+                .map_err(|e| content(&path, "not an X.509 certificate", e))?;
+            let validity = cert.validity();
+            (validity.not_before.to_datetime(), validity.not_after.to_datetime())
+        };
+        Ok(Certificate { path: path.clone(), der, from, until })
     };
-    Ok(Certificate { path, der, from, until })
+    all.into_iter().map(read).collect()
 }
 
 fn read(dir: &Path, file: &'static str) -> Result<(PathBuf, Vec<u8>), PkiError> {

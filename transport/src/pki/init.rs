@@ -11,6 +11,11 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
 use super::{
     AUTHORITY_CERT, AUTHORITY_KEY, DEFAULT_HOST, HOST_CERT, HOST_KEY, PkiError, SERVICE_NAME,
     Validity,
@@ -21,7 +26,7 @@ use super::{
 pub enum Created {
     /// The authority, with its certificate's file.
     Authority(PathBuf),
-    /// A host's identity, with its folder: what `--identity` takes.
+    /// A host's identity, or a new one in place of the old, with its folder: what `--identity` takes.
     Host(String, PathBuf),
 }
 
@@ -64,17 +69,61 @@ pub fn init_for(
             created.push(Created::Authority(cert.clone()));
         }
     }
-    let authority_pem = read(&cert)?;
-    let authority_key = KeyPair::from_pem(&read(&key)?)
-        .map_err(|e| PkiError::Content { path: key, why: format!("not a private key: {e}") })?;
-    let issuer = Issuer::from_ca_cert_pem(&authority_pem, authority_key).map_err(|e| {
-        PkiError::Content { path: cert, why: format!("not an authority's certificate: {e}") }
-    })?;
+    let authority = Authority::open(dir)?;
     for name in hosts {
-        let path = make_host(dir, name, &issuer, &authority_pem, validity)?;
+        let path = make_host(dir, name, &authority, &authority.pem, validity, false)?;
         created.push(Created::Host(name.clone(), path));
     }
     Ok(created)
+}
+
+/// Gives each of `hosts`, which have an identity in `dir`, a new key and certificate in place of the old, at once for
+/// each. Whom they trust stays as it is, with the authority in `dir` added. Returns what was made.
+///
+/// # Errors
+/// No authority or identity (then nothing was made), or the file system.
+pub fn renew(dir: &Path, hosts: &[String], validity: &Validity) -> Result<Vec<Created>, PkiError> {
+    for name in hosts {
+        check_name(name)?;
+        if !dir.join(name).join(HOST_CERT).is_file() {
+            return Err(PkiError::Missing { path: dir.join(name), file: HOST_CERT });
+        }
+    }
+    let authority = Authority::open(dir)?;
+    let mut created = Vec::new();
+    for name in hosts {
+        let mut trusted = read(&dir.join(name).join(AUTHORITY_CERT))?;
+        if !trusted.contains(authority.pem.trim()) {
+            trusted = format!("{}\n{}", trusted.trim_end(), authority.pem);
+        }
+        let path = make_host(dir, name, &authority, &trusted, validity, true)?;
+        created.push(Created::Host(name.clone(), path));
+    }
+    Ok(created)
+}
+
+struct Authority {
+    pem: String,
+    issuer: Issuer<'static, KeyPair>,
+    until: SystemTime,
+}
+
+impl Authority {
+    fn open(dir: &Path) -> Result<Self, PkiError> {
+        let (cert, key) = (dir.join(AUTHORITY_CERT), dir.join(AUTHORITY_KEY));
+        let pem = read(&cert)?;
+        let pair = KeyPair::from_pem(&read(&key)?)
+            .map_err(|e| PkiError::Content { path: key, why: format!("not a private key: {e}") })?;
+        let not_one = |e: &dyn std::fmt::Display| PkiError::Content {
+            path: cert.clone(),
+            why: format!("not an authority's certificate: {e}"),
+        };
+        let der = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| not_one(&e))?;
+        let (_, parsed) = X509Certificate::from_der(&der).map_err(|e| not_one(&e))?;
+        let until = parsed.validity().not_after.to_datetime().into();
+        let issuer = Issuer::from_ca_cert_pem(&pem, pair).map_err(|e| not_one(&e))?;
+        Ok(Self { pem, issuer, until })
+    }
 }
 
 fn make_authority(cert: &Path, key: &Path, validity: &Validity) -> Result<(), PkiError> {
@@ -97,13 +146,16 @@ fn make_authority(cert: &Path, key: &Path, validity: &Validity) -> Result<(), Pk
 fn make_host(
     dir: &Path,
     name: &str,
-    issuer: &Issuer<'_, KeyPair>,
-    authority_pem: &str,
+    authority: &Authority,
+    trusted_pem: &str,
     validity: &Validity,
+    replace: bool,
 ) -> Result<PathBuf, PkiError> {
     let fail = |e: rcgen::Error| PkiError::Make { name: name.to_owned(), why: e.to_string() };
     let pair = KeyPair::generate().map_err(fail)?;
     let mut params = params(validity.from, validity.host);
+    // A verifier does not look at an authority's time: nothing outlives it.
+    params.not_after = params.not_after.min(authority.until.into());
     params.distinguished_name.push(DnType::CommonName, name);
     let mut dns_names = vec![SERVICE_NAME, name];
     dns_names.dedup();
@@ -115,25 +167,39 @@ fn make_host(
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    let signed = params.signed_by(&pair, issuer).map_err(fail)?;
+    let signed = params.signed_by(&pair, &authority.issuer).map_err(fail)?;
 
     let path = dir.join(name);
     let unfinished = dir.join(format!(".{name}.{}", std::process::id()));
     make_dir(&unfinished, false)?;
     let made = write_new(&unfinished.join(HOST_KEY), &pair.serialize_pem(), 0o600)
         .and_then(|()| write_new(&unfinished.join(HOST_CERT), &signed.pem(), 0o644))
-        .and_then(|()| write_new(&unfinished.join(AUTHORITY_CERT), authority_pem, 0o644))
-        .and_then(|()| match fs::rename(&unfinished, &path) {
-            Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty) => {
-                Err(PkiError::Exists { name: name.to_owned(), path: path.clone() })
-            }
-            renamed => renamed.map_err(PkiError::io("create", &path)),
+        .and_then(|()| write_new(&unfinished.join(AUTHORITY_CERT), trusted_pem, 0o644))
+        .and_then(|()| {
+            if replace { exchange(&unfinished, &path) } else { rename(&unfinished, &path, name) }
         });
     if made.is_err() {
         // What failed is told; a folder that stays behind as well is not worth a word.
         let _ = fs::remove_dir_all(&unfinished);
     }
     made.map(|()| path)
+}
+
+fn rename(unfinished: &Path, path: &Path, name: &str) -> Result<(), PkiError> {
+    match fs::rename(unfinished, path) {
+        Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty) => {
+            Err(PkiError::Exists { name: name.to_owned(), path: path.to_owned() })
+        }
+        renamed => renamed.map_err(PkiError::io("create", path)),
+    }
+}
+
+/// Certificate and key change together.
+fn exchange(unfinished: &Path, path: &Path) -> Result<(), PkiError> {
+    renameat_with(CWD, unfinished, CWD, path, RenameFlags::EXCHANGE)
+        .map_err(|e| PkiError::io("replace", path)(e.into()))?;
+    // Now with the old ones.
+    fs::remove_dir_all(unfinished).map_err(PkiError::io("remove", unfinished))
 }
 
 fn params(from: SystemTime, valid: Duration) -> CertificateParams {

@@ -5,7 +5,8 @@
 //! DIR/authority.key   its key: stays where it was made     DIR/NAME/key.pem        its key
 //!                                                          DIR/NAME/authority.pem  whom it trusts
 //! ```
-//! Hosts trust exactly this authority. Every host certificate carries the DNS name [`SERVICE_NAME`], so
+//! Hosts trust exactly this authority, or, while they change from one to another, all in that file; no authority of the
+//! system. Every host certificate carries the DNS name [`SERVICE_NAME`], so
 //! that a destination may have any address, and the host's own name, by which peers report it.
 
 mod identity;
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 pub use identity::{Identity, peer_name};
-pub use init::{Created, init, init_for};
+pub use init::{Created, init, init_for, renew};
 
 /// The DNS name that every host's certificate carries.
 pub const SERVICE_NAME: &str = "ferry";
@@ -65,7 +66,7 @@ pub enum PkiError {
         name: String,
     },
     /// A host that has an identity.
-    #[error("{} exists: it is not overwritten; remove it first if {name} needs a new identity", path.display())]
+    #[error("{} exists: it is not overwritten; `ferry pki renew` gives {name} a new key and certificate", path.display())]
     Exists {
         /// The host.
         name: String,
@@ -113,7 +114,7 @@ pub enum PkiError {
         cert: &'static str,
     },
     /// A certificate whose time is over.
-    #[error("{}: the certificate expired on {date}; make a new one by `ferry pki init`", path.display())]
+    #[error("{}: the certificate expired on {date}; make a new one by `ferry pki renew`", path.display())]
     Expired {
         /// The file.
         path: PathBuf,
@@ -139,7 +140,7 @@ pub enum PkiError {
     /// Reading or writing failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// `read`, `write`, `create`.
+        /// `read`, `write`, `create`, `replace`, `remove`.
         action: &'static str,
         /// The file or directory.
         path: PathBuf,

@@ -35,17 +35,11 @@ pub(super) fn connection(error: &ConnectionError, remote: &str, phase: Phase) ->
             by_code(e.code, CertificateOf::Peer, &e.reason, remote)
         }
         // The peer did not like what we sent.
-        ConnectionError::ConnectionClosed(close) => by_code(
-            close.error_code,
-            CertificateOf::Ours,
-            &String::from_utf8_lossy(&close.reason),
-            remote,
-        ),
+        ConnectionError::ConnectionClosed(close) => {
+            by_code(close.error_code, CertificateOf::Ours, &plain(&close.reason), remote)
+        }
         ConnectionError::ApplicationClosed(close) if !close.reason.is_empty() => {
-            LinkError::Closed {
-                remote: remote_name,
-                reason: String::from_utf8_lossy(&close.reason).into_owned(),
-            }
+            LinkError::Closed { remote: remote_name, reason: plain(&close.reason) }
         }
         ConnectionError::ApplicationClosed(_) => {
             lost(remote, "the peer closed it without a reason")
@@ -54,6 +48,11 @@ pub(super) fn connection(error: &ConnectionError, remote: &str, phase: Phase) ->
         ConnectionError::LocallyClosed => lost(remote, "this side closed it"),
         ConnectionError::CidsExhausted => lost(remote, "connection identifiers are exhausted"),
     }
+}
+
+/// A peer's words go to the operator's terminal; they fit into a packet.
+fn plain(words: &[u8]) -> String {
+    String::from_utf8_lossy(words).replace(char::is_control, " ")
 }
 
 /// `refused`: whose certificate it is, where the code is about one.

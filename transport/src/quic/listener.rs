@@ -1,24 +1,25 @@
 //! The listening side. Handshakes run beside each other: a slow or hostile peer holds up no other.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, Incoming, ServerConfig};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 use super::errors::{self, Phase};
+use super::fresh::Fresh;
+use super::gate::{Gate, MAX_HANDSHAKES, Pass};
 use super::socket::endpoint;
 use super::stream::greet;
-use super::{ALPN, HANDSHAKE_TIMEOUT, crypto_provider, transport_config};
+use super::{
+    ALL_EARLY_BYTES, ALPN, EARLY_BYTES, HANDSHAKE_TIMEOUT, UNKNOWN_WINDOW_BYTES, crypto_provider,
+    transport_config,
+};
 use crate::pki::Identity;
 use crate::{BoxFuture, Channel, LinkError, Listener};
-
-/// Handshakes that run at the same time, with those that wait to be accepted; others are refused.
-const MAX_HANDSHAKES: usize = 64;
-/// From this many on, a peer must prove that it is at the address that it claims.
-const UNPROVEN_HANDSHAKES: usize = MAX_HANDSHAKES / 2;
 
 type Accepted = Result<Channel, LinkError>;
 
@@ -32,17 +33,19 @@ pub struct QuicListener {
 }
 
 impl QuicListener {
-    /// Listens on `addr` (port 0: any free one), as `identity`. Connections are driven by the tokio
+    /// Listens on `addr` (port 0: any free one), as `identity`; if its files are replaced, for new connections as
+    /// it is then. Connections are driven by the tokio
     /// runtime of the caller.
     ///
     /// # Errors
     /// The address is in use or not this host's, or TLS does not take the identity.
     pub fn bind(identity: &Identity, addr: SocketAddr) -> Result<Self, LinkError> {
-        let endpoint = endpoint(addr, Some(server_config(identity)?))?;
+        let mut config = Fresh::new(identity, server_config)?;
+        let endpoint = endpoint(addr, Some(config.config().as_ref().clone()))?;
         let local =
             endpoint.local_addr().map_err(|e| LinkError::Socket { addr, why: e.to_string() })?;
         let (to, accepted) = mpsc::channel(MAX_HANDSHAKES);
-        tokio::spawn(take_in(endpoint, to));
+        tokio::spawn(take_in(endpoint, config, to));
         Ok(Self { local, accepted })
     }
 }
@@ -57,7 +60,7 @@ impl Listener for QuicListener {
     }
 }
 
-fn server_config(identity: &Identity) -> Result<ServerConfig, LinkError> {
+fn server_config(identity: &Identity) -> Result<Arc<ServerConfig>, LinkError> {
     let tls = |e: &dyn std::fmt::Display| LinkError::Tls { why: e.to_string() };
     let provider = crypto_provider();
     let verifier =
@@ -80,31 +83,71 @@ fn server_config(identity: &Identity) -> Result<ServerConfig, LinkError> {
     let crypto = QuicServerConfig::try_from(config).map_err(|e| tls(&e))?;
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
     // Hosts do not move between addresses within seconds.
-    config.migration(false).transport_config(transport_config()).max_incoming(2 * MAX_HANDSHAKES);
-    Ok(config)
+    config
+        .migration(false)
+        .transport_config(transport_config(UNKNOWN_WINDOW_BYTES))
+        .max_incoming(2 * MAX_HANDSHAKES)
+        .incoming_buffer_size(EARLY_BYTES)
+        .incoming_buffer_size_total(ALL_EARLY_BYTES);
+    Ok(Arc::new(config))
 }
 
-async fn take_in(endpoint: Endpoint, to: mpsc::Sender<Accepted>) {
-    let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+/// A place in the gate, until it is dropped.
+struct Place {
+    gate: Arc<Mutex<Gate>>,
+    from: IpAddr,
+    proven: bool,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.gate).done(self.from, self.proven);
+    }
+}
+
+fn lock(gate: &Mutex<Gate>) -> MutexGuard<'_, Gate> {
+    gate.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn take_in(
+    endpoint: Endpoint,
+    mut config: Fresh<Arc<ServerConfig>>,
+    to: mpsc::Sender<Accepted>,
+) {
+    let (gate, began) = (Arc::new(Mutex::new(Gate::new())), Instant::now());
     loop {
         let incoming = tokio::select! {
             incoming = endpoint.accept() => incoming,
             () = to.closed() => break,
         };
         let Some(incoming) = incoming else { break };
-        let busy = MAX_HANDSHAKES - places.available_permits() >= UNPROVEN_HANDSHAKES;
-        if busy && incoming.may_retry() {
-            // It may retry, so this cannot fail; and if it did, the peer would try again.
-            let _ = incoming.retry();
-            continue;
+        let (from, proven) = (incoming.remote_address().ip(), incoming.remote_address_validated());
+        let pass = lock(&gate).ask(began.elapsed(), from, proven);
+        match pass {
+            Pass::Accept => {}
+            Pass::Prove => {
+                // It is not proven, so this cannot fail; and if it did, the peer would try again.
+                let _ = incoming.retry();
+                continue;
+            }
+            Pass::Later { first } => {
+                let per_s = Gate::PER_ADDRESS_PER_S;
+                let remote = from.to_string();
+                incoming.ignore();
+                if first {
+                    drop(to.try_send(Err(LinkError::TooOften { remote, per_s })));
+                }
+                continue;
+            }
+            Pass::Busy => {
+                incoming.refuse();
+                continue;
+            }
         }
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            incoming.refuse();
-            continue;
-        };
-        let to = to.clone();
+        let place = Place { gate: gate.clone(), from, proven };
+        let (to, config) = (to.clone(), config.config());
         tokio::spawn(async move {
-            match handshake(incoming).await {
+            match handshake(incoming, config).await {
                 // The listener may be gone by now, and the channel is dropped with it.
                 Ok(channel) => drop(to.send(Ok(channel)).await),
                 Err(e) => {
@@ -124,10 +167,10 @@ async fn take_in(endpoint: Endpoint, to: mpsc::Sender<Accepted>) {
     }
 }
 
-async fn handshake(incoming: Incoming) -> Accepted {
+async fn handshake(incoming: Incoming, config: Arc<ServerConfig>) -> Accepted {
     let remote = incoming.remote_address().to_string();
     let fail = |e| errors::connection(&e, &remote, Phase::Established);
-    let connecting = incoming.accept().map_err(fail)?;
+    let connecting = incoming.accept_with(config).map_err(fail)?;
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
         Ok(done) => greet(done.map_err(fail)?, false, None).await,
         Err(_) => Err(LinkError::TimedOut { remote, seconds: HANDSHAKE_TIMEOUT.as_secs() }),

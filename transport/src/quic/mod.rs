@@ -7,6 +7,8 @@
 
 mod connector;
 mod errors;
+mod fresh;
+mod gate;
 mod listener;
 mod socket;
 mod stream;
@@ -34,6 +36,13 @@ const GREETING: [u8; 8] = *b"ferry/1\n";
 /// Bytes on their way, at most, per connection: 10 Gbit/s over 6 ms. Each side keeps up to this
 /// much: the sender what is not acknowledged, the receiver what is not read.
 const WINDOW_BYTES: u32 = 8 << 20;
+/// The same for a connection that was accepted, until it is known what for ([`ByteSource::widen`]).
+///
+/// [`ByteSource::widen`]: crate::ByteSource::widen
+const UNKNOWN_WINDOW_BYTES: u32 = 64 << 10;
+/// Early packets of peers whose handshake has not begun: for one, and for all.
+const EARLY_BYTES: u64 = 16 << 10;
+const ALL_EARLY_BYTES: u64 = 1 << 20;
 /// What may leave before the first acknowledgement: a machine's state, in one flight. The window does
 /// not grow on a control channel, which is mostly silent, and the guest stands still meanwhile.
 const INITIAL_WINDOW_BYTES: u64 = 64 << 10;
@@ -57,7 +66,8 @@ pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-fn transport_config() -> Arc<TransportConfig> {
+/// `window`: bytes that are not read yet, at first.
+fn transport_config(window: u32) -> Arc<TransportConfig> {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(MAX_UDP_PAYLOAD_BYTES);
     let mut acks = AckFrequencyConfig::default();
@@ -70,7 +80,7 @@ fn transport_config() -> Arc<TransportConfig> {
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
         .stream_receive_window(VarInt::from_u32(WINDOW_BYTES))
-        .receive_window(VarInt::from_u32(WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(window))
         .send_window(WINDOW_BYTES.into())
         .max_idle_timeout(Some(VarInt::from_u32(5_000).into()))
         .keep_alive_interval(Some(KEEP_ALIVE))

@@ -7,9 +7,9 @@ use bytes::Bytes;
 use quinn::{Connection, Endpoint, ReadError, ReadExactError, RecvStream, SendStream, VarInt};
 
 use super::errors::{self, Phase};
-use super::{GREETING, HANDSHAKE_TIMEOUT};
+use super::{GREETING, HANDSHAKE_TIMEOUT, WINDOW_BYTES};
 use crate::pki::peer_name;
-use crate::{BoxFuture, ByteSink, ByteSource, Channel, LinkError};
+use crate::{BoxFuture, ByteSink, ByteSource, Channel, Fingerprint, LinkError, Peer};
 
 /// Pieces that are taken from quinn at once.
 const PIECES: usize = 32;
@@ -56,7 +56,7 @@ pub(super) async fn greet(
             return Err(LinkError::TimedOut { remote, seconds: HANDSHAKE_TIMEOUT.as_secs() });
         }
     };
-    let peer = certificate_name(&connection)
+    let peer = peer_of(&connection)
         .ok_or_else(|| errors::lost(&remote, "the peer's certificate has no host name"))?;
     Ok(Channel {
         peer,
@@ -68,19 +68,15 @@ pub(super) async fn greet(
             finished: false,
             remote: remote.clone(),
         }),
-        source: Box::new(QuicSource {
-            _connection: connection,
-            stream: recv,
-            pieces: VecDeque::new(),
-            remote,
-        }),
+        source: Box::new(QuicSource { connection, stream: recv, pieces: VecDeque::new(), remote }),
     })
 }
 
-fn certificate_name(connection: &Connection) -> Option<String> {
+fn peer_of(connection: &Connection) -> Option<Peer> {
     let identity = connection.peer_identity()?;
     let chain = identity.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok()?;
-    peer_name(chain.first()?)
+    let der = chain.first()?;
+    Some(Peer { name: peer_name(der)?, fingerprint: Fingerprint::of(der) })
 }
 
 struct QuicSink {
@@ -137,7 +133,7 @@ impl Drop for QuicSink {
 
 struct QuicSource {
     /// Keeps the connection alive as long as somebody may read from it.
-    _connection: Connection,
+    connection: Connection,
     stream: RecvStream,
     pieces: VecDeque<Bytes>,
     remote: String,
@@ -163,5 +159,10 @@ impl ByteSource for QuicSource {
 
     fn ready(&mut self) -> Option<Bytes> {
         self.pieces.pop_front()
+    }
+
+    fn widen(&self) -> Box<dyn FnOnce() + Send> {
+        let connection = self.connection.clone();
+        Box::new(move || connection.set_receive_window(VarInt::from_u32(WINDOW_BYTES)))
     }
 }

@@ -23,6 +23,13 @@ pub const LONG: Duration = Duration::from_secs(60);
 #[derive(Default)]
 pub struct Address(Mutex<Option<MemoryConnector>>);
 
+impl Address {
+    /// The same, for host `name`.
+    pub fn named(&self, name: &str) -> Self {
+        Self(Mutex::new(self.0.lock().unwrap().as_ref().map(|connector| connector.named(name))))
+    }
+}
+
 impl Connector for Address {
     fn connect(&self) -> BoxFuture<'_, Result<Channel, LinkError>> {
         let connector = self.0.lock().unwrap().clone();

@@ -54,6 +54,10 @@ impl Source {
                     ),
                 });
             }
+            // It gave up while the commit was on its way: asked, it will say that it never ran the machine.
+            (Phase::Committed, ToSource::Failed { reason }) => {
+                self.doubt(now, format!("the destination cannot go on: {reason}"));
+            }
             (Phase::Committed | Phase::Doubting { .. }, other) => {
                 let why = format!("the destination broke the protocol: {}", name(&other));
                 self.doubt(now, why);
@@ -76,6 +80,13 @@ impl Source {
 
     fn ran(&mut self, now: Duration) {
         self.told_of_running(now);
+        if self.post_copy
+            && let Phase::Doubting { why, .. } = &self.phase
+        {
+            // It was behind the word that the link is lost, and nobody will say that again.
+            let why = why.clone();
+            return self.come_back(now, why);
+        }
         if self.post_copy {
             self.tell(Progress::Fetching { pages: self.owed.len() });
             self.phase = Phase::Serving;

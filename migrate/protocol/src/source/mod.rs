@@ -44,7 +44,8 @@ use std::time::Duration;
 
 use ferry_pages::{Layout, PageSet};
 
-use crate::messages::{MAX_LANES, Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
+use crate::limits::MAX_LANES;
+use crate::messages::{Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
@@ -52,6 +53,7 @@ use crate::{Fetched, MachineSpec, PackedPages, RunPermit};
 
 pub use events::{SourceAction, SourceEvent};
 pub use reattach::{Reattach, Spooled};
+pub use rejoin::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
 
 /// How long to wait for an answer of a peer whose connection is alive.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -211,6 +213,13 @@ impl Source {
     /// Whether the permit has left.
     pub fn is_committed(&self) -> bool {
         self.committed
+    }
+
+    /// The pages that this source has still to bring, or to give back: those not sent, those sent and not
+    /// acknowledged, and those owed after the hand-over. A page in none of them, and not in the trackers, is at
+    /// the destination as it is here.
+    pub fn debt(&self) -> [&PageSet; 3] {
+        [&self.pending, &self.in_flight, &self.owed]
     }
 
     /// Takes one event at time `now` since the start.

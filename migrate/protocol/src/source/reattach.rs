@@ -22,9 +22,22 @@ pub struct Reattach {
     permit: Option<PermitStub>,
     /// Nobody has said that the machine runs at the destination.
     in_doubt: bool,
+    /// Whose it is now; none where nobody noted that.
+    peer: Option<String>,
 }
 
 impl Reattach {
+    /// The same, of a machine that went to host `peer`.
+    #[must_use]
+    pub fn of_peer(self, peer: Option<String>) -> Self {
+        Self { peer, ..self }
+    }
+
+    /// The name of the host that the machine went to, if it was noted.
+    pub fn peer(&self) -> Option<&str> {
+        self.peer.as_deref()
+    }
+
     /// Whether it is unknown that the machine runs at the destination: taken up again, the source asks first.
     pub fn is_in_doubt(&self) -> bool {
         self.in_doubt
@@ -55,14 +68,14 @@ impl Spooled {
     pub fn reattach(self, layout: &Layout) -> Result<Reattach, String> {
         let Self { session, codecs, round, owed } = self;
         let owed = owed.unpack(layout)?;
-        Ok(Reattach { session, codecs, round, owed, permit: None, in_doubt: true })
+        Ok(Reattach { session, codecs, round, owed, permit: None, in_doubt: true, peer: None })
     }
 }
 
 impl Source {
     /// Goes on where a migration was detached; the first event is a `Tick`.
     pub fn reattach(reattach: Reattach, goals: Goals, rejoin_for: Duration) -> Self {
-        let Reattach { session, codecs, round, owed, permit, in_doubt } = reattach;
+        let Reattach { session, codecs, round, owed, permit, in_doubt, peer: _ } = reattach;
         let nobody = MachineSpec {
             name: String::new(),
             vmm: String::new(),
@@ -98,7 +111,7 @@ impl Source {
     fn leave(&mut self, in_doubt: bool) -> Reattach {
         let (session, codecs, round) = (self.session, self.codecs, self.round);
         let (owed, permit) = (std::mem::take(&mut self.owed), self.stub.take());
-        Reattach { session, codecs, round, owed, permit, in_doubt }
+        Reattach { session, codecs, round, owed, permit, in_doubt, peer: None }
     }
 
     /// Ends without the destination: what is owed stays here.

@@ -11,11 +11,11 @@ use crate::outcome::{Outcome, Progress};
 const FIRST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(5);
 /// How long to ask what became of a committed machine before the operator is told.
-const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
+pub const DOUBT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two questions.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// How long one question may take.
-const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
+pub const QUESTION_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Phase {
     /// Comes back since `since`, for `why` it left.
@@ -112,6 +112,9 @@ impl Source {
         match (&self.phase, message) {
             (Phase::Doubting { .. }, message) => self.message_in_doubt(now, message),
             (_, message) if !self.is_committed() => match message {
+                // It was behind the word that the link is lost, before the source went to come back: the
+                // destination says again what it holds.
+                ToSource::RoundDone { .. } if !reopening => {}
                 ToSource::GoOn { held } if !reopening => self.go_on(now, &held),
                 ToSource::Failed { reason } => {
                     self.fail_before_commit(format!("the destination gave up: {reason}"));
@@ -174,9 +177,13 @@ impl Source {
                 self.phase = Phase::rejoining(now, why);
                 self.serve_again(now, &owed);
             }
-            ToSource::Failed { reason } if self.post_copy => {
-                self.told_of_running(now);
-                self.detach(reason);
+            // It gave up before the commit came, or cannot fetch pages any more: the word alone does not say
+            // which.
+            ToSource::Failed { reason } => {
+                let Phase::Doubting { why, .. } = &mut self.phase else { return };
+                *why = format!("the destination cannot go on: {reason}");
+                let why = why.clone();
+                self.lost_on_return(now, why);
             }
             ToSource::Digest { sum, fetched } => {
                 self.told_of_running(now);

@@ -1,7 +1,6 @@
 //! What goes wrong with bundles is said in words; the machine runs on, and the old bundle is whole.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use ferry_e2e::{Host, Hosts, path};
@@ -102,36 +101,6 @@ fn what_cannot_be_saved_is_said_in_words_and_the_machine_runs_on() {
     host.run(&["save", "nobody", path(&good)]).failed(&["no machine `nobody`"]);
     assert_eq!(id(host, &good), before);
     assert_eq!(std::fs::read_to_string(notes.join("todo")).expect("a file"), "much");
-}
-
-#[test]
-fn a_full_disk_ends_the_save_and_not_the_machine() {
-    let hosts = Hosts::new();
-    let host = &hosts.source;
-    let disk = hosts.path("disk");
-    std::fs::create_dir(&disk).expect("a directory");
-    let mount =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=48m", "tmpfs"]).arg(&disk).output();
-    if !mount.as_ref().is_ok_and(|done| done.status.success()) {
-        println!("SKIP: cannot mount a small disk: {mount:?}");
-        return;
-    }
-    let dir = disk.join("b");
-    let runner = host.boot("small", PROCESS, &[]);
-    host.run(&["save", "small", path(&dir)]).succeeded();
-    let before = id(host, &dir);
-    drop(runner);
-    let _runner = host.boot("m", PROCESS, &LARGE);
-    for more in [&[][..], &["--stop"]] {
-        let failed = host.run(&[&["save", "m", path(&dir)], more].concat());
-        assert_eq!(failed.status, Some(1), "{failed:?}");
-        let last = failed.stderr.lines().last().unwrap_or_default();
-        assert!(last.contains("No space left") && last.contains("goes on"), "{failed:?}");
-        host.works("m");
-    }
-    assert_eq!(id(host, &dir), before);
-    let umount = Command::new("umount").arg("--lazy").arg(&disk).status().expect("umount starts");
-    assert!(umount.success());
 }
 
 #[test]

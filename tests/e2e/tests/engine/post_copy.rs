@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ferry_migrate::{
-    Arrival, Canceller, Guest, Left, Mode, OutcomeKind, ReceiveEvent, SendOptions, Sent,
-    Whereabouts,
+    Arrival, Canceller, Guest, Left, Mode, OutcomeKind, ReceiveEvent, SendOptions, Sent, Spool,
+    Whereabouts, serve_spool,
 };
 use ferry_pages::Run;
 use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
@@ -193,7 +193,7 @@ fn after_the_hand_over(
 }
 
 /// Before the hand-over, and after it.
-const CUTS: [u64; 2] = [15, 35];
+const CUTS: [u64; 2] = [6, 44];
 
 #[test]
 fn a_link_cut_fifty_times_in_rounds_and_after_the_hand_over_is_taken_up_again_each_time() {
@@ -332,6 +332,52 @@ fn an_operator_ends_the_attempts_to_come_back() {
             break drop(guest);
         }
     }
+}
+
+#[test]
+fn a_spool_is_of_the_commit_by_which_the_machine_runs_and_of_none_before() {
+    let mut at = stage(Link::Memory);
+    let (commits, runs) = (AtomicU64::new(0), AtomicBool::new(false));
+    let tamper = move |word: Word<'_>, _: &Bytes| match word {
+        // The first one is lost: the guest goes on here, and writes.
+        Word::ToDestination(ToDestination::Commit { .. }) => {
+            if commits.fetch_add(1, Ordering::SeqCst) == 0 { Deal::Cut } else { Deal::Pass }
+        }
+        Word::ToSource(ToSource::Running { .. }) => {
+            runs.store(true, Ordering::SeqCst);
+            Deal::Pass
+        }
+        Word::Frame(_) if runs.load(Ordering::SeqCst) => Deal::Cut,
+        _ => Deal::Pass,
+    };
+    let relay = Relay::new(&at.destination.connector, at.destination.handle(), true, tamper);
+    let dir = tempfile::tempdir().expect("a directory");
+    let canceller = Canceller::default();
+    let operator = canceller.clone();
+    let options = SendOptions { spool: Some(dir.path().to_owned()), ..by(Mode::PostCopy) };
+    let sent = ferry_migrate::send(
+        &mut at.source,
+        relay.connector(),
+        &options,
+        &canceller,
+        &mut |event| {
+            use ferry_migrate::{Progress, SendEvent};
+            if let SendEvent::Progress(Progress::LinkLost(_)) = event {
+                operator.cancel();
+            }
+        },
+    );
+    assert_eq!(sent.report.machine, Whereabouts::LacksPages, "{}", sent.report.reason);
+    assert!(sent.report.links_lost >= 2, "{}", sent.report.links_lost);
+    // Its process is gone; only the spool is left.
+    let spool = Spool::open(dir.path()).expect("a spool");
+    let connector = at.destination.connector.clone();
+    let options = by(Mode::PostCopy);
+    let report = serve_spool(spool, connector, &options, &Canceller::default(), &mut |_| {});
+    assert!(report.digest_verified, "{}", report.reason);
+    let arrived = at.destination.arrival().expect("a machine").0;
+    goes_on(&arrived, ARENA_PAGES);
+    assert_eq!(at.witness.running(), 1);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod destination;
 mod frames;
+mod guard;
 mod source;
 #[path = "../stage/mod.rs"]
 mod stage;

@@ -5,34 +5,36 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use ferry_codec::{BatchBuilder, Codec};
-use ferry_migrate::{Arrival, Guest, MachineSpec, ReceiveEvent, RunPermit, StateWriter};
+use ferry_migrate::{
+    Arrival, Guest, MachineSpec, ReceiveEvent, ReceiveOptions, RunPermit, StateWriter,
+};
 use ferry_process_guest::{ProcessGuest, ProcessHost};
 use ferry_protocol::{Hello, PackedPages, ToDestination, ToSource, Verdict, wire};
-use ferry_transport::{ByteSink, Connector, FrameReader, send_message};
+use ferry_transport::{ByteSink, Connector, FrameReader, memory, send_message};
 
 use crate::frames::{crafted, data_frame};
-use crate::stage::{Destination, Dice, Link, Maker, Subject, goes_on, migrate};
+use crate::stage::{Destination, Dice, Link, Links, Maker, Subject, goes_on, migrate};
 use crate::{PAGES, assert_unharmed, maker, message, options, panics, peak_bytes, spec};
 
 /// What a source that vanishes has brought is thrown away at once.
 const KEEP: Duration = Duration::ZERO;
 
 /// A session's control channel, in hostile hands.
-struct Session<'a> {
+pub(crate) struct Session<'a> {
     connector: &'a Arc<dyn Connector>,
-    sink: Box<dyn ByteSink>,
+    pub(crate) sink: Box<dyn ByteSink>,
     reader: FrameReader,
-    token: u128,
+    pub(crate) token: u128,
 }
 
 impl<'a> Session<'a> {
-    async fn hello(connector: &'a Arc<dyn Connector>) -> Self {
+    pub(crate) async fn hello(connector: &'a Arc<dyn Connector>) -> Self {
         let mut channel = connector.connect().await.unwrap();
         send_message(channel.sink.as_mut(), &Hello::control().encode()).await.unwrap();
         Self { connector, sink: channel.sink, reader: FrameReader::new(channel.source), token: 0 }
     }
 
-    async fn accepted(connector: &'a Arc<dyn Connector>) -> Self {
+    pub(crate) async fn offering(connector: &'a Arc<dyn Connector>) -> Self {
         let mut session = Self::hello(connector).await;
         session
             .say(&ToDestination::Offer {
@@ -43,6 +45,11 @@ impl<'a> Session<'a> {
                 machine: None,
             })
             .await;
+        session
+    }
+
+    pub(crate) async fn accepted(connector: &'a Arc<dyn Connector>) -> Self {
+        let mut session = Self::offering(connector).await;
         match session.hear().await {
             Some(ToSource::Accepted { session: token, .. }) => session.token = token,
             other => panic!("{other:?}"),
@@ -51,16 +58,16 @@ impl<'a> Session<'a> {
     }
 
     /// What the other side does of it is what is looked at: it may have hung up.
-    async fn say(&mut self, message: &ToDestination) {
+    pub(crate) async fn say(&mut self, message: &ToDestination) {
         let _ = send_message(self.sink.as_mut(), &wire::encode(message).unwrap()).await;
     }
 
-    async fn hear(&mut self) -> Option<ToSource> {
+    pub(crate) async fn hear(&mut self) -> Option<ToSource> {
         let bytes = self.reader.read_message(wire::MAX_MESSAGE_BYTES).await.ok()??;
         Some(wire::decode(&bytes).unwrap())
     }
 
-    async fn lane(&mut self) -> Box<dyn ByteSink> {
+    pub(crate) async fn lane(&mut self) -> Box<dyn ByteSink> {
         let mut channel = self.connector.connect().await.unwrap();
         let hello = Hello::Lane { session: self.token, link: 0, lane: 0 };
         send_message(channel.sink.as_mut(), &hello.encode()).await.unwrap();
@@ -70,7 +77,7 @@ impl<'a> Session<'a> {
     }
 
     /// Puts `bytes` on a new lane.
-    async fn on_lane(&mut self, bytes: impl Into<Bytes>) -> Box<dyn ByteSink> {
+    pub(crate) async fn on_lane(&mut self, bytes: impl Into<Bytes>) -> Box<dyn ByteSink> {
         let mut lane = self.lane().await;
         let _ = lane.send(bytes.into()).await;
         lane
@@ -78,7 +85,7 @@ impl<'a> Session<'a> {
 }
 
 /// What the host says next of a peer or a session.
-fn word_of(host: &Destination<ProcessGuest>) -> String {
+pub(crate) fn word_of(host: &Destination<ProcessGuest>) -> String {
     loop {
         match host.event(Duration::from_secs(8)) {
             Some(ReceiveEvent::Turned(why)) => return why,
@@ -122,7 +129,10 @@ async fn offered(connector: &Arc<dyn Connector>, change: impl FnOnce(&mut Machin
         .say(&ToDestination::Offer { spec, codecs: 0xf, lanes: 1, keep: KEEP, machine: None })
         .await;
     let answer = session.hear().await;
-    assert!(matches!(answer, Some(ToSource::Refused { .. })), "{answer:?}");
+    assert!(
+        matches!(answer, Some(ToSource::Refused { .. } | ToSource::Failed { .. })),
+        "{answer:?}"
+    );
 }
 
 /// Puts a frame on a lane of a good session; the source is told why it is over.
@@ -134,7 +144,7 @@ async fn framed(connector: &Arc<dyn Connector>, frame: impl Into<Bytes>) {
     drop(lane);
 }
 
-fn permit() -> RunPermit {
+pub(crate) fn permit() -> RunPermit {
     RunPermit::for_new_machine(7)
 }
 
@@ -150,7 +160,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
         ),
         (
             "half a hello",
-            "does not speak Ferry",
+            "no hello of Ferry's protocol versions",
             attack!(c => { raw(c, &message(b"ferry\0\r\n")).await }),
         ),
         ("a hello too long", "257 bytes", attack!(c => { raw(c, &message(&[0; 257])).await })),
@@ -489,7 +499,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
         ),
         (
             "a million extents",
-            "extents",
+            "at most 1048576 are allowed",
             attack!(c => {
                 offered(c, |s| s.extents = (0..1_000_000).map(|n| (n * 2, 1)).collect()).await;
             }),
@@ -499,6 +509,11 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             "4 billion vCPUs",
             "4294967295 vCPUs",
             attack!(c => { offered(c, |s| s.vcpus = u32::MAX).await }),
+        ),
+        (
+            "a name that draws on the terminal",
+            "`\\u{1b}[2J\\u{1b}[2J",
+            attack!(c => { offered(c, |s| s.name = "\u{1b}[2J".repeat(1000)).await }),
         ),
         ("no vCPU", "0 vCPUs", attack!(c => { offered(c, |s| s.vcpus = 0).await })),
         ("another VMM", "`qemu`", attack!(c => { offered(c, |s| s.vmm = "qemu".into()).await })),
@@ -511,7 +526,7 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
         ),
         (
             "a configuration of 60 MiB",
-            "configuration",
+            "at most 1048576 are allowed",
             attack!(c => {
                 offered(c, |s| s.config = vec![b'['; 60 << 20]).await;
             }),
@@ -606,10 +621,14 @@ fn a_peer_that_says_nothing_is_let_go_and_holds_up_nobody() {
 
 #[test]
 fn more_arrivals_than_a_host_takes_are_refused_and_room_comes_back() {
-    let host = Destination::start(Link::Memory, ProcessHost::default());
+    let (connector, listener) = memory::pair(4);
+    let links = Links { connector: Arc::new(connector.clone()), listener: Box::new(listener) };
+    let host = Destination::start_on(|_| links, ProcessHost::default(), ReceiveOptions::default());
     let handle = host.handle();
+    let hosts: [Arc<dyn Connector>; 2] =
+        ["a", "b"].map(|name| Arc::new(connector.named(name)) as _);
     let mut sessions: Vec<_> =
-        (0..32).map(|_| handle.block_on(Session::accepted(&host.connector))).collect();
+        (0..32).map(|n| handle.block_on(Session::accepted(&hosts[n % 2]))).collect();
     let one_more = handle.block_on(async { Session::hello(&host.connector).await.hear().await });
     assert!(matches!(one_more, Some(ToSource::Refused { .. })), "{one_more:?}");
     assert!(word_of(&host).contains("32 machines"));

@@ -64,12 +64,20 @@ impl<G: Guest + 'static> Destination<G> {
         host: H,
         options: ReceiveOptions,
     ) -> Self {
+        Self::start_on(|handle| Links::new(link, handle), host, options)
+    }
+
+    pub fn start_on<H: Host<Guest = G> + 'static>(
+        links: impl FnOnce(&Handle) -> Links,
+        host: H,
+        options: ReceiveOptions,
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .unwrap();
-        let Links { connector, listener } = Links::new(link, runtime.handle());
+        let Links { connector, listener } = links(runtime.handle());
         let (sender, events) = channel();
         runtime.spawn(ferry_migrate::receive(listener, Arc::new(host), options, move |event| {
             let _ = sender.send(event);

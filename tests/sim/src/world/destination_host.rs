@@ -1,160 +1,162 @@
-//! The destination's host: memory that fills, missing pages that come on demand, and a guest that reads and
-//! writes them.
+//! The destination's host: what the engine does for `Destination`, and memory that fills until the hand-over.
 
-use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use ferry_pages::{PageSet, Run};
-use ferry_postcopy::{Admission, Admit, ChunkLedger, Demand, Fault};
+use ferry_postcopy::{Admission, ChunkLedger, Demand};
 use ferry_protocol::{
-    Arrival, Built, Destination, DestinationAction, DestinationEvent, Fetched, Recalled, ToSource,
-    Verdict,
+    Arrival, Built, Destination, DestinationAction, DestinationEvent, Recalled, RunPermit,
+    ToSource, Verdict,
 };
 use rand::RngExt;
 
-use super::network::{CONTROL, Fate, Packet, Pages, URGENT};
-use super::{PAGES, Plan, Plant, SAME, SESSION, World, digest, run_pages};
-
-const VCPUS: usize = 2;
-/// The thread that loads state waits for pages as a vCPU does.
-const LOADER: usize = VCPUS;
-
-/// A touch that waits for its page.
-#[derive(Clone, Copy, Debug)]
-struct Touch {
-    page: u64,
-    write: bool,
-}
+use super::memory::{Mask, Memory, PAGES, Stamp, bit, mask, set};
+use super::network::{ACKS, Batch, CONTROL, Kind, Packet, Pages, named};
+use super::paging::{LOADER, Touch, VCPUS};
+use super::plan::Plan;
+use super::{Plant, SESSION, World};
+use crate::rules::{Kept, Rule};
 
 pub(crate) struct DestinationHost {
-    pub(crate) machine: Destination,
-    pub(crate) copy: Vec<u64>,
+    pub(super) machine: Destination,
+    pub(super) copy: Memory,
     /// What a bundle has of the machine.
-    old: BTreeMap<u64, u64>,
+    old: Vec<(u64, Stamp)>,
+    pub(super) old_by_page: [Option<Stamp>; PAGES as usize],
     /// Owed, named, and not to be had from it.
-    lacking: PageSet,
-    /// What the guest finds in its memory if all is well; none before it runs.
-    pub(crate) expected: Option<Vec<u64>>,
+    pub(super) lacking: Mask,
     /// Pages that are absent fault, once it is so arranged.
-    pub(crate) absent: PageSet,
-    ledger: ChunkLedger,
+    pub(super) absent: Mask,
+    pub(super) ledger: ChunkLedger,
+    /// What the ledger must have: round and serial number of each page's copy.
+    newest: [(u32, u32); PAGES as usize],
     /// Pages of the rounds before the hand-over are not taken any more.
     closed: bool,
-    last_round: u32,
-    pub(crate) demand: Option<Demand>,
+    pub(super) last_round: u32,
+    pub(super) demand: Option<Demand>,
+    /// What it says to be owed and not here.
+    pub(super) missing: Mask,
     /// Admitted and being copied: nothing is discarded meanwhile.
-    copying: HashSet<u64>,
-    waiting: [Option<Touch>; VCPUS + 1],
-    writes: u64,
+    pub(super) copying: Mask,
+    pub(super) waiting: [Option<Touch>; VCPUS + 1],
     /// The newest link that the source came by, and whether its urgent channel is open.
-    link: u32,
+    pub(super) link: u32,
     /// That link was given up, and what came is kept.
     holds: bool,
-    urgent: bool,
-    asked_for: HashSet<(u32, u64)>,
+    pub(super) urgent: bool,
+    /// On the present link.
+    pub(super) asked_for: Mask,
     /// What the source was last told to be missing.
-    pub(crate) lacked: Option<PageSet>,
-    all_here: bool,
-    pub(crate) paging_broken: bool,
+    pub(super) lacked: Option<Mask>,
+    pub(super) all_here: bool,
+    pub(super) paging_broken: bool,
     /// Thrown away while it ran.
-    pub(crate) abandoned: bool,
-    pub(crate) runs: bool,
-    pub(crate) ever_ran: bool,
-    pub(crate) dead: bool,
-    pub(crate) arrival: Option<Arrival>,
+    pub(super) abandoned: bool,
+    pub(super) runs: bool,
+    pub(super) permit: Option<RunPermit>,
+    pub(super) ever_ran: bool,
+    pub(super) dead: bool,
+    pub(super) arrival: Option<Arrival>,
 }
 
 impl DestinationHost {
-    pub(crate) fn new(old: BTreeMap<u64, u64>) -> Self {
+    pub(super) fn new(old: Vec<(u64, Stamp)>) -> Self {
+        let mut old_by_page = [None; PAGES as usize];
+        old.iter().for_each(|(page, stamp)| old_by_page[*page as usize] = Some(*stamp));
         Self {
             machine: Destination::new(SESSION, 0b0111),
-            copy: vec![0; PAGES as usize],
+            copy: Memory::ZERO,
             old,
-            lacking: PageSet::new(),
-            expected: None,
-            absent: PageSet::new(),
+            old_by_page,
+            lacking: 0,
+            absent: 0,
             ledger: ChunkLedger::default(),
+            newest: [(0, 0); PAGES as usize],
             closed: false,
             last_round: 0,
             demand: None,
-            copying: HashSet::new(),
+            missing: 0,
+            copying: 0,
             waiting: [None; VCPUS + 1],
-            writes: 0,
             link: 0,
             holds: false,
             urgent: false,
-            asked_for: HashSet::new(),
+            asked_for: 0,
             lacked: None,
             all_here: false,
             paging_broken: false,
             abandoned: false,
             runs: false,
+            permit: None,
             ever_ran: false,
             dead: false,
             arrival: None,
         }
     }
 
-    pub(crate) fn die(&mut self) {
+    pub(super) fn die(&mut self) {
         self.dead = true;
         self.runs = false;
     }
 
     /// Whether what comes on that link is an event; its pages are installed either way.
-    pub(crate) fn listens_to(&self, link: u32) -> bool {
+    pub(super) fn listens_to(&self, link: u32) -> bool {
         link == self.link && !self.holds
     }
 
-    pub(crate) fn deadline(&self) -> Option<u64> {
+    pub(super) fn deadline(&self) -> Option<u64> {
         let deadline = self.machine.deadline().filter(|_| !self.dead)?;
         Some(deadline.as_micros() as u64)
     }
 
-    pub(crate) fn asked_for_verdict(&self, plan: &Plan) -> Option<Verdict> {
+    fn verdict(&self, plan: &Plan, plant: Plant) -> Option<Verdict> {
         if self.dead {
             return plan.destination_restarts.then_some(Verdict::Unknown);
         }
-        Some(self.machine.verdict())
+        match plant {
+            Plant::VerdictForgotten => Some(Verdict::Unknown),
+            _ => Some(self.machine.verdict()),
+        }
     }
 
-    /// Pages that are owed and not here.
-    pub(crate) fn missing(&self) -> PageSet {
-        self.demand.as_ref().map(|d| d.missing().clone()).unwrap_or_default()
+    /// The round of which `page` was installed last.
+    pub(super) fn round_of(&self, page: u64) -> u32 {
+        self.newest[page as usize].0
     }
 
-    pub(crate) fn waits(&self) -> bool {
+    /// What the guest sees, or will.
+    pub(super) fn seen(&self) -> &Memory {
+        &self.copy
+    }
+
+    pub(super) fn waits(&self) -> bool {
         self.waiting.iter().any(Option::is_some)
     }
 
-    /// A page that is there is read, and perhaps written.
-    fn access(&mut self, touch: Touch) -> Result<(), String> {
-        let page = touch.page as usize;
-        // The loader reads before the guest runs.
-        let Some(expected) = &mut self.expected else { return Ok(()) };
-        if self.copy[page] != expected[page] {
-            return Err(format!(
-                "the guest reads {} in page {page} where {} is right",
-                self.copy[page], expected[page]
-            ));
+    /// Writes a copy of `page` that was read as number `serial`: never one older than what is there.
+    pub(super) fn put(&mut self, page: u64, content: Stamp, (round, serial): (u32, u32)) -> Kept {
+        let newest = &mut self.newest[page as usize];
+        if newest.1 > serial && newest.0 != round && self.copy[page] != content {
+            return Err(Rule::NoLateOverwrite.broken(format!(
+                "page {page} has {:?} of round {}, and {content:?} of round {round} is written over it",
+                self.copy[page], newest.0
+            )));
         }
-        if touch.write {
-            self.writes += 1;
-            expected[page] = self.writes << 32;
-            self.copy[page] = expected[page];
-        }
+        *newest = (round, serial.max(newest.1));
+        self.copy[page] = content;
         Ok(())
     }
 }
 
 impl World {
-    pub(crate) fn feed_destination(&mut self, event: DestinationEvent) -> Result<(), String> {
+    pub(super) fn feed_destination(&mut self, event: DestinationEvent) -> Kept {
         if self.destination.dead {
             return Ok(());
         }
-        self.trace(|| format!("destination <- {event:?}"));
+        self.tell("destination  <-", || super::words::destination_event(&event));
         self.destination.machine.handle(Duration::from_micros(self.now), event);
         while let Some(action) = self.destination.machine.poll() {
-            self.trace(|| format!("destination -> {action:?}"));
+            self.tell("destination  ->", || super::words::destination_action(&action));
             if let Some(answer) = self.act_destination(action)? {
                 self.answer(answer);
             }
@@ -162,27 +164,33 @@ impl World {
         Ok(())
     }
 
-    fn answer(&mut self, event: DestinationEvent) {
+    pub(super) fn answer(&mut self, event: DestinationEvent) {
         let at = self.now + self.rng.random_range(1..800);
         self.net.at(at, Packet::DestinationEvent(event));
     }
 
-    fn act_destination(
-        &mut self,
-        action: DestinationAction,
-    ) -> Result<Option<DestinationEvent>, String> {
+    /// On an older link than the source's, it is lost.
+    fn say(&mut self, message: &ToSource) -> Kept {
+        if let ToSource::RoundDone { round, lacking } = message {
+            let layout = ferry_pages::Layout::new(vec![Run::new(0, PAGES)]);
+            let lacking = layout.ok().and_then(|layout| lacking.unpack(&layout).ok());
+            self.watch_round_done(*round, mask(&lacking.unwrap_or_default()))?;
+        }
+        if self.destination.listens_to(self.net.link) {
+            self.net.say_to_source(self.now, &mut self.rng, message)?;
+        }
+        Ok(())
+    }
+
+    fn act_destination(&mut self, action: DestinationAction) -> Kept<Option<DestinationEvent>> {
         Ok(Some(match action {
             DestinationAction::Send(m) => {
-                // On an older link than the source's, it is lost.
-                if self.destination.listens_to(self.net.link) {
-                    self.net.send(self.now, &mut self.rng, CONTROL, Packet::ToSource(m));
-                }
+                self.say(&m)?;
                 return Ok(None);
             }
             DestinationAction::Build { .. } => {
                 let no_post_copy = self.plan.no_post_copy.then(|| "no userfaultfd".to_owned());
-                let old =
-                    self.destination.old.iter().map(|(p, content)| (*p, digest(*p, *content)));
+                let old = self.destination.old.iter().map(|(p, stamp)| (*p, stamp.digest(*p)));
                 let recalled = Recalled::pack(old);
                 DestinationEvent::Built(Ok(Built { no_post_copy, recalled }))
             }
@@ -199,7 +207,8 @@ impl World {
             }
             DestinationAction::Page(owed) => {
                 if self.plan.no_post_copy {
-                    return Err("owes pages to a host that cannot take them".into());
+                    let why = "owes pages to a host that cannot take them";
+                    return Err(Rule::TrueEnd.broken(why));
                 }
                 if self.plan.refuse_paging {
                     DestinationEvent::Paging(Err("userfaultfd: no memory".into()))
@@ -219,329 +228,162 @@ impl World {
                 DestinationEvent::Loaded(Ok(()))
             }
             DestinationAction::Load(_) => DestinationEvent::Loaded(Err("bad section".into())),
-            DestinationAction::Resume(_permit) => {
+            DestinationAction::Resume(permit) => {
                 let d = &mut self.destination;
-                (d.runs, d.ever_ran) = (true, true);
-                d.expected.clone_from(&self.source.at_pause);
+                (d.runs, d.ever_ran, d.permit) = (true, true, Some(permit));
+                let Some(memory) = self.source.at_pause else {
+                    return Err(Rule::OneRuns.broken("runs without ever being paused"));
+                };
+                self.truth = Some(memory);
                 DestinationEvent::Resumed(Ok(()))
             }
             DestinationAction::Digest => {
-                let discarded =
-                    self.destination.demand.as_ref().is_some_and(|d| d.counts().discarded > 0);
                 let sum = self.destination.ledger.digest_sum();
-                DestinationEvent::Digest((!discarded).then_some(sum))
+                DestinationEvent::Digest((!self.discarded()).then_some(sum))
             }
             DestinationAction::Finish(arrival) => {
                 if self.destination.arrival.replace(arrival).is_some() {
-                    return Err("the destination finished twice".into());
+                    return Err(Rule::TrueEnd.broken("the destination finished twice"));
+                }
+                // What was said is still sent; then the control channel is closed.
+                if self.destination.listens_to(self.net.link) {
+                    let closed = Packet::SourceLost(self.net.link);
+                    self.net.send(self.now, &mut self.rng, CONTROL, closed);
                 }
                 return Ok(None);
             }
         }))
     }
 
-    /// From now on, absent pages are waited for.
-    fn page(&mut self, owed: PageSet) {
-        let d = &mut self.destination;
-        let came = (0..PAGES).filter(|p| d.copy[*p as usize] != 0).map(|p| Run::new(p, 1));
-        d.absent.insert_run(Run::new(0, PAGES));
-        d.absent.subtract(&came.collect());
-        if self.plant != Plant::KeepStaleCopies {
-            for page in run_pages(&owed) {
-                d.copy[page as usize] = 0;
-            }
-            d.absent.union_with(&owed);
-        }
-        d.demand = Some(Demand::new(owed));
-        if self.plan.paging_breaks {
-            let at = self.now + self.rng.random_range(0..self.net.latency_us * 30);
-            self.fate_at(at, Fate::PagingBreaks);
-        }
-        if self.plan.discards {
-            for _ in 0..self.rng.random_range(1..4) {
-                let at = self.now + self.rng.random_range(0..self.net.latency_us * 30);
-                self.net.at(at, Packet::Discard);
-            }
-        }
-    }
-
-    pub(crate) fn paging_breaks(&mut self) -> Result<(), String> {
-        if self.destination.all_here || self.destination.arrival.is_some() {
-            return Ok(());
-        }
-        self.destination.paging_broken = true;
-        self.feed_destination(DestinationEvent::PagingBroken("userfaultfd: read failed".into()))
-    }
-
-    pub(crate) fn abandon(&mut self) -> Result<(), String> {
-        let d = &mut self.destination;
-        if d.missing().is_empty() || d.machine.verdict() != Verdict::Ran || !d.runs {
-            return Ok(());
-        }
-        (d.runs, d.abandoned) = (false, true);
-        self.feed_destination(DestinationEvent::Abandoned)
+    /// Whether the guest gave owed pages up before they came.
+    pub(super) fn discarded(&self) -> bool {
+        self.destination.demand.as_ref().is_some_and(|d| d.counts().discarded > 0)
     }
 
     /// Whether nobody there will ever want a page again.
-    pub(crate) fn destination_is_gone(&self) -> bool {
+    pub(super) fn destination_is_gone(&self) -> bool {
         let d = &self.destination;
         d.dead || d.abandoned || d.paging_broken
     }
 
-    pub(crate) fn destination_guest_runs(&mut self) -> Result<(), String> {
-        for vcpu in 0..VCPUS {
-            for _ in 0..self.rng.random_range(0..3) {
-                if !self.destination.runs || self.destination.waiting[vcpu].is_some() {
-                    break;
-                }
-                let page = self.rng.random_range(0..PAGES);
-                let write = self.rng.random_bool(0.4);
-                self.touch(vcpu, Touch { page, write })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the page was there; otherwise the thread waits, and the kernel tells of it soon.
-    fn touch(&mut self, vcpu: usize, touch: Touch) -> Result<bool, String> {
-        if !self.destination.absent.contains(touch.page) {
-            return self.destination.access(touch).map(|()| true);
-        }
-        self.destination.waiting[vcpu] = Some(touch);
-        let at = self.now + self.rng.random_range(0..50);
-        self.net.at(at, Packet::Fault { vcpu, page: touch.page });
-        Ok(false)
-    }
-
-    pub(crate) fn fault(&mut self, vcpu: usize, page: u64) -> Result<(), String> {
-        let now = Duration::from_micros(self.now);
-        let gone = self.destination_is_gone();
-        let d = &mut self.destination;
-        let Some(demand) = d.demand.as_mut().filter(|_| !gone) else {
-            return Ok(());
-        };
-        match demand.fault(page, now, vcpu as u32) {
-            Fault::Ask if d.copying.contains(&page) => Err(format!("page {page} is coming in")),
-            Fault::Ask => self.ask_for(page),
-            Fault::Asked => Ok(()),
-            Fault::Zero => {
-                if d.absent.remove(page) {
-                    d.copy[page as usize] = 0;
-                }
-                self.wake(page)
-            }
-            Fault::Here if d.absent.contains(page) => Err(format!("page {page} is not here")),
-            Fault::Here => self.wake(page),
-        }
-    }
-
-    fn ask_for(&mut self, page: u64) -> Result<(), String> {
-        let d = &mut self.destination;
-        if !d.urgent {
-            // Asked for as soon as the source is back.
-            return Ok(());
-        }
-        if !d.asked_for.insert((d.link, page)) {
-            return Err(format!("page {page} was asked for twice on one link"));
-        }
-        self.net.send(self.now, &mut self.rng, URGENT, Packet::Request(page));
-        Ok(())
-    }
-
-    /// A page that will not come out of the old copy, whether or not a thread waits for it.
-    fn ask_for_lacking(&mut self, page: u64) {
-        if self.destination.urgent {
-            self.net.send(self.now, &mut self.rng, URGENT, Packet::Request(page));
-        }
-    }
-
-    pub(crate) fn urgent_open(&mut self) -> Result<(), String> {
-        self.destination.urgent = true;
-        let d = &self.destination;
-        let outstanding: Vec<u64> = d.demand.iter().flat_map(Demand::outstanding).collect();
-        let mut lacking = d.lacking.clone();
-        lacking.intersect_with(&d.missing());
-        outstanding.into_iter().try_for_each(|page| self.ask_for(page))?;
-        run_pages(&lacking).for_each(|page| self.ask_for_lacking(page));
-        Ok(())
-    }
-
-    /// All that wait for `page` go on.
-    fn wake(&mut self, page: u64) -> Result<(), String> {
-        for vcpu in 0..=LOADER {
-            let waiting = &mut self.destination.waiting[vcpu];
-            let Some(touch) = waiting.take_if(|touch| touch.page == page) else { continue };
-            self.destination.access(touch)?;
-            if vcpu == LOADER {
-                self.answer(DestinationEvent::Loaded(Ok(())));
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn pages_came(
-        &mut self,
-        round: u32,
-        pages: &Pages,
-        announced: bool,
-    ) -> Result<(), String> {
+    pub(super) fn pages_came(&mut self, batch: Batch) -> Kept {
         if self.destination.dead || self.destination.arrival.is_some() {
             return Ok(());
         }
-        let pages = &self.recall(pages);
+        let listens = self.destination.listens_to(batch.link) || self.plant == Plant::OldLinksCount;
+        if let Kind::Push { turn, bytes, sent_at } = batch.kind
+            && batch.link == self.net.link
+        {
+            let ack = Packet::Ack { turn, bytes, sent_at };
+            self.net.send(self.now, &mut self.rng, ACKS, ack);
+        }
+        let pages = self.recall(&batch.pages);
+        let batch = Batch { pages, ..batch };
         if self.destination.demand.is_some() {
-            return self.owed_pages_came(round, pages);
+            return self.owed_pages_came(&batch);
         }
-        let lacking: PageSet =
-            pages.iter().filter(|(_, c)| *c == SAME).map(|(p, _)| Run::new(*p, 1)).collect();
-        if announced && !lacking.is_empty() && self.plant != Plant::SilentlyLacking {
-            self.feed_destination(DestinationEvent::Lacking(lacking))?;
+        let counts = match batch.kind {
+            Kind::Lane => listens,
+            Kind::Echo => listens && self.plant == Plant::CountDuplicates,
+            Kind::Push { .. } | Kind::Urgent => false,
+        };
+        let lacking = named(&batch.pages);
+        if counts && lacking != 0 && self.plant != Plant::SilentlyLacking {
+            self.feed_destination(DestinationEvent::Lacking(set(lacking)))?;
         }
-        let d = &mut self.destination;
-        if !d.closed {
-            d.last_round = d.last_round.max(round);
-            for &(page, content) in pages.iter().filter(|(_, content)| *content != SAME) {
-                let admission = d.ledger.admit(page as usize, round, digest(page, content));
-                if admission != Admission::Late || self.plant == Plant::NoLedger {
-                    d.copy[page as usize] = content;
-                }
-                self.source.debt.remove(page);
-            }
-        }
-        if announced {
-            self.feed_destination(DestinationEvent::Installed { round })
+        let round = batch.round;
+        if self.plant == Plant::AckBeforeInstall {
+            let at = self.now + self.rng.random_range(0..20_000);
+            self.net.at(at, Packet::InstallLate(batch));
         } else {
-            Ok(())
+            self.install(&batch)?;
         }
+        if counts { self.feed_destination(DestinationEvent::Installed { round }) } else { Ok(()) }
+    }
+
+    /// Writes what is not late into memory that nobody runs on yet.
+    pub(super) fn install(&mut self, batch: &Batch) -> Kept {
+        let d = &mut self.destination;
+        if d.closed || d.demand.is_some() {
+            return Ok(());
+        }
+        d.last_round = d.last_round.max(batch.round);
+        for &(page, content) in &batch.pages {
+            let Some(content) = content else { continue };
+            let admission = d.ledger.admit(page as usize, batch.round, content.digest(page));
+            if admission != Admission::Late || self.plant == Plant::NoLedger {
+                d.put(page, content, (batch.round, batch.serial))?;
+            }
+            self.source.unpaid &= !bit(page);
+        }
+        Ok(())
     }
 
     /// Pages that are only named, out of the old copy; those that cannot be read stay named.
     fn recall(&self, pages: &Pages) -> Pages {
         let d = &self.destination;
-        let read = |page: u64| match self.plant {
-            _ if self.plan.old_copy_damaged && page.is_multiple_of(3) => SAME,
-            Plant::StaleCopy => d.old[&page] + 3,
-            _ => d.old[&page],
+        let read = |page: u64| {
+            let stamp = d.old_by_page[page as usize]
+                .filter(|_| !(self.plan.old_copy_damaged && page.is_multiple_of(3)));
+            match self.plant {
+                // Of an older time than the digests.
+                Plant::StaleBase => stamp.map(|_| Stamp::new(page, 3)),
+                _ => stamp,
+            }
         };
-        pages
-            .iter()
-            .map(|&(p, content)| (p, if content == SAME { read(p) } else { content }))
-            .collect()
+        pages.iter().map(|&(p, content)| (p, content.or_else(|| read(p)))).collect()
     }
 
-    fn owed_pages_came(&mut self, round: u32, pages: &Pages) -> Result<(), String> {
-        for &(page, content) in pages {
-            let d = &mut self.destination;
-            let Some(demand) = d.demand.as_mut().filter(|_| !d.paging_broken) else { break };
-            if round <= d.last_round {
-                continue;
-            }
-            if content == SAME {
-                if demand.missing().contains(page) {
-                    d.lacking.insert(page);
-                    self.ask_for_lacking(page);
-                }
-                continue;
-            }
-            if self.plant == Plant::NoDemand {
-                d.copy[page as usize] = content;
-            }
-            if demand.admit(page) == Admit::Install {
-                d.copying.insert(page);
-                let at = self.now + self.rng.random_range(0..800);
-                self.net.at(at, Packet::Installed { round, page, content });
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn installed(&mut self, round: u32, page: u64, content: u64) -> Result<(), String> {
-        let gone = self.destination_is_gone();
-        let d = &mut self.destination;
-        d.copying.remove(&page);
-        let Some(demand) = d.demand.as_mut().filter(|_| !gone) else {
-            return Ok(());
-        };
-        demand.installed(page, Duration::from_micros(self.now));
-        d.ledger.admit(page as usize, round, digest(page, content));
-        // As the kernel does it: not over a page that is there.
-        if d.absent.remove(page) {
-            d.copy[page as usize] = content;
-        }
-        self.source.debt.remove(page);
-        self.wake(page)?;
-        self.tell_if_all_here();
-        Ok(())
-    }
-
-    fn tell_if_all_here(&mut self) {
-        let d = &mut self.destination;
-        if !d.all_here && d.demand.as_ref().is_some_and(Demand::is_complete) {
-            d.all_here = true;
-            self.answer(DestinationEvent::AllHere(Fetched::default()));
-        }
-    }
-
-    pub(crate) fn discard(&mut self) -> Result<(), String> {
-        let start = self.rng.random_range(0..PAGES - 4);
-        let run = Run::new(start, self.rng.random_range(1..4));
-        let d = &mut self.destination;
-        let Some(demand) = d.demand.as_mut().filter(|_| d.runs && !d.paging_broken) else {
-            return Ok(());
-        };
-        if !d.copying.is_empty() {
-            self.net.at(self.now + 10, Packet::Discard);
-            return Ok(());
-        }
-        for page in run.start..run.end() {
-            d.copy[page as usize] = 0;
-            d.expected.iter_mut().for_each(|e| e[page as usize] = 0);
-        }
-        d.absent.insert_run(run);
-        for page in demand.discarded(run) {
-            self.destination.absent.remove(page);
-            self.wake(page)?;
-        }
-        self.tell_if_all_here();
-        Ok(())
-    }
-
-    pub(crate) fn destination_lost(&mut self, link: u32) -> Result<(), String> {
+    pub(super) fn destination_lost(&mut self, link: u32) -> Kept {
         if link != self.destination.link {
             return Ok(());
         }
         self.destination.urgent = false;
+        self.free_loader()?;
         self.feed_destination(DestinationEvent::LinkLost("link cut".into()))
     }
 
+    /// State that is being loaded waits for a page, and the link is lost: it gets zeros, and loading fails.
+    fn free_loader(&mut self) -> Kept {
+        if self.destination.waiting[LOADER].take().is_none() {
+            return Ok(());
+        }
+        let why = "the link was lost while state was loaded".to_owned();
+        self.feed_destination(DestinationEvent::Loaded(Err(why)))
+    }
+
     /// The source says hello to the session on a new link.
-    pub(crate) fn hello_again(&mut self, done: u32) -> Result<(), String> {
+    pub(super) fn hello_again(&mut self, done: u32) -> Kept {
+        self.free_loader()?;
         self.destination.link = self.net.link;
         self.destination.holds = false;
         self.destination.urgent = false;
+        self.destination.asked_for = 0;
         let over = self.destination.dead || self.destination.arrival.is_some();
-        if over && let Some(verdict) = self.destination.asked_for_verdict(&self.plan) {
-            let verdict = Packet::ToSource(ToSource::Verdict(verdict));
-            self.net.send(self.now, &mut self.rng, CONTROL, verdict);
-            return Ok(());
+        let early = self.plant == Plant::VerdictTooEarly && !self.destination.runs;
+        if let Some(verdict) = self.destination.verdict(&self.plan, self.plant)
+            && (over || early)
+        {
+            let verdict = if early { Verdict::NeverRan } else { verdict };
+            self.tell("destination  ->", || format!("answers for the session: {verdict:?}"));
+            let verdict = ToSource::Verdict(verdict);
+            return self.net.say_to_source(self.now, &mut self.rng, &verdict);
         }
-        let owed = self.destination.missing();
-        self.destination.lacked = self.destination.demand.is_some().then(|| owed.clone());
+        let owed = self.destination.missing;
+        self.destination.lacked = self.destination.demand.is_some().then_some(owed);
         let held = |after| {
             let pages = self.destination.ledger.newer_than(after);
             pages.map(|page| Run::new(page as u64, 1)).collect::<PageSet>()
         };
-        let held = if self.plant == Plant::ClaimOldPages {
-            let mut old = held(0);
-            old.intersect_with(&self.source.last_round);
-            old
-        } else {
-            held(done)
+        let held = match (self.plant, self.destination.demand.is_some()) {
+            (Plant::ClaimOldPages, _) => set(mask(&held(0)) & self.source.last_round),
+            (_, true) => PageSet::new(),
+            (_, false) => held(done),
         };
-        self.feed_destination(DestinationEvent::Rejoined { held, owed })?;
+        self.feed_destination(DestinationEvent::Rejoined { held, owed: set(owed) })?;
         match self.net.late_commit.take() {
             Some(commit) if self.plant == Plant::TakeLateCommit => {
-                self.feed_destination(DestinationEvent::Message(commit))
+                self.feed_destination(DestinationEvent::Message(super::decoded(&commit)?))
             }
             _ => Ok(()),
         }

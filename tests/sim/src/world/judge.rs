@@ -2,93 +2,84 @@
 
 use ferry_protocol::{Arrival, Outcome, Verdict};
 
-use super::{End, PAGES, World};
+use super::memory::pages;
+use super::{NEVER, World};
+use crate::End;
+use crate::rules::{Kept, Rule};
 
 impl World {
-    /// Why nothing will ever happen again, though the migration is not over.
-    pub(super) fn stuck(&self) -> String {
-        format!(
-            "nothing will ever happen again; missing: {:?}; a thread waits: {}",
-            self.destination.missing(),
-            self.destination.waits()
-        )
-    }
-
-    pub(super) fn judge(self) -> Result<End, String> {
-        self.judge_memory()?;
+    pub(super) fn judge(&mut self) -> Kept<End> {
         self.judge_session()?;
-        if self.source.dead {
-            return Ok(End::SourceDied);
+        let (s, d) = (&self.source, &self.destination);
+        if s.fenced {
+            let alone = s.runs && d.dead;
+            return match alone {
+                true => Ok(End::Fenced),
+                false => Err(Rule::TrueEnd.broken("fenced, and it does not run on here alone")),
+            };
         }
-        let outcome = self.source.outcome.as_ref().ok_or("the source never finished")?;
-        if format!("{outcome:?}").contains("broke the protocol") {
-            return Err(format!("nobody broke the protocol: {outcome:?}"));
+        if s.dead {
+            return Ok(if d.dead { End::BothDied } else { End::SourceDied });
         }
+        let Some(outcome) = &s.outcome else {
+            return Err(Rule::Progress.broken("the source never finished"));
+        };
         match outcome {
             Outcome::Completed { digest_verified, .. } => self.judge_completed(*digest_verified),
             Outcome::InDoubt { .. } | Outcome::Detached { .. } => self.judge_undecided(outcome),
+            Outcome::Cancelled | Outcome::Refused(_) | Outcome::Failed(_) if s.by_spool => {
+                // The destination never ran the machine, and its source is gone.
+                self.judge_lost()
+            }
             Outcome::Cancelled | Outcome::Refused(_) | Outcome::Failed(_) => {
                 self.judge_not_moved(outcome)
             }
         }
     }
 
-    /// What the guest has not looked at is right, too.
-    fn judge_memory(&self) -> Result<(), String> {
-        let d = &self.destination;
-        if !d.runs {
-            return Ok(());
-        }
-        let expected = d.expected.as_ref().ok_or("runs without ever being paused")?;
-        let missing = d.missing();
-        for page in (0..PAGES).filter(|p| !missing.contains(*p)) {
-            let found = if d.absent.contains(page) { 0 } else { d.copy[page as usize] };
-            if found != expected[page as usize] {
-                return Err("the machine runs on memory that is not the guest's".into());
-            }
-        }
-        Ok(())
-    }
-
     /// The destination's session is over when nothing can come any more, unless it waits for pages.
-    fn judge_session(&self) -> Result<(), String> {
+    fn judge_session(&self) -> Kept {
         let d = &self.destination;
         if d.dead || d.abandoned && d.arrival.is_some() {
             return Ok(());
         }
-        match &d.arrival {
-            Some(Arrival::Runs { digest_verified: Some(false) }) => Err("digests differ".into()),
-            Some(Arrival::Runs { .. }) if d.runs && d.missing().is_empty() && !d.waits() => Ok(()),
-            Some(Arrival::Runs { .. }) => Err("the session ended before all pages came".into()),
-            Some(Arrival::Void(_)) if d.ever_ran => Err("void, and it ran".into()),
-            Some(Arrival::Void(_)) => Ok(()),
-            None if d.runs && !d.missing().is_empty() => Ok(()),
-            None => Err(format!("the destination's session never ends: {:?}", d.machine)),
-        }
+        let why = match &d.arrival {
+            Some(Arrival::Runs { digest_verified: Some(false) }) => {
+                return Err(Rule::LastVersion.broken("digests differ"));
+            }
+            Some(Arrival::Runs { .. }) if d.runs && d.missing == 0 && !d.waits() => return Ok(()),
+            Some(Arrival::Runs { .. }) => "the session ended before all pages came".into(),
+            Some(Arrival::Void(_)) if d.ever_ran => "void, and it ran".into(),
+            Some(Arrival::Void(_)) => return Ok(()),
+            None if d.runs && d.missing != 0 => return Ok(()),
+            None => format!("the destination's session never ends: {:?}", d.machine),
+        };
+        Err(Rule::TrueEnd.broken(why))
     }
 
-    fn judge_completed(&self, digest_verified: Option<bool>) -> Result<End, String> {
-        let d = &self.destination;
-        if self.source.runs || !d.ever_ran || !(d.runs || d.dead) {
-            return Err("completed, and does not run there".into());
+    fn judge_completed(&self, digest_verified: Option<bool>) -> Kept<End> {
+        let (s, d) = (&self.source, &self.destination);
+        if s.runs || !d.ever_ran || !(d.runs || d.dead) {
+            return Err(Rule::TrueEnd.broken("completed, and does not run there"));
         }
-        if !d.dead && !d.missing().is_empty() {
-            return Err("completed, and pages are missing".into());
+        if !d.dead && d.missing != 0 {
+            return Err(Rule::NoLostBit.broken("completed, and pages are missing"));
         }
-        let discarded = d.demand.as_ref().is_some_and(|d| d.counts().discarded > 0);
         match digest_verified {
             Some(true) => {}
-            Some(false) => return Err("digests differ".into()),
-            None if self.cut || discarded => {}
-            None => return Err("digests were not compared".into()),
+            Some(false) => return Err(Rule::LastVersion.broken("digests differ")),
+            None if self.cut || self.discarded() => {}
+            None => return Err(Rule::TrueEnd.broken("digests were not compared")),
         }
-        Ok(if self.source.reattached {
+        Ok(if s.by_spool {
+            End::MovedBySpool
+        } else if s.reattached {
             End::ReattachedAndMoved
-        } else if self.source.serves > 1 {
+        } else if s.serves > 1 {
             End::MovedAfterRejoin
-        } else if self.source.asked {
+        } else if s.asked {
             End::MovedAfterInquiry
-        } else if self.source.cut_early {
+        } else if s.cut_early {
             End::MovedAfterCut
         } else if d.demand.is_some() {
             End::MovedByPostCopy
@@ -97,41 +88,64 @@ impl World {
         })
     }
 
-    fn judge_undecided(&self, outcome: &Outcome) -> Result<End, String> {
-        let d = &self.destination;
-        if self.source.runs {
-            return Err(format!("{outcome:?}, and runs here"));
+    fn judge_undecided(&self, outcome: &Outcome) -> Kept<End> {
+        let (s, d) = (&self.source, &self.destination);
+        if s.runs {
+            return Err(Rule::OneRuns.broken("undecided, and runs here"));
         }
         let detached = matches!(outcome, Outcome::Detached { .. });
-        if !detached && !d.dead && !d.missing().is_empty() {
-            return Err(
-                "who waits for a page there waits for ever: nothing to take up again".into()
-            );
+        if !detached && !d.dead && d.missing != 0 {
+            let why = "who waits for a page there waits for ever: nothing to take up again";
+            return Err(Rule::Progress.broken(why));
         }
         if !detached {
+            // It was asked for half a minute, twice a second.
+            if !d.dead && s.in_vain_us > 15_000_000 {
+                let why = "in doubt, and the destination was there to be asked";
+                return Err(Rule::Progress.broken(why));
+            }
             return Ok(End::PausedInDoubt);
         }
-        let hopeless = self.destination_is_gone() || self.net.down_until == super::NEVER;
-        if self.plan.operator_persists && !hopeless {
-            return Err("detached for good, and nothing stood in the way".into());
+        if self.plan.operator_persists && !self.hopeless() {
+            return Err(Rule::Progress.broken("detached for good, and nothing stood in the way"));
         }
         Ok(End::Detached)
     }
 
-    fn judge_not_moved(&self, outcome: &Outcome) -> Result<End, String> {
-        let d = &self.destination;
-        if !self.source.runs || d.ever_ran || self.source.tracking {
-            return Err(format!("{outcome:?}, and the source does not simply run on"));
+    fn judge_lost(&self) -> Kept<End> {
+        if self.source.runs || self.destination.ever_ran && !self.destination.dead {
+            return Err(Rule::TrueEnd.broken("given up by its spool, and it runs"));
+        }
+        Ok(End::LostWithItsSource)
+    }
+
+    fn judge_not_moved(&self, outcome: &Outcome) -> Kept<End> {
+        let (s, d) = (&self.source, &self.destination);
+        if !s.runs || d.ever_ran || s.tracking {
+            let why = format!("{outcome:?}, and the source does not simply run on");
+            return Err(Rule::TrueEnd.broken(why));
         }
         if d.machine.verdict() == Verdict::Ran {
-            return Err("the destination believes that it ran".into());
+            return Err(Rule::TrueEnd.broken("the destination believes that it ran"));
         }
-        let mut unpaid = self.source.debt.clone();
-        unpaid.subtract(&self.source.returned);
-        if !unpaid.is_empty() {
-            return Err(format!("dirty bits lost: {unpaid:?}"));
+        if let Outcome::Failed(why) = outcome {
+            if why.contains("broke the protocol") {
+                return Err(Rule::Peace.broken(why));
+            }
+            let expected = self.cut || d.dead || self.net.down_until == NEVER;
+            let p = &self.plan;
+            let refused = p.refuse_load || p.refuse_paging || p.no_post_copy || d.paging_broken;
+            if !expected && !refused {
+                return Err(
+                    Rule::Progress.broken(format!("it failed, and nothing was wrong: {why}"))
+                );
+            }
         }
-        Ok(match (self.source.reattached, self.source.asked) {
+        if let Some(page) = pages(s.unpaid & !s.returned).next() {
+            let why = format!("page {page} was harvested, and is neither there nor given back");
+            return Err(Rule::NoLostBit.broken(why));
+        }
+        Ok(match (s.reattached, s.asked) {
             (true, _) => End::ReattachedAndReclaimed,
             (_, true) => End::ReclaimedAfterInquiry,
             _ => End::StayedAndRuns,

@@ -1,10 +1,8 @@
-//! The source's host: a guest that writes, its dirty log, and what the engine does for `Source`.
+//! The source's host: a guest that writes, its dirty log, and what the engine does for `Source` until the
+//! hand-over.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ferry_pages::{PageSet, Run};
-use ferry_postcopy::PushQueue;
 use ferry_protocol::{
     Goals, MachineSpec, Mode, Outcome, Progress, RunPermit, Source, SourceAction, SourceEvent,
     ToDestination,
@@ -12,57 +10,87 @@ use ferry_protocol::{
 use rand::RngExt;
 use rand::rngs::SmallRng;
 
-use super::network::{CONTROL, Fate, LANES, Packet, Pages, URGENT};
-use super::{NEVER, PAGES, Plant, SAME, SESSION, World, digest, run_pages};
-
-/// Owed pages that are being sent.
-struct Serving {
-    /// Which `Serve` this is.
-    turn: u32,
-    round: u32,
-    queue: PushQueue,
-}
+use super::memory::{Mask, Memory, PAGES, bit, mask, pages, set};
+use super::network::{CONTROL, Packet, URGENT};
+use super::plan::Fate;
+use super::rounds::Round;
+use super::serving::{Serving, Spool};
+use super::{Plant, SESSION, World};
+use crate::rules::{Kept, Rule};
 
 pub(crate) struct SourceHost {
-    machine: Source,
+    pub(super) machine: Source,
+    /// Which process runs it: what an earlier one was told comes to nothing.
+    pub(super) process: u32,
     /// When `machine` began.
-    began: u64,
-    goals: Goals,
-    rejoin_for: Duration,
-    memory: Vec<u64>,
+    pub(super) began: u64,
+    /// A busy host looks at its clock late.
+    late_us: u64,
+    pub(super) goals: Goals,
+    pub(super) rejoin_for: Duration,
+    pub(super) memory: Memory,
     /// Digests of the destination's old copy.
-    recalled: BTreeMap<u64, u64>,
+    pub(super) recalled: [Option<u64>; PAGES as usize],
     /// Memory when tracking started.
-    at_start: Vec<u64>,
-    dirty: PageSet,
-    pub(crate) tracking: bool,
+    pub(super) at_start: Memory,
+    pub(super) dirty: Mask,
+    /// Harvested, and on their way to `machine`.
+    pub(super) handed: Vec<Mask>,
+    /// What `machine` says that it owes.
+    pub(super) debt: Mask,
+    pub(super) tracking: bool,
     writes_per_ms: u64,
-    pub(crate) runs: bool,
-    pub(crate) dead: bool,
+    /// Pages are re-armed long before they are read.
+    pub(super) arms_at_once: bool,
+    pub(super) runs: bool,
+    pub(super) dead: bool,
     permit: Option<RunPermit>,
-    /// Memory as it was when the guest stood still.
-    pub(crate) at_pause: Option<Vec<u64>>,
-    harvests_while_paused: u32,
-    serving: Option<Serving>,
-    pub(crate) serves: u32,
+    /// Memory as it was when the guest stood still, before and after state was saved.
+    pub(super) at_stop: Option<Memory>,
+    pub(super) at_pause: Option<Memory>,
+    pub(super) harvests_while_paused: u32,
+    pub(super) rounds: Vec<Round>,
+    /// The pages of the last rounds.
+    pub(super) rounds_sent: Vec<(u32, Mask)>,
+    /// Sent on links before this one; only a fault remembers it.
+    pub(super) sent_before: Mask,
+    pub(super) batches_read: u32,
+    pub(super) serving: Option<Serving>,
+    pub(super) serves: u32,
     /// What the last `Serve` before a lost link had not sent.
-    unsent: Option<PageSet>,
+    pub(super) unsent: Option<Mask>,
     /// Asked for before `Serve` said what is owed now.
-    early_requests: Vec<u64>,
-    lost_at: Option<u64>,
-    pub(crate) last_round: PageSet,
-    pub(crate) asked: bool,
+    pub(super) early_requests: Vec<u64>,
+    pub(super) spool: Option<Spool>,
+    /// Not whole before its time comes.
+    pub(super) spooling: Option<Spool>,
+    /// When one of the present commit is whole.
+    pub(super) spool_due_at: Option<u64>,
+    /// Nothing is left of the source but its spool.
+    pub(super) by_spool: bool,
+    pub(super) lost_at: Option<u64>,
+    pub(super) last_round: Mask,
+    pub(super) asked: bool,
     /// The link was lost before the guest was ever paused.
-    pub(crate) cut_early: bool,
-    pub(crate) reattached: bool,
-    pub(crate) outcome: Option<Outcome>,
-    pub(crate) returned: PageSet,
+    pub(super) cut_early: bool,
+    pub(super) reattached: bool,
+    /// Runs on the operator's word that the destination is dead.
+    pub(super) fenced: bool,
+    pub(super) outcome: Option<Outcome>,
+    /// When it ended, nothing had gone wrong for so long.
+    pub(super) in_vain_us: u64,
+    pub(super) returned: Mask,
     /// Harvested, and not installed at the destination since.
-    pub(crate) debt: PageSet,
+    pub(super) unpaid: Mask,
 }
 
 impl SourceHost {
-    pub(crate) fn new(rng: &mut SmallRng, (goals, mode): (Goals, Mode)) -> Self {
+    pub(super) fn new(
+        rng: &mut SmallRng,
+        (goals, mode): (Goals, Mode),
+        memory: Memory,
+        permit: RunPermit,
+    ) -> Self {
         let spec = MachineSpec {
             name: "m".into(),
             vmm: "world".into(),
@@ -75,167 +103,203 @@ impl SourceHost {
         let rejoin_for = Duration::from_millis(rng.random_range(100..60_000));
         Self {
             machine: Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for),
+            process: 0,
             began: 0,
+            late_us: if rng.random_bool(0.5) { 0 } else { rng.random_range(0..3000) },
             goals,
             rejoin_for,
-            memory: (0..PAGES).map(|p| if rng.random_bool(0.7) { p + 1 } else { 0 }).collect(),
-            recalled: BTreeMap::new(),
-            at_start: Vec::new(),
-            dirty: PageSet::new(),
+            memory,
+            recalled: [None; PAGES as usize],
+            at_start: memory,
+            dirty: 0,
+            handed: Vec::new(),
+            debt: 0,
             tracking: false,
             writes_per_ms: rng.random_range(0..4),
+            arms_at_once: rng.random_bool(0.5),
             runs: true,
             dead: false,
-            permit: Some(RunPermit::for_new_machine(1)),
+            permit: Some(permit),
+            at_stop: None,
             at_pause: None,
             harvests_while_paused: 0,
+            rounds: Vec::new(),
+            rounds_sent: Vec::new(),
+            sent_before: 0,
+            batches_read: 0,
             serving: None,
             serves: 0,
             unsent: None,
             early_requests: Vec::new(),
+            spool: None,
+            spooling: None,
+            spool_due_at: None,
+            by_spool: false,
             lost_at: None,
-            last_round: PageSet::new(),
+            last_round: 0,
             asked: false,
             cut_early: false,
             reattached: false,
+            fenced: false,
             outcome: None,
-            returned: PageSet::new(),
-            debt: PageSet::new(),
+            in_vain_us: 0,
+            returned: 0,
+            unpaid: 0,
         }
     }
 
-    pub(crate) fn deadline(&self) -> Option<u64> {
+    pub(super) fn deadline(&self) -> Option<u64> {
         let deadline = self.machine.deadline().filter(|_| !self.dead)?;
-        Some(self.began + deadline.as_micros() as u64)
+        Some(self.began + deadline.as_micros() as u64 + self.late_us)
     }
 
-    fn write_page(&mut self, rng: &mut SmallRng) {
-        let page = rng.random_range(0..PAGES);
-        let content = &mut self.memory[page as usize];
-        *content = match rng.random_range(0..20) {
-            0 | 1 => 0,
-            // As it was once.
-            2 => page + 1,
-            _ => *content + 1000,
-        };
-        if self.tracking {
-            self.dirty.insert(page);
-        }
-    }
-
-    /// Some pages as they once were, some as they never were, if there is an old copy at all.
-    pub(crate) fn old_copy(&self, rng: &mut SmallRng) -> BTreeMap<u64, u64> {
-        let share = [0.0, 0.9][rng.random_range(0..2)];
-        let pages = (0..PAGES).filter(|_| rng.random_bool(share)).collect::<Vec<_>>();
-        pages.into_iter().map(|p| (p, if rng.random_bool(0.7) { p + 1 } else { p + 7 })).collect()
-    }
-
-    fn contents(&self, pages: impl Iterator<Item = u64>) -> Pages {
-        pages.map(|p| (p, self.memory[p as usize])).collect()
-    }
-
-    /// The same, but pages that the destination has are only named.
-    fn named(&self, pages: impl Iterator<Item = u64>, plant: Plant) -> Pages {
-        let compared = |p: u64| match plant {
-            Plant::CompareBeforeRearm => self.at_start[p as usize],
-            _ => self.memory[p as usize],
-        };
-        let has = |p: u64| self.recalled.get(&p).is_some_and(|d| *d == digest(p, compared(p)));
-        let content = |p: u64| if has(p) { SAME } else { self.memory[p as usize] };
-        pages.map(|p| (p, content(p))).collect()
+    /// A process that begins with a spool knows of no old copy.
+    pub(super) fn forget_old_copy(&mut self) {
+        self.recalled = [None; PAGES as usize];
     }
 }
 
 impl World {
-    pub(crate) fn source_guest_writes(&mut self, us: u64) {
+    pub(super) fn source_guest_writes(&mut self, us: u64) {
         let budget = (us.min(20_000) * self.source.writes_per_ms).div_ceil(1000);
-        for _ in 0..budget.min(200) {
+        for _ in 0..budget.min(100) {
             if self.source.runs {
-                self.source.write_page(&mut self.rng);
+                self.source_writes();
             }
         }
     }
 
-    pub(crate) fn feed_source(&mut self, event: SourceEvent) -> Result<(), String> {
+    fn source_writes(&mut self) {
+        let page = self.rng.random_range(0..PAGES);
+        self.source.memory[page] = self.next_content(page);
+        if self.source.tracking {
+            self.source.dirty |= bit(page);
+        }
+    }
+
+    pub(super) fn feed_source(&mut self, event: SourceEvent) -> Kept {
         if self.source.dead {
             return Ok(());
         }
         let since = Duration::from_micros(self.now - self.source.began);
-        self.trace(|| format!("source      <- {event:?}"));
+        self.tell("source       <-", || super::words::source_event(&event));
+        let handed = match &event {
+            SourceEvent::Harvested(pages) | SourceEvent::TrackingStarted(pages) => mask(pages),
+            _ => 0,
+        };
         self.source.machine.handle(since, event);
+        if let Some(at) = self.source.handed.iter().position(|h| *h == handed) {
+            self.source.handed.swap_remove(at);
+        }
+        let owed_before = self.source.debt;
+        self.note_debt()?;
         while let Some(action) = self.source.machine.poll() {
-            self.trace(|| format!("source      -> {action:?}"));
+            self.tell("source       ->", || super::words::source_action(&action));
             self.act_source(action)?;
+        }
+        match &self.source.outcome {
+            // It is kept for later.
+            Some(Outcome::Detached { .. }) => self.source.debt |= owed_before,
+            Some(_) => self.source.debt = 0,
+            None => {}
         }
         Ok(())
     }
 
-    fn later(&mut self, event: SourceEvent) {
-        let at = self.now + self.rng.random_range(1..800);
-        self.net.at(at, Packet::Event(event));
+    pub(super) fn note_debt(&mut self) -> Kept {
+        self.source.debt = 0;
+        for owed in self.source.machine.debt() {
+            let pages = mask(owed);
+            if u64::from(pages.count_ones()) != owed.len() {
+                return Err(Rule::Bounded.broken("the source owes pages that the machine has not"));
+            }
+            self.source.debt |= pages;
+        }
+        Ok(())
     }
 
-    fn act_source(&mut self, action: SourceAction) -> Result<(), String> {
+    pub(super) fn later(&mut self, event: SourceEvent) {
+        let at = self.now + self.rng.random_range(1..800);
+        self.net.at(at, Packet::Event(self.source.process, event));
+    }
+
+    fn act_source(&mut self, action: SourceAction) -> Kept {
         match action {
             SourceAction::Send(m) => {
+                self.net.say_to_destination(self.now, &mut self.rng, &m)?;
                 let committed = matches!(m, ToDestination::Commit { .. });
-                self.net.send(self.now, &mut self.rng, CONTROL, Packet::ToDestination(m));
                 if committed && self.plant == Plant::ResumeAfterCommit {
                     self.source.runs = true;
                 }
             }
             SourceAction::OpenLanes { session, codecs } => {
                 if session != SESSION || codecs != 0b0111 {
-                    return Err("negotiated something else".into());
+                    return Err(Rule::Peace.broken("negotiated something else"));
                 }
                 if self.source.lost_at.is_some() {
                     self.tempt_fate();
                 }
+                self.net.lanes_open = true;
                 self.net.send(self.now, &mut self.rng, URGENT, Packet::UrgentOpen);
                 let at = self.now + self.rng.random_range(1..800 + self.net.latency_us * 4);
-                self.net.at_on_link(at, Packet::Event(SourceEvent::LanesOpen));
+                let open = Packet::Event(self.source.process, SourceEvent::LanesOpen);
+                self.net.at_on_link(at, open);
             }
-            SourceAction::Recall { pages, digests } => {
-                self.source.recalled.extend(run_pages(&pages).zip(digests));
+            SourceAction::Recall { pages: which, digests } => {
+                for (page, digest) in pages(mask(&which)).zip(digests) {
+                    self.source.recalled[page as usize] = Some(digest);
+                }
             }
-            SourceAction::Forget => self.source.recalled.clear(),
+            SourceAction::Forget => self.source.forget_old_copy(),
             SourceAction::StartTracking => {
-                self.source.at_start.clone_from(&self.source.memory);
+                self.source.at_start = self.source.memory;
                 self.source.tracking = true;
-                let holds_data = |p: &u64| self.source.memory[*p as usize] != 0;
-                let resident = (0..PAGES).filter(holds_data).map(|p| Run::new(p, 1)).collect();
-                self.later(SourceEvent::TrackingStarted(resident));
+                let resident = self.source.memory.differing(&Memory::ZERO);
+                self.source.handed.push(resident);
+                self.later(SourceEvent::TrackingStarted(set(resident)));
             }
-            SourceAction::Sample(pages) => self.source.dirty.subtract(&pages),
+            SourceAction::Sample(pages) => self.source.dirty &= !mask(&pages),
             SourceAction::Harvest => self.harvest(),
-            SourceAction::SendPages { round, pages } => self.send_pages(round, &pages),
+            SourceAction::SendPages { round, pages } => self.begin_round(round, mask(&pages)),
             SourceAction::Pause => {
                 self.source.runs = false;
-                let permit = self.source.permit.take().ok_or("paused without a permit")?;
+                let permit = self.source.permit.take();
+                let permit =
+                    permit.ok_or_else(|| Rule::OneRuns.broken("paused without a permit"))?;
+                self.source.at_stop = Some(self.source.memory);
                 self.later(SourceEvent::Paused(permit));
             }
             SourceAction::SaveState => {
                 // Draining devices dirties memory.
-                self.source.write_page(&mut self.rng);
-                self.source.at_pause = Some(self.source.memory.clone());
+                self.source_writes();
+                self.source.at_pause = Some(self.source.memory);
                 self.later(SourceEvent::StateSaved(vec![1, 2, 3]));
             }
             SourceAction::Resume(permit) => {
                 self.source.permit = Some(permit);
                 self.source.runs = true;
                 self.source.harvests_while_paused = 0;
+                if self.plant != Plant::SpoolOfOldCommit {
+                    (self.source.spool, self.source.spooling) = (None, None);
+                    self.source.spool_due_at = None;
+                }
             }
-            SourceAction::ReturnDirty(pages) => self.source.returned.union_with(&pages),
+            SourceAction::ReturnDirty(pages) => {
+                let dropped = if self.plant == Plant::DropReturned { 0b11 } else { 0 };
+                self.source.returned |= mask(&pages) & !dropped;
+            }
             SourceAction::StopTracking => self.source.tracking = false,
             SourceAction::Serve { round, owed, record } => self.serve(round, owed, &record)?,
             SourceAction::Push => {
-                let turn = self.source.serving.as_ref().ok_or("pushes what is not served")?.turn;
-                self.net.at(self.now, Packet::PushTurn(turn));
+                let Some(serving) = &self.source.serving else {
+                    return Err(Rule::Peace.broken("pushes what is not served"));
+                };
+                self.net.at(self.now, Packet::PushTurn(serving.turn));
             }
             SourceAction::Rejoin { done, .. } => self.rejoin(done),
             SourceAction::DigestMemory => {
-                let sum = (0..).zip(&self.source.memory);
-                let sum = sum.fold(0u64, |s, (p, c)| s.wrapping_add(digest(p, *c)));
+                let spool = self.source.spool.as_ref().filter(|_| self.source.by_spool);
+                let sum = spool.map_or_else(|| self.source.memory.digest(), |spool| spool.digest);
                 self.later(SourceEvent::MemoryDigest(sum));
             }
             SourceAction::Tell(progress) => self.told(&progress),
@@ -244,115 +308,18 @@ impl World {
         Ok(())
     }
 
-    fn harvest(&mut self) {
-        let mut pages = std::mem::take(&mut self.source.dirty);
-        if self.plant == Plant::DropHarvestedBit && self.source.machine.rounds() > 0 {
-            pages = pages.runs().skip(1).collect();
-        }
-        if !self.source.runs {
-            self.source.harvests_while_paused += 1;
-            if self.source.harvests_while_paused == 2 && self.plant == Plant::SkipHarvestAfterSave {
-                pages.clear();
-            }
-        }
-        self.source.debt.union_with(&pages);
-        self.later(SourceEvent::Harvested(pages));
-    }
-
-    fn send_pages(&mut self, round: u32, pages: &PageSet) {
-        self.source.last_round.clone_from(pages);
-        let all: Vec<u64> = run_pages(pages).collect();
-        if self.source.runs {
-            // Re-armed: what was written until now is reported no more.
-            self.source.dirty.subtract(pages);
-        }
-        let mut same = 0;
-        for batch in all.chunks(5) {
-            let batch = batch.iter().copied();
-            let pages = if self.source.runs {
-                self.source.named(batch, self.plant)
-            } else {
-                self.source.contents(batch)
-            };
-            same += pages.iter().filter(|(_, content)| *content == SAME).count() as u64;
-            self.send_batch(round, pages);
-        }
-        let batches = all.len().div_ceil(5) as u64;
-        self.later(SourceEvent::RoundSent { round, batches, bytes: pages.len() * 4096, same });
-    }
-
-    fn send_batch(&mut self, round: u32, pages: Pages) {
-        let faulty = matches!(self.plant, Plant::NoLedger | Plant::NoDemand);
-        if self.rng.random_bool(if faulty { 0.3 } else { 0.03 }) {
-            let at = self.now + self.rng.random_range(0..self.net.latency_us * 8);
-            self.net.at_on_link(at, Packet::Echo { round, pages: pages.clone() });
-        }
-        let lane = 1 + self.rng.random_range(0..LANES);
-        let batch = Packet::Batch { link: self.net.link, round, pages };
-        self.net.send(self.now, &mut self.rng, lane, batch);
-    }
-
-    fn serve(&mut self, round: u32, mut owed: PageSet, record: &[PageSet]) -> Result<(), String> {
-        if self.destination.lacked.take().is_some_and(|lacked| lacked != owed) {
-            return Err("what is served is not what was lacking".into());
-        }
-        if self.plant == Plant::ServeOnlyUnsent
-            && let Some(unsent) = self.source.unsent.take()
-        {
-            owed.intersect_with(&unsent);
-        }
-        self.source.serves += 1;
-        let record = record.iter().flat_map(PageSet::runs).collect();
-        let queue = PushQueue::new(owed, record);
-        self.source.serving = Some(Serving { turn: self.source.serves, round, queue });
-        for page in std::mem::take(&mut self.source.early_requests) {
-            self.requested(page);
-        }
-        self.tempt_fate();
-        Ok(())
-    }
-
-    /// The next batch, and when the one after it goes: as it pleases the pace.
-    pub(crate) fn push(&mut self, turn: u32) {
-        let most = self.rng.random_range(1..8);
-        let Some(serving) = self.source.serving.as_mut().filter(|s| s.turn == turn) else { return };
-        let (round, runs) = (serving.round, serving.queue.next(most));
-        if runs.is_empty() || self.source.dead {
-            return;
-        }
-        let pages = runs.iter().flat_map(|r| r.start..r.end());
-        let pages = self.source.named(pages, Plant::Nothing);
-        self.send_batch(round, pages);
-        let at = self.now + self.rng.random_range(0..self.net.latency_us * 2);
-        self.net.at(at, Packet::PushTurn(turn));
-    }
-
-    pub(crate) fn requested(&mut self, page: u64) {
-        let Some(serving) = &mut self.source.serving else {
-            return self.source.early_requests.push(page);
-        };
-        // Sent even if it was pushed a moment ago.
-        serving.queue.fault(page);
-        let round = serving.round;
-        let pages = self.source.contents(std::iter::once(page));
-        let batch = Packet::Batch { link: self.net.link, round, pages };
-        self.net.send(self.now, &mut self.rng, URGENT, batch);
-    }
-
-    fn stop_serving(&mut self) {
-        if let Some(mut serving) = self.source.serving.take() {
-            self.source.unsent = Some(serving.queue.next(NEVER).into_iter().collect());
-        }
-        self.source.early_requests.clear();
-    }
-
     fn rejoin(&mut self, done: u32) {
+        let lost: Mask = self.source.rounds.iter().fold(0, |m, r| m | r.armed);
+        self.source.sent_before |= lost | self.source.last_round;
+        self.source.end_rounds(self.plant);
         self.stop_serving();
         self.drop_link();
         let at = self.now + self.net.latency_us;
         if !self.reachable() {
+            // What an older link still brings is for nobody.
+            self.net.link += 1;
             let lost = SourceEvent::LinkLost("nobody answers".into());
-            return self.net.at(at, Packet::Event(lost));
+            return self.net.at(at, Packet::Event(self.source.process, lost));
         }
         self.net.open_link(self.now, &mut self.rng);
         self.net.send(self.now, &mut self.rng, CONTROL, Packet::Hello { done });
@@ -364,26 +331,42 @@ impl World {
 
     fn told(&mut self, progress: &Progress) {
         match progress {
-            Progress::Committed => self.tempt_fate(),
+            Progress::Committed => {
+                self.tempt_fate();
+                if self.plan.source_dies && self.rng.random_bool(0.4) {
+                    let at = self.now + self.rng.random_range(0..200_000);
+                    self.fate_at(at, Fate::SourceDies);
+                    if self.rng.random_bool(0.5) {
+                        self.cut_link();
+                    }
+                }
+            }
             Progress::Running => {
                 self.source.lost_at = self.source.lost_at.map(|_| self.now);
-                let soon = |w: &mut Self| w.now + w.rng.random_range(0..w.net.latency_us * 30);
                 for (planned, what) in [
                     (self.plan.source_dies, Fate::SourceDies),
                     (self.plan.destination_dies_later, Fate::DestinationDies),
                     (self.plan.abandons, Fate::Abandoned),
                 ] {
                     if planned {
-                        let at = soon(self);
+                        let at = self.soon();
                         self.fate_at(at, what);
                     }
                 }
             }
-            Progress::InDoubt(_) => self.source.asked = true,
+            Progress::InDoubt(_) => {
+                self.source.asked = true;
+                if self.plant == Plant::DoublePermit {
+                    self.source.runs = true;
+                }
+            }
             Progress::LinkLost(_) => {
                 self.source.lost_at = Some(self.now);
                 if self.source.at_pause.is_none() {
                     self.source.cut_early = true;
+                }
+                if self.plant == Plant::SpoolRemovedEarly {
+                    (self.source.spool, self.source.spooling) = (None, None);
                 }
                 if std::mem::take(&mut self.plan.cancels_rejoining) {
                     let at = self.now + self.rng.random_range(0..3_000_000);
@@ -394,39 +377,30 @@ impl World {
         }
     }
 
-    fn source_finished(&mut self, outcome: Outcome) -> Result<(), String> {
+    fn source_finished(&mut self, outcome: Outcome) -> Kept {
         self.stop_serving();
+        self.source.end_rounds(Plant::Nothing);
         self.net.send(self.now, &mut self.rng, CONTROL, Packet::Closed);
         if let Outcome::Detached { reattach, .. } = &outcome {
             // The longest pause between two attempts, and the longest until a lost link is noticed.
             let limit = self.source.rejoin_for.as_micros() as u64 + 11_000_000;
             let tried = self.source.lost_at.filter(|_| !reattach.is_in_doubt());
             if tried.is_some_and(|lost| self.now > lost + limit) {
-                return Err("tried to come back for longer than it was told to".into());
+                let why = "tried to come back for longer than it was told to";
+                return Err(Rule::Progress.broken(why));
             }
             if self.plant == Plant::ResumeAfterDetach {
                 self.source.runs = true;
             }
-            let pointless = self.destination_is_gone();
-            if self.plan.operator_persists && !pointless && self.net.down_until != NEVER {
-                let at = self.now + self.rng.random_range(0..20_000_000);
-                self.fate_at(at, Fate::Reattach);
-            }
         }
-        if self.source.outcome.replace(outcome).is_some() {
-            return Err("finished twice".into());
+        if self.source.outcome.is_some() {
+            return Err(Rule::TrueEnd.broken("finished twice"));
         }
-        Ok(())
-    }
-
-    pub(crate) fn reattach(&mut self) -> Result<(), String> {
-        let Some(Outcome::Detached { reattach, .. }) = self.source.outcome.take() else {
-            return Err("nothing to take up again".into());
-        };
-        self.source.machine = Source::reattach(reattach, self.source.goals, self.source.rejoin_for);
-        self.source.began = self.now;
-        self.source.lost_at = Some(self.now);
-        self.source.reattached = true;
+        let carries = self.now > self.net.down_until;
+        self.source.in_vain_us = if carries { self.now.saturating_sub(self.calm_since) } else { 0 };
+        self.ask_operator(&outcome);
+        self.end_spooling(&outcome);
+        self.source.outcome = Some(outcome);
         Ok(())
     }
 }
