@@ -182,7 +182,7 @@ fn when_it_happened_and_what_it_took_is_known_afterwards() {
     let there = (switchover.destination_pages_us, switchover.destination_load_us);
     assert_eq!((there, switchover.destination_resume_us), ((1, 2), 3));
     assert_eq!((source.rounds(), source.is_committed(), source.is_post_copy()), (3, true, false));
-    assert_eq!(source.policy().goals(), Goals::default());
+    assert_eq!((source.policy().goals(), source.fetched()), (Goals::default(), None));
     assert!(!after(13).is_committed());
     let mut source = after(5);
     let facts = feed(&mut source, 6, round_done(1));
