@@ -1,7 +1,7 @@
 //! `ferry pki init` and what is wrong with an identity.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -60,6 +60,37 @@ fn keys_are_for_their_owner_only_and_nothing_unfinished_stays() {
 }
 
 #[test]
+fn a_key_that_others_can_reach_is_refused_with_what_to_do() {
+    let dir = made(&["a"]);
+    let (host, authority) = (dir.path().join("a/key.pem"), dir.path().join("authority.key"));
+    let set = |path: &Path, mode| fs::set_permissions(path, PermissionsExt::from_mode(mode));
+    for mode in [0o601, 0o604, 0o620, 0o644, 0o666] {
+        set(&host, mode).unwrap();
+        set(&authority, mode).unwrap();
+        let refused = Identity::load(&dir.path().join("a")).unwrap_err().to_string();
+        assert!(refused.contains(&format!("chmod 600 {}", host.display())), "{refused}");
+        assert!(refused.contains(&format!("{mode:o}")), "{refused}");
+        let refused = init(dir.path(), &hosts(&["b"])).unwrap_err();
+        assert!(
+            matches!(&refused, PkiError::Exposed { path, .. } if *path == authority),
+            "{refused}"
+        );
+    }
+    set(&host, 0o600).unwrap();
+    Identity::load(&dir.path().join("a")).unwrap();
+    // A key of root may be for a service's group as well; any other owner's may not.
+    set(&host, 0o640).unwrap();
+    let of_root = fs::metadata(&host).unwrap().uid() == 0;
+    assert_eq!(Identity::load(&dir.path().join("a")).is_ok(), of_root);
+    if of_root {
+        std::os::unix::fs::chown(&host, Some(65_534), None).unwrap();
+        Identity::load(&dir.path().join("a")).unwrap_err();
+    } else {
+        println!("SKIP: only root has keys of root");
+    }
+}
+
+#[test]
 fn an_identity_is_never_overwritten() {
     let dir = made(&["a"]);
     let key = fs::read(dir.path().join("a/key.pem")).unwrap();
@@ -99,9 +130,11 @@ fn what_is_missing_from_an_identity_is_named() {
     let a = dir.path().join("a");
     for file in ["cert.pem", "key.pem", "authority.pem"] {
         let content = fs::read(a.join(file)).unwrap();
-        fs::remove_file(a.join(file)).unwrap();
+        fs::rename(a.join(file), a.join("aside")).unwrap();
         let error = Identity::load(&a).unwrap_err();
         assert!(matches!(&error, PkiError::Missing { file: f, .. } if *f == file), "{error}");
+        // In place, with the permissions that it has.
+        fs::rename(a.join("aside"), a.join(file)).unwrap();
         fs::write(a.join(file), b"nonsense").unwrap();
         let error = Identity::load(&a).unwrap_err();
         assert!(

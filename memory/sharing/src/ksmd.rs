@@ -32,6 +32,8 @@ const NEEDED: [&str; 3] = ["pages_to_scan", "sleep_millisecs", "run"];
 /// A first look at a page notes its checksum, a second merges it, if it is the same; and the look that is under
 /// way at the beginning may be past it.
 const LEAST_SCANS: u64 = 3;
+const BURST_LOCK: &str = "ferry-ksm.lock";
+pub(crate) const TENANT_LOCK: &str = "ferry-ksm-tenant.lock";
 const POLL: Duration = Duration::from_millis(5);
 const NOTE_BYTES: u64 = 4096;
 
@@ -99,6 +101,13 @@ impl Ksm {
     /// Where the file `name` is, which processes of a host lock.
     pub(crate) fn lock_path(&self, name: &str) -> PathBuf {
         self.locks.join(name)
+    }
+
+    /// The files by which processes agree, made where this process may: one that is about to give up making
+    /// files in their directory can go on using them.
+    pub fn lock_files(&self) -> Vec<PathBuf> {
+        let paths = [BURST_LOCK, TENANT_LOCK].map(|name| self.lock_path(name));
+        paths.into_iter().filter(|path| open_lock(path).is_ok()).collect()
     }
 
     /// What is merged on the host.
@@ -173,7 +182,7 @@ impl Ksm {
 
     /// The file of bursts, locked.
     fn lock(&self, patience: Duration) -> Result<(File, PathBuf), MergeError> {
-        let path = self.lock_path("ferry-ksm.lock");
+        let path = self.lock_path(BURST_LOCK);
         let file = open_lock(&path)?;
         let until = Instant::now() + patience;
         loop {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use crate::ksmd::open_lock;
+use crate::ksmd::{TENANT_LOCK, open_lock};
 use crate::{Ksm, MergeError, Tenant};
 
 /// For the moment in which another process writes its name.
@@ -26,7 +26,7 @@ pub(crate) struct Lease {
 impl Lease {
     /// For pages of `tenant`; of `None`, where tenants trust each other, of all.
     pub(crate) fn take(ksm: &Ksm, tenant: Option<&Tenant>) -> Result<Self, MergeError> {
-        let path = ksm.lock_path("ferry-ksm-tenant.lock");
+        let path = ksm.lock_path(TENANT_LOCK);
         let mut file = open_lock(&path)?;
         let ours = tenant.map_or_else(|| "all".to_owned(), |t| format!("tenant {}", t.0));
         let mut theirs = String::new();

@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -73,6 +73,7 @@ impl Draft {
             Err(TryLockError::WouldBlock) => return Err(BundleError::Busy { dir: dir.to_owned() }),
             Err(TryLockError::Error(e)) => return Err(BundleError::io("lock", dir)(e)),
         }
+        check_private(dir, &lock)?;
         let kept = kept_token(dir)?;
         if let Some(base) = &base {
             for layer in base.layers() {
@@ -362,6 +363,19 @@ fn make_dir(dir: &Path) -> Result<bool, BundleError> {
     };
     let synced = File::open(parent).and_then(|parent| parent.sync_all());
     synced.map_err(BundleError::io("sync", parent)).map(|()| true)
+}
+
+/// Files here are their owner's alone, but who can write to the directory can put others in their place.
+fn check_private(dir: &Path, opened: &File) -> Result<(), BundleError> {
+    let about = opened.metadata().map_err(BundleError::io("look at", dir))?;
+    if about.mode() & 0o002 == 0 {
+        return Ok(());
+    }
+    let why = format!(
+        "every user of this host could replace what is written there: `chmod o-w {}`",
+        dir.display()
+    );
+    Err(BundleError::Occupied { dir: dir.to_owned(), why })
 }
 
 /// The token of the bundle at `dir`, if there is one; an error if there is something else.

@@ -377,9 +377,11 @@ fn machines_in_huge_pages_move_to_hosts_with_and_without_and_are_restored_lazily
         let huge = ["--memory", "64M", "--huge-pages", "--cmdline", ferry_e2e::BUSY];
         let mut process = hosts.source.boot("m", kernel, &huge);
         let bundle = hosts.path("bundle");
+        std::fs::create_dir(&bundle).expect("made");
         for (mode, here) in [("post-copy", true), ("pre-copy", false), ("hybrid", true)] {
-            let more: &[&str] = if here { &["--once", "--huge-pages"] } else { &["--once"] };
-            let (receiver, to) = hosts.destination.receive(more);
+            // Where it is saved, at the end of this life.
+            let files = ["--once", "--files", path(&bundle), "--huge-pages"];
+            let (receiver, to) = hosts.destination.receive(&files[..if here { 4 } else { 3 }]);
             hosts.source.migrate("m", to, &["--mode", mode]).completed();
             hosts.destination.works("m");
             process.end().succeeded();

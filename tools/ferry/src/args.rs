@@ -271,6 +271,18 @@ impl From<DirtyLogArg> for DirtyLog {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SandboxArg {
+    /// As far as the kernel can; what it cannot is said.
+    Auto,
+    /// Not at all where not all of it can be had.
+    Require,
+    /// As `require`; and a system call that it gave up ends the process, and the machines in it.
+    Strict,
+    /// No.
+    Off,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
     /// UDP address to listen on, such as 0.0.0.0:7000.
@@ -289,6 +301,14 @@ pub(crate) struct Receive {
     /// newest bundle there are sent. May be given more than once.
     #[arg(long, value_name = "DIR")]
     pub(crate) bundles: Vec<PathBuf>,
+    /// A directory that commands on machines here may use later: for `ferry save` and its base, for a spool, for
+    /// swap. Others cannot be used, as this process gives up the rest of the file system. May be given more than
+    /// once.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Whether this process gives up what it does not need before it listens.
+    #[arg(long, value_enum, default_value_t = SandboxArg::Auto)]
+    pub(crate) sandbox: SandboxArg,
     #[command(flatten)]
     pub(crate) swap: SwapArgs,
     /// Which hosts may send which machines (see below) [default: all hosts with an identity of the same authority, all
@@ -491,6 +511,9 @@ pub(crate) struct BundleServe {
     /// bundles].
     #[arg(long, value_name = "FILE")]
     pub(crate) allow: Option<PathBuf>,
+    /// Whether this process gives up what it does not need before it listens.
+    #[arg(long, value_enum, default_value_t = SandboxArg::Auto)]
+    pub(crate) sandbox: SandboxArg,
 }
 
 /// Where cold pages go.

@@ -16,13 +16,14 @@ use ferry_migrate::{
 use ferry_swap::Swap;
 use ferry_transport::{Identity, PeerRule, QuicConnector};
 
+use crate::confine;
 use crate::machine::{AnyMachine, PAGE_BYTES};
 use crate::merged::Meter;
 use crate::protocol::{
     BalloonInfo, BalloonRequest, Conversation, LimitRequest, MachineInfo, MigrateRequest, Progress,
     Reply, Request, SaveRequest, ShareReply, ShareRequest,
 };
-use crate::runtime_dir::{Reservation, RuntimeError};
+use crate::runtime_dir::{Reservation, RuntimeError, check_peer};
 use crate::sharer::Sharer;
 
 /// What a guest says of its memory is waited for no longer than this; the last that it said is shown then.
@@ -152,7 +153,12 @@ impl Hosted {
     fn converse(&self, stream: UnixStream) {
         // A client that says nothing does not keep a thread for ever.
         let _ = stream.set_read_timeout(Some(Duration::from_secs(10)));
+        let may = check_peer(&stream);
         let mut client = Conversation::new(stream);
+        if let Err(why) = may {
+            let _ = client.say(&Reply::Error(why));
+            return;
+        }
         let request = match client.hear::<Request>() {
             Ok(Some(request)) => request,
             Ok(None) => return,
@@ -366,6 +372,7 @@ impl Hosted {
         let swap = match (&inner.swap, &what.swap) {
             (Some(swap), _) => swap.clone(),
             (None, Some(options)) => {
+                options.dir.as_deref().map_or(Ok(()), confine::may_write)?;
                 Swap::new(&self.machine.memory(), options).map_err(|e| words(&e))?
             }
             (None, None) if what.bytes.is_none() => {
@@ -465,7 +472,9 @@ impl Hosted {
                 _ => {}
             }
         }
+        confine::may_read(&how.identity)?;
         if let Some(dir) = &how.spool {
+            confine::may_write(dir)?;
             ferry_migrate::check_spool(dir).map_err(|e| words(&e))?;
         }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
@@ -528,6 +537,8 @@ impl Hosted {
     }
 
     fn save(&self, how: &SaveRequest, client: &mut Conversation) -> Result<SaveReport, String> {
+        confine::may_write(&how.dir)?;
+        how.base.as_deref().map_or(Ok(()), confine::may_read)?;
         let canceller = SaveCanceller::default();
         {
             let mut inner = self.inner();

@@ -7,6 +7,7 @@ mod args;
 mod balloon;
 mod bundle;
 mod cgroup;
+mod confine;
 mod demo;
 pub mod fuzzing;
 mod hosted;
@@ -60,6 +61,8 @@ pub fn main() -> ExitCode {
     allocator::give_back_what_is_freed();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
     survive_file_size_limits();
+    // Memory, keys, control: no file of this process is for others.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(e) => {

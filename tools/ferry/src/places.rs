@@ -48,12 +48,14 @@ pub(crate) fn lend(args: &BundleServe) -> Result<(), Failure> {
         Failure::words(format!("cannot lend bundles of {}: {e}", args.dir.display()))
     })?;
     let depot = depot.lend_to(admission);
+    let confined = crate::confine::lender(args)?;
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     tokio.block_on(async {
         let listener = QuicListener::bind(&identity, args.listen)?;
         let addr = listener.local_addr().unwrap_or(args.listen);
         let dir = args.dir.display();
-        eprintln!("ferry: lending the bundles of {dir} on {addr} as `{}`", identity.name());
+        let name = identity.name();
+        eprintln!("ferry: lending the bundles of {dir} on {addr} as `{name}`, {confined}");
         let args = args.clone();
         let tell = move |event| match event {
             DepotEvent::Reads { peer, bundle } => {

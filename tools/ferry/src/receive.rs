@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -103,7 +104,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
     }
     if let Some(path) = &args.serial {
         // As above.
-        let opened = OpenOptions::new().append(true).create(true).open(path);
+        let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
         opened.map_err(|e| {
             Failure::words(format!("cannot open serial output {}: {e}", path.display()))
         })?;
@@ -114,6 +115,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             Failure::words(format!("cannot read bundles in {} (--bundles): {e}", place.display()))
         })?;
     }
+    let confined = crate::confine::receiver(&runtime, args)?;
     let host = Arc::new(AnyHost {
         runtime,
         name: args.name.clone(),
@@ -136,7 +138,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
         QuicListener::bind(&identity, args.listen)?
     };
     let addr = listener.local_addr().unwrap_or(args.listen);
-    eprintln!("ferry: receiving on {addr} as `{}`", identity.name());
+    eprintln!("ferry: receiving on {addr} as `{}`, {confined}", identity.name());
     let (notices, noticed) = channel();
     let tell = {
         let host = host.clone();

@@ -2,23 +2,46 @@
 //!
 //! The lock, held for the life of the hosting process, says that a name is taken; a socket without a
 //! held lock is what a process left that was killed.
+//!
+//! Who can write here can take a machine's place, and who reaches its socket commands it: the directory and all
+//! in it are their owner's alone, and a hosting process asks the kernel who has connected.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ferry_migrate::is_machine_name;
-use rustix::net::{Shutdown, shutdown};
+use rustix::fs::{Mode, fchmod};
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, listen, shutdown,
+    socket_with,
+};
+use rustix::process::{Uid, geteuid};
+
+/// Commands that wait to be heard.
+const BACKLOG: i32 = 128;
 
 /// Why the runtime directory did not help.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RuntimeError {
     #[error("cannot use the runtime directory {}: {source}; choose another by --runtime-dir", .dir.display())]
     Dir { dir: PathBuf, source: io::Error },
+    #[error(
+        "the runtime directory {} belongs to user {owner}, who could take the place of machines: run as that user, or \
+         choose another by --runtime-dir",
+        .dir.display()
+    )]
+    NotOurs { dir: PathBuf, owner: u32 },
+    #[error(
+        "the runtime directory {0} is open to other users: `chmod 700 {0}`, or choose another by --runtime-dir",
+        .dir.display()
+    )]
+    Open { dir: PathBuf },
     #[error(
         "`{0}` cannot name a machine: use 1 to 64 letters, digits, `.`, `_` or `-`, not beginning with `.` or `-`"
     )]
@@ -53,7 +76,14 @@ impl RuntimeDir {
             .or_else(|| Some(PathBuf::from(std::env::var_os("XDG_RUNTIME_DIR")?).join("ferry")))
             .unwrap_or_else(|| "/run/ferry".into());
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
-        made.map_err(|source| RuntimeError::Dir { dir: dir.clone(), source })?;
+        let about = made.and_then(|()| std::fs::metadata(&dir));
+        let about = about.map_err(|source| RuntimeError::Dir { dir: dir.clone(), source })?;
+        if about.uid() != geteuid().as_raw() {
+            return Err(RuntimeError::NotOurs { dir, owner: about.uid() });
+        }
+        if about.mode() & 0o077 != 0 {
+            return Err(RuntimeError::Open { dir });
+        }
         Ok(Self(dir))
     }
 
@@ -125,7 +155,7 @@ impl Reservation {
         let path = self.socket();
         // Nobody else has the name: what is there was left behind.
         let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).and_then(|l| Ok((l.try_clone()?, l)));
+        let listener = private_socket(&path).and_then(|l| Ok((l.try_clone()?, l)));
         let (ours, listener) = listener.map_err(|source| RuntimeError::Socket { path, source })?;
         // There is one for each reservation.
         let _ = self.listener.set(ours);
@@ -155,6 +185,33 @@ impl Reservation {
     }
 }
 
+/// A socket at `path` that was never anybody else's to connect to.
+fn private_socket(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The socket's file has the socket's mode from its first moment.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Whether the process at the other end of a control socket may command this one.
+///
+/// # Errors
+/// It may not, in words.
+pub(crate) fn check_peer(stream: &UnixStream) -> Result<(), String> {
+    let peer = socket_peercred(stream).map_err(|e| format!("who asks cannot be told: {e}"))?.uid;
+    let own = geteuid();
+    if peer == own || peer == Uid::ROOT {
+        return Ok(());
+    }
+    Err(format!(
+        "user {} may not command a machine of user {}: run as that user, or as root",
+        peer.as_raw(),
+        own.as_raw()
+    ))
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.release();
@@ -163,6 +220,9 @@ impl Drop for Reservation {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -176,6 +236,62 @@ mod tests {
         drop(first);
         assert!(runtime.names().unwrap().is_empty());
         runtime.reserve("a").unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_others_can_enter_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        RuntimeDir::open(Some(run.clone())).unwrap();
+        for mode in [0o701, 0o710, 0o722, 0o755, 0o777] {
+            std::fs::set_permissions(&run, Permissions::from_mode(mode)).unwrap();
+            let refused = RuntimeDir::open(Some(run.clone())).unwrap_err().to_string();
+            assert!(refused.contains(&format!("chmod 700 {}", run.display())), "{refused}");
+        }
+        std::fs::set_permissions(&run, Permissions::from_mode(0o700)).unwrap();
+        RuntimeDir::open(Some(run)).unwrap();
+    }
+
+    #[test]
+    fn a_directory_of_another_user_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        RuntimeDir::open(Some(run.clone())).unwrap();
+        if std::os::unix::fs::chown(&run, Some(65_534), None).is_err() {
+            println!("SKIP: only root gives directories away");
+            return;
+        }
+        let refused = RuntimeDir::open(Some(run)).unwrap_err();
+        assert!(matches!(refused, RuntimeError::NotOurs { owner: 65_534, .. }), "{refused}");
+    }
+
+    #[test]
+    fn another_user_who_reaches_the_socket_is_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::open(Some(dir.path().join("run"))).unwrap();
+        let machine = runtime.reserve("a").unwrap();
+        let listener = machine.listen().unwrap();
+        let path = machine.socket();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let _own = runtime.connect("a").unwrap();
+        check_peer(&listener.accept().unwrap().0).unwrap();
+        if geteuid() != Uid::ROOT {
+            println!("SKIP: only root can be another user");
+            return;
+        }
+        // All that else keeps others out is opened.
+        std::fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        std::fs::set_permissions(runtime.path(), Permissions::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        // A thread may be somebody else than its process.
+        let nobody = std::thread::spawn(move || {
+            let uid = Uid::from_raw(65_534);
+            rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+            UnixStream::connect(path).unwrap()
+        });
+        let _connected = nobody.join().unwrap();
+        let refused = check_peer(&listener.accept().unwrap().0).unwrap_err();
+        assert!(refused.contains("user 65534 may not"), "{refused}");
     }
 
     #[test]
@@ -196,7 +312,7 @@ mod tests {
     #[test]
     fn a_name_that_is_a_path_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let runtime = RuntimeDir::open(Some(dir.path().to_owned())).unwrap();
+        let runtime = RuntimeDir::open(Some(dir.path().join("run"))).unwrap();
         assert!(matches!(runtime.reserve("../x"), Err(RuntimeError::BadName(_))));
         assert!(matches!(runtime.connect("../x"), Err(RuntimeError::BadName(_))));
     }

@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::VmFd;
@@ -71,7 +72,7 @@ impl Console {
             SerialSink::Discard => Box::new(io::sink()),
             SerialSink::Stdout => Box::new(io::stdout()),
             SerialSink::File(path) => {
-                let file = OpenOptions::new().append(true).create(true).open(path);
+                let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
                 Box::new(file.map_err(|source| VmmError::File {
                     action: "open",
                     what: "serial output",

@@ -16,6 +16,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::private::check_private;
 use super::{AUTHORITY_CERT, HOST_CERT, HOST_KEY, PkiError};
 use crate::Fingerprint;
 use crate::quic::crypto_provider;
@@ -63,6 +64,7 @@ impl Identity {
         let cert = read_certificates(dir, HOST_CERT)?.swap_remove(0);
         let authorities = read_certificates(dir, AUTHORITY_CERT)?;
         let (key_path, key_pem) = read(dir, HOST_KEY)?;
+        check_private(&key_path)?;
         let key = PrivateKeyDer::from_pem_slice(&key_pem)
             .map_err(|e| content(&key_path, "not a private key in PEM form", e))?;
 

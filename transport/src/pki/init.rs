@@ -11,11 +11,11 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::private::check_private;
 use super::{
     AUTHORITY_CERT, AUTHORITY_KEY, DEFAULT_HOST, HOST_CERT, HOST_KEY, PkiError, SERVICE_NAME,
     Validity,
@@ -77,8 +77,7 @@ pub fn init_for(
     Ok(created)
 }
 
-/// Gives each of `hosts`, which have an identity in `dir`, a new key and certificate in place of the old, at once for
-/// each. Whom they trust stays as it is, with the authority in `dir` added. Returns what was made.
+/// Gives each of `hosts`, which have an identity in `dir`, a new key and certificate in place of the old. Whom they trust stays as it is, with the authority in `dir` added. Returns what was made.
 ///
 /// # Errors
 /// No authority or identity (then nothing was made), or the file system.
@@ -111,6 +110,7 @@ struct Authority {
 impl Authority {
     fn open(dir: &Path) -> Result<Self, PkiError> {
         let (cert, key) = (dir.join(AUTHORITY_CERT), dir.join(AUTHORITY_KEY));
+        check_private(&key)?;
         let pem = read(&cert)?;
         let pair = KeyPair::from_pem(&read(&key)?)
             .map_err(|e| PkiError::Content { path: key, why: format!("not a private key: {e}") })?;
@@ -194,12 +194,14 @@ fn rename(unfinished: &Path, path: &Path, name: &str) -> Result<(), PkiError> {
     }
 }
 
-/// Certificate and key change together.
+/// File by file: the directory stays the one that a confined process may read. A key and a certificate that do not
+/// belong together are taken by nobody.
 fn exchange(unfinished: &Path, path: &Path) -> Result<(), PkiError> {
-    renameat_with(CWD, unfinished, CWD, path, RenameFlags::EXCHANGE)
-        .map_err(|e| PkiError::io("replace", path)(e.into()))?;
-    // Now with the old ones.
-    fs::remove_dir_all(unfinished).map_err(PkiError::io("remove", unfinished))
+    for file in [AUTHORITY_CERT, HOST_CERT, HOST_KEY] {
+        let to = path.join(file);
+        fs::rename(unfinished.join(file), &to).map_err(PkiError::io("replace", &to))?;
+    }
+    fs::remove_dir(unfinished).map_err(PkiError::io("remove", unfinished))
 }
 
 fn params(from: SystemTime, valid: Duration) -> CertificateParams {

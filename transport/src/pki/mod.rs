@@ -11,6 +11,7 @@
 
 mod identity;
 mod init;
+mod private;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -102,6 +103,14 @@ pub enum PkiError {
         path: PathBuf,
         /// What is the matter.
         why: String,
+    },
+    /// A key that is not its owner's alone.
+    #[error("others than its owner can reach the key {} (mode {mode:o}): `chmod 600 {}`, and make a new one if it may have been read", path.display(), path.display())]
+    Exposed {
+        /// The key's file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
     },
     /// A key that belongs to another certificate.
     #[error("identity {}: {key} is not the key of {cert}", path.display())]
