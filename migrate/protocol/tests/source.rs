@@ -237,6 +237,9 @@ fn a_failure_at_any_step_ends_it_as_a_cancel_does_and_none_takes_a_commit_back()
             assert_eq!(returned(&actions), debt(steps), "{steps}: {actions:?}");
         }
     }
+    let actions = feed(&mut after(4), 99_000, nonsense());
+    let Some(Action::Finish(Outcome::Failed(why))) = actions.last() else { panic!("{actions:?}") };
+    assert_eq!(why, "the destination broke the protocol: Running was not expected now");
     assert_eq!(feed(&mut after(COMMITTED), 99_000, engine()), []);
     for steps in [15, 16] {
         let actions = feed(&mut after(steps), 99_000, engine());
