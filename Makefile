@@ -3,10 +3,14 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test sim faults load bench fuzz lint setup cargo-deny
+.PHONY: help demo test sim faults load bench mutants fuzz lint setup cargo-deny cargo-mutants
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.18.3
+CARGO_MUTANTS_VERSION := 27.1.0
+# What `make mutants` changes, and what percentage of it tests must notice.
+CRATES ?= pages codec postcopy protocol overcommit
+MUTANTS_PERCENT := 90
 PACKAGES := build-essential libclang-dev
 
 help: ## List the targets
@@ -37,6 +41,25 @@ load: setup ## Move one machine 200 times there and back, and many at once
 
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench
+
+# A timeout is a mutant that was caught; one that does not compile does not count. The protocol's rules are
+# for a good part tested where two sides meet.
+mutants: setup cargo-mutants ## Change the pure crates in every small way: do the tests notice? (hours; CRATES=pages: one crate)
+	@out="$${CARGO_TARGET_DIR:-target}/mutants"; \
+	for crate in $(CRATES); do \
+		case $$crate in protocol) tests=(--test-package ferry-protocol --test-package ferry-sim);; *) tests=();; esac; \
+		mkdir -p "$$out/$$crate"; \
+		CARGO_PROFILE_DEV_DEBUG=false $(CARGO) mutants --package "ferry-$$crate" "$${tests[@]}" \
+			--output "$$out/$$crate" --no-shuffle --colors never || [ $$? = 2 ] || [ $$? = 3 ]; \
+	done; \
+	count() { cat "$${@/#/$$out/$$crate/mutants.out/}" | wc -l; }; \
+	printf '\n%-12s %8s %8s %8s\n' crate caught missed percent; \
+	for crate in $(CRATES); do \
+		echo "$$crate" "$$(count caught.txt timeout.txt)" "$$(count missed.txt)"; \
+	done | awk -v least=$(MUTANTS_PERCENT) ' \
+		{ percent = 100 * $$2 / ($$2 + $$3); printf "%-12s %8d %8d %8.1f\n", $$1, $$2, $$3, percent } \
+		percent < least { few = few " " $$1 } \
+		END { if (few) { print "fewer than " least " % were caught:" few; exit 1 } }'
 
 # Not in the environment: bash counts in a variable of that name.
 unexport SECONDS
@@ -78,3 +101,8 @@ cargo-deny:
 		echo "Installing cargo-deny $(CARGO_DENY_VERSION) (some minutes, once)"; \
 		CARGO_PROFILE_DEV_DEBUG=false $(CARGO) install cargo-deny --locked --version $(CARGO_DENY_VERSION) \
 			--no-default-features --debug; }
+
+cargo-mutants:
+	@$(CARGO) mutants --version >/dev/null 2>&1 || { \
+		echo "Installing cargo-mutants $(CARGO_MUTANTS_VERSION) (some minutes, once)"; \
+		CARGO_PROFILE_DEV_DEBUG=false $(CARGO) install cargo-mutants --locked --version $(CARGO_MUTANTS_VERSION) --debug; }

@@ -97,6 +97,14 @@ mod tests {
     }
 
     #[test]
+    fn of_two_copies_of_one_round_the_later_one_stays() {
+        let mut ledger = ChunkLedger::default();
+        ledger.admit(7, 2, 20);
+        assert_eq!(ledger.admit(7, 2, 21), Admission::OverData);
+        assert_eq!(ledger.digest_sum(), 21);
+    }
+
+    #[test]
     fn the_digest_does_not_depend_on_the_order_of_arrival() {
         let arrivals = [(0, 1, 5), (1, 1, 6), (0, 2, 7), (511, 3, u64::MAX)];
         let sum = |order: &[usize]| {

@@ -337,6 +337,73 @@ mod tests {
     }
 
     #[test]
+    fn a_cursor_gives_no_more_than_its_pages_however_many_are_asked_for() {
+        for at_a_time in [1, 10, 16, 100, 300] {
+            let mut queue = queue(&[Run::new(0, 100_000)], &[Run::new(5, 1)]);
+            queue.fault(50_000);
+            let mut given = PageSet::new();
+            while !given.contains(5) {
+                given.extend(queue.next(at_a_time));
+            }
+            let around = given.count_in(Run::new(49_000, 2000));
+            assert_eq!(around, CURSOR_PAGES, "{at_a_time} at a time");
+        }
+    }
+
+    #[test]
+    fn the_oldest_cursor_gives_way_to_the_ninth() {
+        let mut queue = queue(&[Run::new(0, 200_000)], &[Run::new(5, 1)]);
+        let faults: Vec<u64> = (1..=9).map(|k| k * 20_000).collect();
+        faults.iter().for_each(|gfn| assert!(queue.fault(*gfn)));
+        let mut given = PageSet::new();
+        while !given.contains(5) {
+            given.extend(queue.next(1));
+        }
+        for gfn in faults {
+            let around = given.count_in(Run::new(gfn - 5000, 10_000));
+            assert_eq!(around, if gfn == 20_000 { 0 } else { CURSOR_PAGES }, "{gfn}");
+        }
+    }
+
+    #[test]
+    fn a_stride_is_looked_for_in_the_last_32_faults() {
+        for (between, found) in [(0, true), (30, true), (31, false)] {
+            let mut queue = queue(&[Run::new(0, 1 << 20)], &[]);
+            let others = (1..=between).map(|k| 10_000 + k * 10_000);
+            for gfn in [100, 107].into_iter().chain(others).chain([114]) {
+                queue.fault(gfn);
+            }
+            let next = if found { 121 } else { 115 };
+            assert_eq!(order(&mut queue, 1), [next], "{between} faults between");
+        }
+    }
+
+    #[test]
+    fn eight_streams_are_known_and_a_fault_that_proves_one_is_followed_twice_as_far() {
+        for (stream, pages) in [(0, FIRST_DEPTH), (1, 2 * FIRST_DEPTH), (8, 2 * FIRST_DEPTH)] {
+            let mut queue = queue(&[Run::new(0, 1 << 20)], &[]);
+            let at = |stream: u64, k: u64| 20_000 * (stream + 1) + 7 * k;
+            for other in 0..9 {
+                (0..3).for_each(|k| assert!(queue.fault(at(other, k))));
+            }
+            queue.fault(at(stream, 3));
+            let along: Vec<u64> = (4..4 + pages).map(|k| at(stream, k)).collect();
+            let next = order(&mut queue, along.len() + 1);
+            assert_eq!(next[..along.len()], along, "stream {stream}");
+            assert_eq!(next[along.len()], at(stream, 3) + 1, "stream {stream}");
+        }
+    }
+
+    #[test]
+    fn a_stream_is_followed_so_far_and_then_its_surroundings_are_drawn() {
+        let mut queue = queue(&[Run::new(0, 100_000)], &[]);
+        [50_000, 50_007, 50_014].into_iter().for_each(|gfn| assert!(queue.fault(gfn)));
+        let order = order(&mut queue, 16 + 4);
+        assert_eq!(order[15], 50_014 + 16 * 7);
+        assert_eq!(order[16..], [50_015, 50_016, 50_017, 50_013]);
+    }
+
+    #[test]
     fn faults_at_a_constant_distance_are_followed() {
         for stride in [1, -1, 7, -512, 300] {
             let mut queue = queue(&[Run::new(0, 100_000)], &[]);

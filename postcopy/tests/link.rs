@@ -301,6 +301,28 @@ fn urgent_pages_beyond_the_operators_limit_leave_the_floor() {
 }
 
 #[test]
+fn urgent_pages_put_the_background_off_for_a_tenth_of_a_second_at_most() {
+    let mut pace = PushPace::new(None);
+    pace.sent(Duration::ZERO, 1);
+    for urgent in [1 << 20, 1 << 30, 1 << 40] {
+        pace.urgent(Duration::ZERO, urgent);
+        let wait = pace.may_send(Duration::ZERO, 1 << 20).as_secs_f64();
+        assert!((0.099..0.101).contains(&wait), "{wait} s after {urgent} bytes");
+    }
+}
+
+#[test]
+fn what_the_link_carries_is_known_after_a_while_and_the_pace_is_no_more_than_twice_that() {
+    let mut simulation = Simulation::new(None, GBIT, 1e-3);
+    simulation.run(3.0, Load::default());
+    let [rate, capacity] = [simulation.pace.rate(), simulation.pace.capacity()];
+    let carried = |bytes_per_s: u64| bytes_per_s as f64 / GBIT;
+    assert!((0.9..1.2).contains(&carried(capacity)), "{capacity}");
+    assert!((0.5..2.4).contains(&carried(rate)), "{rate}");
+    assert_eq!(PushPace::new(Some(100_000)).rate(), 100_000, "the operator's word from the start");
+}
+
+#[test]
 fn lost_acknowledgements_slow_the_background_to_the_floor_and_never_stop_it() {
     let mut simulation = Simulation::new(None, GBIT, 1e-3);
     simulation.run(1.0, Load::default());

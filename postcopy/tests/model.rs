@@ -218,3 +218,83 @@ proptest! {
         prop_assert!(queue.is_empty());
     }
 }
+
+/// What `place` offered of `run`, told of, and returned, with a `put` that places as many as it is told each time.
+fn placed(
+    demand: &mut Demand,
+    run: Run,
+    puts: &[Result<u64, &'static str>],
+) -> (Vec<Run>, Vec<u64>, Result<u64, &'static str>) {
+    let (mut offered, mut taken) = (Vec::new(), Vec::new());
+    let mut puts = puts.iter();
+    let put = |stretch: Run| {
+        offered.push(stretch);
+        puts.next().map_or(Ok(stretch.pages), |put| *put)
+    };
+    let result = demand.place(run, || Duration::from_millis(5), put, |gfn| taken.push(gfn));
+    (offered, taken, result)
+}
+
+#[test]
+fn what_is_owed_of_a_run_is_placed_and_what_is_not_placed_is_owed_as_before() {
+    type Case = (&'static [u64], &'static [Result<u64, &'static str>], &'static [(u64, u64)]);
+    // Here already, what each try places, what is offered; from page 100 on, ten pages.
+    let cases: [(Case, Result<u64, &str>); 8] = [
+        ((&[], &[], &[(100, 10)]), Ok(10)),
+        ((&[103], &[], &[(100, 3), (104, 6)]), Ok(10)),
+        ((&[100, 109], &[], &[(101, 8)]), Ok(10)),
+        ((&[], &[Ok(2)], &[(100, 10)]), Ok(2)),
+        ((&[], &[Ok(0)], &[(100, 10)]), Ok(0)),
+        ((&[103], &[Ok(3), Ok(1)], &[(100, 3), (104, 6)]), Ok(5)),
+        ((&[], &[Err("no room")], &[(100, 10)]), Err("no room")),
+        ((&[103], &[Ok(3), Err("no room")], &[(100, 3), (104, 6)]), Err("no room")),
+    ];
+    for ((here, puts, offers), expected) in cases {
+        let run = Run::new(100, 10);
+        let mut demand = Demand::new([run, Run::new(110, 1)].into_iter().collect());
+        for gfn in here {
+            assert_eq!(demand.admit(*gfn), Admit::Install);
+            demand.installed(*gfn, Duration::ZERO);
+        }
+        let (offered, taken, result) = placed(&mut demand, run, puts);
+        assert_eq!(result, expected, "{here:?}, {puts:?}");
+        let offers: Vec<Run> = offers.iter().map(|(at, pages)| Run::new(*at, *pages)).collect();
+        assert_eq!(offered, offers, "{here:?}, {puts:?}");
+        let tries = (0..).zip(&offers).flat_map(|(i, offer)| {
+            let there = puts.get(i).map_or(offer.pages, |put| put.unwrap_or(0));
+            offer.start..offer.start + there
+        });
+        let expected: Vec<u64> = tries.collect();
+        assert_eq!(taken, expected, "{here:?}, {puts:?}");
+        // Each page of the run that is not here may be placed by the next try, and the one behind it.
+        for gfn in 100..111 {
+            let owed = !here.contains(&gfn) && !taken.contains(&gfn);
+            assert_eq!(demand.missing().contains(gfn), owed, "{gfn}: {here:?}, {puts:?}");
+            assert_eq!(demand.admit(gfn) == Admit::Install, owed, "{gfn}: {here:?}, {puts:?}");
+        }
+    }
+}
+
+#[test]
+fn whoever_waits_for_a_page_of_a_run_has_waited_until_it_is_placed() {
+    let mut demand = Demand::new(std::iter::once(Run::new(0, 4)).collect());
+    demand.fault(1, Duration::from_millis(1), 7);
+    demand.fault(9, Duration::from_millis(1), 8);
+    assert_eq!(placed(&mut demand, Run::new(0, 4), &[Ok(1)]).2, Ok(1));
+    assert_eq!(demand.waits().count(), 0, "its page was not placed");
+    assert_eq!(placed(&mut demand, Run::new(1, 3), &[]).2, Ok(3));
+    assert!(demand.waits().eq([(7, Duration::from_millis(4))]));
+    assert_eq!(demand.wait_nanos().len(), 1);
+    assert_eq!(demand.counts().faults, 2);
+    // A thread that waits for all of a second is not at full speed.
+    let mut demand = Demand::new(std::iter::once(Run::new(0, 4)).collect());
+    demand.fault(0, Duration::ZERO, 7);
+    assert_eq!(demand.admit(0), Admit::Install);
+    demand.installed(0, Duration::from_secs(1));
+    assert_eq!(demand.waited().full_speed_after(1), Duration::from_secs(1));
+    // Of what the guest gives up, the pages that were owed are counted.
+    assert_eq!(demand.discarded(Run::new(0, 3)), []);
+    assert_eq!(demand.counts().discarded, 2);
+    assert_eq!(demand.discarded(Run::new(0, 9)), []);
+    assert_eq!(demand.counts().discarded, 3);
+}

@@ -99,7 +99,8 @@ impl Layout {
 
     /// Whether all of `run` lies inside one extent.
     pub fn contains(&self, run: Run) -> bool {
-        run.pages > 0 && self.position(run.start).is_some_and(|e| run.end() <= e.end())
+        let after = self.0.partition_point(|e| e.start <= run.start);
+        run.pages > 0 && self.0[..after].last().is_some_and(|e| run.end() <= e.end())
     }
 
     /// A page's place among all pages of the machine, counted from 0 without holes.
@@ -120,11 +121,6 @@ impl Layout {
     /// Every page of the machine.
     pub fn all(&self) -> PageSet {
         self.0.iter().copied().collect()
-    }
-
-    fn position(&self, gfn: u64) -> Option<&Extent> {
-        let after = self.0.partition_point(|e| e.start <= gfn);
-        self.0[..after].last().filter(|e| gfn < e.end())
     }
 }
 

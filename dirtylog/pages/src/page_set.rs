@@ -325,7 +325,7 @@ impl Runs<'_> {
             let from = self.at.saturating_sub(base).min(limit);
             let (from, limit) = (u32::try_from(from).ok()?, u32::try_from(limit).ok()?);
             let found = match chunk {
-                Chunk::Full => (from < limit).then_some((from, limit)),
+                Chunk::Full => Some((from, limit)),
                 Chunk::Bits(bits) => bits
                     .find(from, limit, 0)
                     .map(|lo| (lo, bits.find(lo, limit, u64::MAX).unwrap_or(limit))),

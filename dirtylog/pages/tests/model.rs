@@ -210,3 +210,62 @@ fn the_last_page_is_the_highest_also_of_a_full_chunk() {
     assert_eq!((set.first(), set.last()), (Some(CHUNK), Some(2 * CHUNK - 1)));
     assert_eq!(PageSet::new().last(), None);
 }
+
+#[test]
+fn a_page_is_new_once() {
+    let mut set = PageSet::new();
+    let mut model = BTreeSet::new();
+    for gfn in [5, 6, 5, 6, CHUNK + 5, CHUNK + 5] {
+        assert_eq!(set.insert(gfn), model.insert(gfn), "{gfn}");
+        assert_eq!(set.len(), model.len() as u64);
+    }
+}
+
+#[test]
+fn a_page_goes_to_its_own_chunk_however_far_apart_they_are() {
+    // Frame `n` and the chunk that has number `n << 15`.
+    for n in [1, 2, 77] {
+        let mut set = PageSet::new();
+        let far = n * CHUNK * CHUNK;
+        for gfn in [far, n, n + 1, far + 1] {
+            assert!(set.insert(gfn));
+        }
+        let runs: Vec<_> = set.runs().collect();
+        assert_eq!(runs, [Run::new(n, 2), Run::new(far, 2)]);
+    }
+}
+
+#[test]
+fn a_window_shows_nothing_of_the_page_behind_it() {
+    let full: PageSet = [Run::new(0, CHUNK)].into_iter().collect();
+    let sparse: PageSet = [10, 64, CHUNK].map(|gfn| Run::new(gfn, 1)).into_iter().collect();
+    for (within, expected) in [
+        (Run::new(0, 10), vec![]),
+        (Run::new(0, 11), vec![Run::new(10, 1)]),
+        (Run::new(11, 53), vec![]),
+        (Run::new(11, 54), vec![Run::new(64, 1)]),
+        (Run::new(65, CHUNK - 65), vec![]),
+        (Run::new(5, 0), vec![]),
+    ] {
+        assert_eq!(sparse.runs_in(within).collect::<Vec<_>>(), expected, "{within:?}");
+    }
+    assert_eq!(full.runs_in(Run::new(CHUNK, 5)).count(), 0);
+    assert_eq!(full.runs_in(Run::new(CHUNK - 1, 5)).collect::<Vec<_>>(), [Run::new(CHUNK - 1, 1)]);
+}
+
+#[test]
+fn a_bitmap_counts_from_its_first_frame_up_to_the_last_there_is() {
+    let chunk = vec![u64::MAX; 512];
+    for (start, words, pages, expected) in [
+        (0, &[0b101][..], 64, vec![Run::new(0, 1), Run::new(2, 1)]),
+        (0, &chunk, CHUNK, vec![Run::new(0, CHUNK)]),
+        (64, &chunk, 1 << 40, vec![Run::new(64, CHUNK)]),
+        (u64::MAX - 2, &[u64::MAX], 64, vec![Run::new(u64::MAX - 2, 2)]),
+        (u64::MAX, &[u64::MAX], 64, vec![]),
+    ] {
+        let mut set = PageSet::new();
+        set.insert_bitmap(start, words, pages);
+        assert_eq!(set.runs().collect::<Vec<_>>(), expected, "from {start}");
+        assert_eq!(set, expected.into_iter().collect(), "from {start}");
+    }
+}

@@ -232,5 +232,8 @@ mod tests {
         for bad in [Host::new(0), Host { headroom_bytes: 6 * GIB, ..host() }, Host::new(u64::MAX)] {
             assert!(matches!(hold(&bad, &[]), Err(Refusal::Host { .. })), "{bad:?}");
         }
+        assert!(hold(&Host::new(LARGEST_BYTES), &[]).is_ok());
+        let nearly_all = Host { headroom_bytes: 6 * GIB - 1, ..host() };
+        assert!(hold(&nearly_all, &[]).is_ok());
     }
 }

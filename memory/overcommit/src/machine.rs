@@ -279,6 +279,27 @@ mod tests {
     }
 
     #[test]
+    fn figures_that_just_fit_are_taken() {
+        type Change = fn(&mut Machine);
+        let cases: [Change; 4] = [
+            |m| (m.size_bytes, m.limit_bytes) = (LARGEST_BYTES, LARGEST_BYTES),
+            |m| m.reservation_bytes = m.limit_bytes,
+            |m| (m.limit_bytes, m.shares) = (PAGE_BYTES, 1),
+            |m| m.can_swap = false,
+        ];
+        for (i, change) in (0..).zip(cases) {
+            let mut machine = Machine::new("a", 3 * GIB);
+            change(&mut machine);
+            assert_eq!(machine.check(), Ok(()), "case {i}");
+        }
+    }
+
+    #[test]
+    fn a_tax_of_all_is_none() {
+        assert_eq!([999, 1000, 1001].map(|t| Tax::permille(t).is_some()), [true, false, false]);
+    }
+
+    #[test]
     fn pressure_is_read_from_the_kernels_words() {
         let text = "some avg10=1.50 avg60=0.00 avg300=0.00 total=7\nfull avg10=0.25 avg60=0.00 avg300=0.00 total=3\n";
         assert_eq!(Pressure::parse(text), Some(Pressure { some: 1.5, full: 0.25 }));

@@ -42,6 +42,25 @@ fn what_is_left_out_is_what_the_comments_say() {
 }
 
 #[test]
+fn figures_at_the_edge_of_what_can_be_are_read_as_they_are_written() {
+    let machine = "[[machine]]\nname = \"a\"\nsize = \"1G\"\n";
+    for (tax, permille) in
+        [("0.0", Some(0)), ("0.5", Some(500)), ("0.99", Some(990)), ("0.991", None), ("-0.1", None)]
+    {
+        let plan = Plan::parse(&format!("[host]\nbudget = \"6G\"\ntax = {tax}\n{machine}"));
+        let read = plan.ok().map(|plan| plan.host.tax);
+        assert_eq!(read, permille.and_then(Tax::permille), "{tax}");
+    }
+    // All that the headroom leaves, and a bit less.
+    for (pool_mib, fits) in [(5 * 1024, false), (5 * 1024 - 1, true)] {
+        let swap = format!("[swap]\ndir = \"x\"\nsize = \"1G\"\npool = \"{pool_mib}M\"\n");
+        let host = "[host]\nbudget = \"6G\"\nheadroom = \"1G\"\n";
+        let plan = Plan::parse(&format!("{host}{swap}{machine}"));
+        assert_eq!(plan.is_ok(), fits, "{pool_mib} MiB: {plan:?}");
+    }
+}
+
+#[test]
 fn what_is_wrong_is_said_with_its_line_its_key_and_what_to_do() {
     let host = "[host]\nbudget = \"6G\"\n";
     let machine = "[[machine]]\nname = \"a\"\nsize = \"3G\"\n";

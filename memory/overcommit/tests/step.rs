@@ -235,7 +235,7 @@ fn a_machine_that_ended_leaves_its_memory_to_others() {
     assert!(two.manager.remove("a") && !two.manager.remove("a"));
     two.a = Observed::default();
     let step = two.step();
-    assert_eq!(step.targets.len(), 1);
+    assert_eq!((step.targets.len(), step.targets[0].name.as_str()), (1, "b"));
     assert!(step.targets[0].allocation_bytes > before);
     assert_eq!(step.level, Level::High);
 }

@@ -71,3 +71,18 @@ pub enum ToReader {
         bytes: u32,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire;
+
+    #[test]
+    fn the_longest_message_fits() {
+        let path = "x".repeat(MAX_PATH_BYTES);
+        let open = wire::encode(&ToDepot::Open { file: MAX_OPEN_FILES, path }).unwrap();
+        assert!((MAX_PATH_BYTES..=MAX_TO_DEPOT_BYTES).contains(&open.len()), "{}", open.len());
+        let read = ToDepot::Read { file: 1, at: u64::MAX, bytes: MAX_READ_BYTES };
+        assert!(wire::encode(&read).unwrap().len() <= MAX_TO_DEPOT_BYTES);
+    }
+}

@@ -331,6 +331,44 @@ pub enum Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{MAX_HELLO_BYTES, MAX_LANES};
+    use ferry_pages::{Layout, Run};
+
+    #[test]
+    fn a_hello_comes_back_as_it_was_said_and_fits() {
+        for hello in [
+            Hello::control(),
+            Hello::Lane { session: u128::MAX, link: u64::MAX, lane: MAX_LANES },
+            Hello::Urgent { session: 1, link: 2 },
+            Hello::Rejoin { session: u128::MAX, done: u32::MAX, link: u64::MAX },
+            Hello::Bundles { version: 1 },
+        ] {
+            let bytes = hello.encode();
+            assert!(bytes.starts_with(&MAGIC) && bytes.len() <= MAX_HELLO_BYTES);
+            assert_eq!(Hello::decode(&bytes), Ok(hello));
+            assert_eq!(Hello::decode(&bytes[1..]), Err(NotFerry::Magic));
+            let cut = Hello::decode(&bytes[..bytes.len() - 1]);
+            assert!(matches!(cut, Err(NotFerry::Hello(_))), "{cut:?}");
+        }
+    }
+
+    #[test]
+    fn an_old_copy_is_offered_in_as_many_messages_as_it_takes() {
+        let layout = Layout::new(vec![Run::new(0, 1 << 20)]).unwrap();
+        let most = Recalled::MAX_PAGES as u64;
+        for (pages, messages) in [(0, 0), (1, 1), (most, 1), (most + 1, 2)] {
+            let packed = Recalled::pack((0..pages).map(|gfn| (gfn, gfn + 7)));
+            assert_eq!(packed.len(), messages, "{pages} pages");
+            let mut all = Vec::new();
+            for part in &packed {
+                assert!(wire::encode(part).unwrap().len() < wire::MAX_MESSAGE_BYTES / 16);
+                let runs: Vec<Run> = part.pages.unpack(&layout).unwrap().runs().collect();
+                let gfns = runs.iter().flat_map(|run| run.start..run.end());
+                all.extend(gfns.zip(part.digests.iter().copied()));
+            }
+            assert!(all.into_iter().eq((0..pages).map(|gfn| (gfn, gfn + 7))));
+        }
+    }
 
     #[test]
     fn words_of_a_peer_are_one_plain_line_of_bounded_length() {

@@ -48,14 +48,12 @@ impl PackedPages {
         let (mut pages, mut end) = (PageSet::new(), 0u64);
         let mut rest = self.0.as_slice();
         while !rest.is_empty() {
-            let gap = take(&mut rest)?;
-            let length = take(&mut rest)?;
-            let start = end.checked_add(gap).filter(|start| *start <= Layout::MAX_FRAME);
-            let run = Run::new(start.unwrap_or(u64::MAX), length);
-            if start.is_none() || length > Layout::MAX_FRAME || !fits(run) {
+            let start = end.saturating_add(take(&mut rest)?);
+            let run = Run::new(start, take(&mut rest)?);
+            if !fits(run) {
                 return Err(format!(
-                    "{length} pages from frame {:#x} are not among those that there can be",
-                    run.start
+                    "{} pages from frame {start:#x} are not among those that there can be",
+                    run.pages
                 ));
             }
             pages.insert_run(run);
@@ -115,9 +113,28 @@ mod tests {
         ] {
             let pages: PageSet = runs.iter().copied().collect();
             let packed = PackedPages::pack(&pages);
+            assert_eq!(packed.is_empty(), pages.is_empty());
+            assert_eq!(packed.unpack_within(&pages), Ok(pages.clone()));
             assert_eq!(packed.unpack(&layout()), Ok(pages));
             assert!(packed.0.len() <= runs.len() * 7, "{} bytes", packed.0.len());
         }
+    }
+
+    #[test]
+    fn pages_that_are_not_among_those_expected_are_refused() {
+        let expected: PageSet = [Run::new(5, 3), Run::new(9, 1)].into_iter().collect();
+        for (run, fits) in [
+            (Run::new(5, 3), true),
+            (Run::new(6, 1), true),
+            (Run::new(5, 4), false),
+            (Run::new(4, 2), false),
+            (Run::new(8, 1), false),
+            (Run::new(1 << 45, 1), false),
+        ] {
+            let packed = PackedPages::pack(&[run].into_iter().collect());
+            assert_eq!(packed.unpack_within(&expected).is_ok(), fits, "{run:?}");
+        }
+        assert!(PackedPages(vec![5, 0]).unpack_within(&expected).is_err(), "an empty run");
     }
 
     #[test]

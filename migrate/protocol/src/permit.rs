@@ -55,3 +55,20 @@ impl PermitStub {
         RunPermit { machine: self.machine, handovers: self.handovers + 1 }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_way_from_host_to_host_and_back_counts_as_a_hand_over() {
+        let of = |permit: &RunPermit| (permit.machine(), permit.handovers());
+        let (there, stub) = RunPermit::for_new_machine(7).hand_over();
+        assert_eq!(of(&there), (7, 1));
+        let (_, fenced) = there.hand_over();
+        assert_eq!(of(&fenced.fenced_by_operator()), (7, 2));
+        let here = stub.refused_by_destination();
+        assert_eq!(of(&here), (7, 1), "the permit that left was never used");
+        assert_eq!(of(&here.hand_over().0), (7, 2));
+    }
+}

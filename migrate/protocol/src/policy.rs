@@ -368,6 +368,110 @@ mod tests {
         assert!(matches!(p.after_round(facts), Decision::Round(_)), "{p:?}");
     }
 
+    /// A round of 1000 pages of 8 KiB each in a second, all of them sent; `dirty` pages are left.
+    fn slow(dirty: u64) -> RoundFacts {
+        let (took, bytes) = (Duration::from_secs(1), 8_192_000);
+        let acknowledged_in = Duration::from_millis(10);
+        RoundFacts { took, bytes, acknowledged_in, ..facts(1, 1000, dirty, 1) }
+    }
+
+    #[test]
+    fn the_expected_downtime_is_overhead_round_trip_and_what_is_dirty_at_the_rate_of_the_link() {
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+        let mut after = |facts| {
+            p.after_round(facts);
+            (p.expected_downtime(), p.rate_bytes_per_s(), p.dirty_pages_per_s())
+        };
+        let ms = Duration::from_millis;
+        assert_eq!(after(slow(500)), (ms(2 + 10 + 500), 8_192_000.0, 500.0));
+        // The shortest round trip counts; of pages that were named only, nothing does.
+        let late = ms(40);
+        let half = RoundFacts { same: 500, acknowledged_in: late, ..slow(500) };
+        assert_eq!(after(half), (ms(2 + 10 + 1000), 8_192_000.0, 500.0));
+        let named = RoundFacts { same: 1000, bytes: 1 << 20, ..slow(64) };
+        assert_eq!(after(named), (ms(2 + 10 + 1000), 1_048_576.0, 64.0), "as large as before");
+        // A round of less than a MiB shows no more than what the link carries at least.
+        let small = RoundFacts { same: 1000, bytes: (1 << 20) - 1, ..slow(64) };
+        assert_eq!(after(small).1, 1_048_576.0);
+        let small = RoundFacts { took: ms(500), bytes: 1_000_000, same: 1000, ..slow(64) };
+        assert_eq!(after(small), (ms(2 + 10) + Duration::from_micros(524_288), 2e6, 128.0));
+        // A page costs a run entry at least.
+        let cheap = RoundFacts { bytes: 1 << 20, pages: 1 << 20, ..slow(65_536) };
+        assert_eq!(after(cheap).0, ms(2 + 10 + 1000));
+    }
+
+    #[test]
+    fn it_switches_over_once_the_goal_is_met_and_another_round_would_change_little() {
+        // Milliseconds to an acknowledgement, dirty pages of each round, and which one is the last.
+        let cases: [(u64, &[u64], Option<usize>); 8] = [
+            // An eighth of what is allowed: 2 ms, and what the link takes.
+            (4250, &[0], Some(0)),
+            (4260, &[0], None),
+            // A quarter less is worth a round.
+            (20_000, &[400, 300], Some(1)),
+            (20_000, &[400, 299], None),
+            (20_000, &[10_000, 5000, 2500, 1200], Some(3)),
+            (20_000, &[10_000, 5000, 2500], None),
+            // Exactly what is allowed, and a bit more.
+            (48_000, &[0, 0], Some(1)),
+            (48_001, &[0, 0], None),
+        ];
+        for (us, dirty, last) in cases {
+            let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+            let switched = dirty.iter().position(|dirty| {
+                let acknowledged_in = Duration::from_micros(us);
+                // 100 GB/s: what is sent takes no time to speak of.
+                let took = Duration::from_millis(40);
+                let facts = facts(1, 1_000_000, *dirty, 1);
+                let facts = RoundFacts { acknowledged_in, took, ..facts };
+                matches!(p.after_round(facts), Decision::SwitchOver(_))
+            });
+            assert_eq!(switched, last, "{us} µs, {dirty:?}");
+        }
+    }
+
+    #[test]
+    fn two_rounds_in_a_row_that_leave_three_quarters_are_enough_for_auto() {
+        for (dirty, hands_over) in [
+            (&[750, 750][..], true),
+            (&[750, 749], false),
+            (&[749, 750], false),
+            (&[750, 749, 750], false),
+            (&[750, 749, 750, 750], true),
+        ] {
+            let mut p = Policy::new(Goals::default(), Mode::Auto);
+            let last = dirty.iter().map(|dirty| p.after_round(slow(*dirty))).last().unwrap();
+            assert_eq!(matches!(last, Decision::PostCopy(_)), hands_over, "{dirty:?}: {last:?}");
+        }
+    }
+
+    #[test]
+    fn out_of_time_is_said_with_what_the_guest_and_the_link_do() {
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+        let seconds = Duration::from_secs;
+        assert_eq!(p.out_of_time(seconds(299)), None);
+        let why = p.out_of_time(seconds(300)).unwrap();
+        assert_eq!(why, "not finished within 300.0 s (--max-total)", "nothing was measured");
+        p.after_round(slow(500));
+        let why = p.out_of_time(seconds(300)).unwrap();
+        for words in ["dirties 500 pages/s (2 MB/s)", "carried 8 MB/s", "take 512 ms, 50 ms are"] {
+            assert!(why.contains(words), "{why}");
+        }
+        let late = RoundFacts { elapsed: seconds(300), ..slow(500) };
+        assert!(matches!(p.after_round(late), Decision::GiveUp(_)));
+    }
+
+    #[test]
+    fn modes_are_called_as_they_are_written() {
+        let modes = [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
+        assert_eq!(modes.map(Mode::name), ["auto", "pre-copy", "post-copy", "hybrid"]);
+        let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+        assert_eq!((p.goals(), p.mode()), (Goals::default(), Mode::PreCopy));
+        assert_eq!(p.no_post_copy("x"), Ok(()));
+        let mut p = Policy::new(Goals::default(), Mode::PostCopy);
+        assert!(p.no_post_copy("no userfaultfd").is_err());
+    }
+
     #[test]
     fn polishing_ends() {
         let mut p = Policy::new(Goals::default(), Mode::PreCopy);

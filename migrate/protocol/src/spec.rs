@@ -165,6 +165,26 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_just_fits_is_taken() {
+        type Change = fn(&mut MachineSpec, &mut HostCapabilities);
+        let cases: [(usize, Change); 6] = [
+            (0, |_, h| h.memory_bytes = 4 << 20),
+            (1, |_, h| h.memory_bytes = (4 << 20) - 1),
+            (0, |s, _| s.vcpus = 4),
+            (1, |s, _| s.vcpus = 5),
+            (1, |s, _| s.vcpus = 0),
+            (0, |_, h| h.devices[0].1 = 3),
+        ];
+        for (i, (refused, change)) in (0..).zip(cases) {
+            let (mut s, mut h) = (spec(), host());
+            change(&mut s, &mut h);
+            assert_eq!(h.refusals(&s).len(), refused, "case {i}");
+        }
+        let two = MachineSpec { extents: vec![(0, 16), (64, 32)], ..spec() };
+        assert_eq!(two.memory_bytes(), 48 * 4096);
+    }
+
+    #[test]
     fn each_thing_that_is_missing_is_named_with_both_values() {
         type Change = fn(&mut MachineSpec, &mut HostCapabilities);
         let cases: [(&str, &[&str], Change); 7] = [
@@ -193,6 +213,6 @@ mod tests {
         for bad in ["", "..", "a/b", "-x", ".hidden", "a b", &"x".repeat(65)] {
             assert!(!is_machine_name(bad), "{bad}");
         }
-        assert!(is_machine_name("web-1.a_B"));
+        assert!(is_machine_name("web-1.a_B") && is_machine_name(&"x".repeat(64)));
     }
 }

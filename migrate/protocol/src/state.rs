@@ -222,6 +222,36 @@ mod tests {
     }
 
     #[test]
+    fn a_section_that_nobody_needs_may_be_unknown() {
+        let mut w = StateWriter::new();
+        w.put("serial", 0, 2, 2, &7u8).unwrap();
+        w.sections[0].mandatory = false;
+        let r = StateReader::parse(&w.finish().unwrap()).unwrap();
+        assert_eq!(r.require_known(&[]), Ok(()));
+    }
+
+    #[test]
+    fn sections_are_bounded_in_size_and_number() {
+        // A sequence is its length in 8 bytes and its bytes.
+        let fits = vec![0u8; MAX_SECTION_BYTES - 8];
+        let mut w = StateWriter::new();
+        assert_eq!(w.put("disk", 0, 1, 1, &fits), Ok(()));
+        let large = vec![0u8; MAX_SECTION_BYTES - 7];
+        assert!(matches!(w.put("disk", 1, 1, 1, &large), Err(StateError::TooLarge(_))));
+        let mut w = StateWriter::new();
+        for instance in 0..8192 {
+            assert_eq!(w.put("x", instance, 1, 1, &()), Ok(()));
+        }
+        assert!(matches!(w.put("x", 8192, 1, 1, &()), Err(StateError::TooLarge(_))));
+        let one_more = w.sections[0].clone();
+        let most = wire::encode(&w.sections).unwrap();
+        assert!(StateReader::parse(&most).is_ok());
+        w.sections.push(one_more);
+        let too_many = StateReader::parse(&w.finish().unwrap()).unwrap_err().to_string();
+        assert!(too_many.contains("8193 sections"), "{too_many}");
+    }
+
+    #[test]
     fn a_section_that_is_too_new_or_unknown_is_refused_by_name() {
         let r = StateReader::parse(&one()).unwrap();
         let e = r.read::<(u8, String)>("serial", 0, 1).unwrap_err().to_string();

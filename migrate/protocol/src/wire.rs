@@ -39,3 +39,18 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     }
     Ok(value)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_behind_a_message_are_an_error() {
+        let mut bytes = encode(&(7u8, 9u64)).unwrap();
+        assert_eq!(decode::<(u8, u64)>(&bytes).unwrap(), (7, 9));
+        bytes.extend([0; 3]);
+        let why = decode::<(u8, u64)>(&bytes).unwrap_err().to_string();
+        assert_eq!(why, "cannot decode a message: 3 bytes left over");
+        assert!(decode::<(u8, u64)>(&bytes[..8]).is_err());
+    }
+}

@@ -129,6 +129,13 @@ fn a_message_out_of_place_while_pages_are_owed_takes_nothing_back() {
 }
 
 #[test]
+fn a_failure_here_while_pages_are_owed_takes_nothing_back() {
+    let mut source = serving();
+    let actions = feed(&mut source, 2, SourceEvent::Failed("a lane".into()));
+    still_owes(source, &actions, "a lane failed");
+}
+
+#[test]
 fn nor_does_one_while_the_source_comes_back() {
     for reopening in [false, true] {
         for message in out_of_place() {

@@ -280,3 +280,24 @@ pub(crate) fn append(runs: &mut Vec<Run>, gfn: u64) {
         _ => runs.push(Run::new(gfn, 1)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_that_the_link_does_not_let_go_of_are_waited_for_up_to_a_bound() {
+        let mut builder = BatchBuilder::new();
+        let mut with_link = Vec::new();
+        for _ in 0..3 * MAX_BUFFERS {
+            builder.begin(1);
+            for gfn in 0..MAX_BATCH_PAGES as u64 {
+                builder.push(gfn, |to| to.fill(7)).unwrap();
+            }
+            with_link.extend(builder.finish(Codec::Raw).frame);
+            assert!(builder.sent.len() <= MAX_BUFFERS + 1);
+        }
+        assert_eq!(with_link.len(), 3 * MAX_BUFFERS);
+        assert!(builder.sent.len() >= MAX_BUFFERS);
+    }
+}

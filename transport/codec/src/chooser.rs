@@ -276,6 +276,76 @@ mod tests {
     }
 
     #[test]
+    fn only_codecs_that_can_beat_the_link_are_tried_at_first() {
+        // Half of 1.7 and of 2.5 ns a byte must be less than what the link takes.
+        for (link_ns, tried) in
+            [(0.8, &[][..]), (1.0, &[Codec::Lz4]), (1.3, &[Codec::Lz4, Codec::Zstd])]
+        {
+            assert_eq!(chooser(1e9 / link_ns).begin_batch(), tried, "{link_ns} ns a byte");
+        }
+    }
+
+    #[test]
+    fn a_new_measurement_counts_by_its_weight_and_no_more_than_four_times_what_is_known() {
+        let known =
+            Candidate { codec: Codec::Lz4, ns_per_byte: 2.0, ratio: Some(0.5), vetoed: false };
+        for (encoded, ns, weight, expected) in [
+            (500, 4000, 0.25, (2.5, 0.5)),
+            (250, 2000, 0.5, (2.0, 0.375)),
+            (1000, 1_000_000, 0.25, (3.5, 0.625)),
+            (500, 0, 0.5, (1.25, 0.5)),
+        ] {
+            let mut candidate = known;
+            candidate.learn(1000, encoded, Duration::from_nanos(ns), weight);
+            let found = (candidate.ns_per_byte, candidate.ratio.unwrap());
+            let close = |a: f64, b: f64| (a - b).abs() < 1e-9;
+            assert!(close(found.0, expected.0) && close(found.1, expected.1), "{found:?}");
+        }
+        let mut candidate = known;
+        candidate.learn(0, 0, Duration::from_secs(1), 0.5);
+        assert!(candidate.ratio == known.ratio, "nothing is learnt from nothing");
+    }
+
+    #[test]
+    fn a_page_of_the_codec_in_favour_says_little_and_one_of_another_codec_much() {
+        let mut chooser = chooser(GBIT);
+        run(&mut chooser, TEXT, 20);
+        assert_eq!(chooser.choose(), Codec::Zstd);
+        // From 0.3 to 0.4 by an eighth, from 0.45 to 0.8 by half.
+        for (codec, tenths, least, most) in
+            [(Codec::Zstd, 4, 0.305, 0.32), (Codec::Lz4, 8, 0.6, 0.65)]
+        {
+            chooser.sampled(codec, PAGE, PAGE * tenths / 10, Duration::from_micros(10));
+            let ratio = chooser.candidate(codec).unwrap().ratio.unwrap();
+            assert!((least..most).contains(&ratio), "{codec}: {ratio}");
+        }
+    }
+
+    #[test]
+    fn a_rate_of_nothing_is_no_rate() {
+        let mut chooser = chooser(GBIT);
+        run(&mut chooser, TEXT, 64);
+        for rate in [0.0, -1.0, f64::NAN] {
+            chooser.set_link_rate(rate);
+            assert_eq!(run(&mut chooser, TEXT, 1).0, [Codec::Zstd], "as at the rate before");
+        }
+    }
+
+    #[test]
+    fn a_codec_that_is_slow_on_whole_batches_is_dropped_though_its_samples_are_quick() {
+        let mut chooser = chooser(GBIT);
+        let dropped = (0..20).any(|_| {
+            for codec in chooser.begin_batch() {
+                chooser.sampled(codec, PAGE, PAGE / 4, Duration::from_micros(4));
+            }
+            let codec = chooser.choose();
+            chooser.encoded(codec, MAX_BATCH_BYTES, MAX_BATCH_BYTES / 4, Duration::from_secs(1));
+            codec == Codec::Raw
+        });
+        assert!(dropped);
+    }
+
+    #[test]
     fn one_interruption_does_not_condemn_a_codec() {
         let mut chooser = chooser(GBIT / 2.0);
         run(&mut chooser, TEXT, 50);

@@ -162,6 +162,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_added_twice_is_in_a_set_once() {
+        assert!(CodecSet::BASE.and_same().and_same().contains(Codec::Same));
+        assert_eq!(CodecSet::from_iter([Codec::Lz4; 2]), CodecSet::from_iter([Codec::Lz4]));
+        for set in [CodecSet::BASE, CodecSet::ALL, CodecSet::from_names(["zstd"])] {
+            assert_eq!(CodecSet::from_bits(set.bits()), set);
+        }
+    }
+
+    #[test]
+    fn a_set_is_said_by_the_names_of_its_codecs() {
+        let set = CodecSet::from_names(["zstd"]);
+        assert_eq!((set.to_string(), format!("{set:?}")), {
+            ("zero, raw, zstd".to_owned(), "CodecSet(zero, raw, zstd)".to_owned())
+        });
+        assert_eq!(Codec::Packed.to_string(), "packed");
+    }
+
+    #[test]
     fn numbers_and_names_lead_back_to_their_codec() {
         for codec in Codec::ALL {
             assert_eq!(Codec::from_wire(codec.to_wire()), Some(codec));

@@ -189,6 +189,36 @@ mod tests {
         assert!(packer.unpack(Codec::Same, &[], &mut [0; PAGE_BYTES]).is_err());
     }
 
+    #[test]
+    fn zstd_is_worth_its_time_only_where_lz4_leaves_much_and_it_saves_a_quarter() {
+        let [_, nibbles, noise] = &pages()[..] else { panic!("three") };
+        for (content, bytes, expected) in
+            [(nibbles, 600, Codec::Lz4), (nibbles, 3000, Codec::Zstd), (noise, 3000, Codec::Lz4)]
+        {
+            let mut page = content[..bytes].to_vec();
+            page.resize(PAGE_BYTES, 0);
+            assert_eq!(Packer::default().pack(&page).0, expected, "{bytes} bytes");
+        }
+    }
+
+    #[test]
+    fn a_batch_takes_pages_while_they_ascend_and_fit_and_no_more() {
+        let bytes = [1; PAGE_BYTES];
+        let page = |gfn, bytes| PackedPage { gfn, codec: Codec::Raw, bytes, digest: 0 };
+        let mut small = PackedBuilder::default();
+        for gfn in 0..MAX_BATCH_PAGES as u64 {
+            assert!(small.push(&page(gfn, &bytes[..1])));
+            assert!(!small.push(&page(gfn, &bytes[..1])), "it does not ascend");
+        }
+        assert!(!small.push(&page(1000, &bytes[..1])), "too many pages");
+        let rest = MAX_BATCH_BYTES - 255 * (HEAD_BYTES + PAGE_BYTES) - HEAD_BYTES;
+        for (last, taken) in [(rest, true), (rest + 1, false), (PAGE_BYTES, false)] {
+            let mut large = PackedBuilder::default();
+            assert!((0..255).all(|gfn| large.push(&page(gfn, &bytes))));
+            assert_eq!(large.push(&page(255, &bytes[..last])), taken, "{last} bytes more");
+        }
+    }
+
     fn frame() -> Vec<u8> {
         let (mut packer, mut builder) = (Packer::default(), PackedBuilder::default());
         for (gfn, page) in [3, 4, 9].into_iter().zip(pages()) {

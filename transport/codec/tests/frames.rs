@@ -2,9 +2,9 @@
 
 use bytes::Bytes;
 use ferry_codec::{
-    Batch, BatchBuilder, BatchHeader, Codec, CodecSet, Decoder, FrameError, HEADER_BYTES,
-    MAX_BATCH_PAGES, MAX_FRAME_BYTES, MAX_ZERO_RUNS, NotTaken, RUN_BYTES, is_zero, page_check,
-    page_digest, parse_header, zero_frames,
+    Batch, BatchBuilder, BatchHeader, Codec, CodecChooser, CodecSet, Decoder, FrameError,
+    HEADER_BYTES, MAX_BATCH_PAGES, MAX_FRAME_BYTES, MAX_ZERO_RUNS, NotTaken, RUN_BYTES, is_zero,
+    page_check, page_digest, parse_header, zero_frames,
 };
 use ferry_pages::{Layout, PAGE_BYTES, Run};
 use proptest::prelude::*;
@@ -270,6 +270,10 @@ fn counts_and_lengths_out_of_bounds_are_refused_from_the_header_alone() {
     assert!(matches!(header(Codec::Raw, 1, 2, PAGE_BYTES), Err(FrameError::Payload { .. })));
     assert!(matches!(header(Codec::Zstd, 1, 1, PAGE_BYTES), Err(FrameError::Payload { .. })));
     assert!(matches!(header(Codec::Zstd, 1, 1, 0), Err(FrameError::Payload { .. })));
+    let most = max * PAGE_BYTES;
+    for (payload, fits) in [(0, false), (1, true), (most, true), (most + 1, false)] {
+        assert_eq!(header(Codec::Packed, 1, 1, payload).is_ok(), fits, "{payload} bytes packed");
+    }
 }
 
 #[test]
@@ -497,4 +501,92 @@ fn a_page_seen_to_be_zero_is_as_one_that_was_copied() {
     builder.begin(1);
     let taken = (0..).take_while(|i| builder.push_zero(2 * i).is_ok()).count();
     assert_eq!(taken, MAX_ZERO_RUNS);
+}
+
+#[test]
+fn no_frame_is_larger_than_the_largest() {
+    let mut builder = BatchBuilder::new();
+    let gfns = (0..MAX_BATCH_PAGES as u64).map(|i| i * 2);
+    let (frame, _) = build(&mut builder, gfns, Codec::Raw, |_| vec![9; PAGE_BYTES]);
+    assert_eq!(frame.unwrap().len(), MAX_FRAME_BYTES);
+    assert_eq!((builder.data_pages(), builder.room()), (MAX_BATCH_PAGES, 0));
+}
+
+#[test]
+fn a_small_frame_does_not_keep_the_buffer() {
+    let mut builder = BatchBuilder::new();
+    let (held, _) = build(&mut builder, 0..5, Codec::Raw, |_| vec![5; PAGE_BYTES]);
+    let mut seen = 0;
+    builder.begin(0);
+    builder.push(0, |to| seen = to[0]).unwrap();
+    assert_eq!(
+        seen,
+        5,
+        "the same buffer, though the frame of {} bytes is held",
+        held.unwrap().len()
+    );
+}
+
+#[test]
+fn what_does_not_shrink_by_a_single_byte_travels_raw() {
+    // From what grows to what shrinks, a byte at a time: on the way it is as long as before.
+    let mut seen = std::collections::BTreeSet::new();
+    for zeros in 0..128 {
+        let mut content = page(1);
+        content[PAGE_BYTES - zeros..].fill(0);
+        for codec in [Codec::Lz4, Codec::Zstd] {
+            let (frame, _) = build(&mut BatchBuilder::new(), [1], codec, |_| content.clone());
+            let frame = frame.unwrap();
+            let mut decoder = decoder();
+            let batch = decode(&mut decoder, &frame).unwrap();
+            assert_eq!(batch.raw, content, "{codec}, {zeros} zeros");
+            seen.insert(batch.codec);
+        }
+    }
+    assert!(seen.into_iter().eq([Codec::Raw, Codec::Lz4, Codec::Zstd]));
+}
+
+#[test]
+fn a_sample_is_one_page_of_the_batch_another_one_each_time() {
+    let mut builder = BatchBuilder::new();
+    let alone = |gfn| {
+        let (frame, _) = build(&mut BatchBuilder::new(), [gfn], Codec::Lz4, page);
+        frame.unwrap().len() - HEADER_BYTES - RUN_BYTES
+    };
+    assert_eq!((alone(2) < PAGE_BYTES, alone(1)), (true, PAGE_BYTES));
+    build(&mut builder, [1, 2], Codec::Raw, page);
+    let sampled: Vec<_> = (0..4).map(|_| builder.sample(Codec::Lz4)).collect();
+    assert_eq!(sampled, [alone(2), alone(1), alone(2), alone(1)].map(|is| Some((PAGE_BYTES, is))));
+    builder.begin(1);
+    assert_eq!(builder.sample(Codec::Lz4), None, "there is no page");
+}
+
+/// Whether each of `batches` batches of text was compressed, on a link that takes 2 ns a byte, by a clock in which a sample takes
+/// 4 µs and a batch `batch_us`.
+fn compressed(batches: usize, batch_us: u64) -> Vec<bool> {
+    let mut chooser = CodecChooser::new(CodecSet::from_iter([Codec::Lz4]));
+    chooser.set_link_rate(500e6);
+    let mut builder = BatchBuilder::new();
+    let (mut at, mut calls) = (0, 0);
+    let mut now = || {
+        // Before and after the sample, before and after the batch.
+        at += [0, 4, 0, batch_us][calls % 4];
+        calls += 1;
+        std::time::Duration::from_micros(at)
+    };
+    let one = |_| {
+        builder.begin(1);
+        for gfn in 0..MAX_BATCH_PAGES as u64 {
+            builder.push(gfn, |to| to.copy_from_slice(&text(gfn))).unwrap();
+        }
+        builder.finish_chosen(&mut chooser, &mut now).codec == Codec::Lz4
+    };
+    // The codec out of favour is not sampled, and the clock out of step.
+    (0..batches).map(one).take_while(|compressed| *compressed).collect()
+}
+
+#[test]
+fn what_whole_batches_took_and_became_is_what_the_next_is_chosen_by() {
+    assert_eq!(compressed(40, 1000).len(), 40, "quick, and small");
+    assert!(compressed(20, 1_000_000).len() < 20, "a second for each");
 }
