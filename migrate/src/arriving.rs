@@ -119,7 +119,8 @@ pub(crate) enum Message {
 /// so that last words are heard.
 async fn over(mut link: watch::Receiver<bool>) {
     if link.wait_for(|over| *over).await.is_err() {
-        tokio::time::sleep(FAREWELL).await;
+        // In a task: on a thread of its own, a timer panics when the runtime ends first.
+        let _ = tokio::spawn(tokio::time::sleep(FAREWELL)).await;
     }
 }
 

@@ -383,16 +383,19 @@ impl<H: Host + 'static> Server<H> {
         if others == 0 {
             sessions.available_bytes = self.host.available_bytes();
         }
-        let most = self.options.max_memory_bytes.unwrap_or(sessions.available_bytes);
-        if others.saturating_add(bytes) > most {
-            let [needs, others, most] = [bytes, others, most].map(|bytes| bytes >> 20);
-            return Err(Refusal::new(
-                "memory",
-                format!(
+        let most_bytes = self.options.max_memory_bytes.unwrap_or(sessions.available_bytes);
+        if others.saturating_add(bytes) > most_bytes {
+            let [needs, others, most] = [bytes, others, most_bytes].map(|bytes| bytes >> 20);
+            let why = match bytes > most_bytes {
+                true => format!(
+                    "the machine has {needs} MiB, and this host can take {most} MiB: see `ferry receive --max-memory`"
+                ),
+                false => format!(
                     "the machine has {needs} MiB, and {others} MiB of others are on their way; this host takes in \
                      {most} MiB at once: try again when they are here, or see `ferry receive --max-memory`"
                 ),
-            ));
+            };
+            return Err(Refusal::new("memory", why));
         }
         if let Some(session) = sessions.by_token.get_mut(&token) {
             session.memory_bytes = bytes;

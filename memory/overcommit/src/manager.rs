@@ -374,3 +374,35 @@ fn resident_limit(seen: &Observed, at_most: u64) -> u64 {
     };
     limit / PAGE_BYTES * PAGE_BYTES
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn due(held: u64, allocation: u64, at_most: u64, soon: u64, later: u64) -> Due {
+        Due { held, allocation, at_most, soon, later, means: Means::Nothing }
+    }
+
+    #[test]
+    fn what_is_promised_too_much_is_taken_back_from_those_above_their_share_and_no_more() {
+        let mut all = [due(40, 30, 60, 0, 0), due(56, 50, 60, 0, 0), due(5, 10, 10, 0, 0)];
+        finance(110, &mut all);
+        assert_eq!(all.map(|d| d.at_most), [45, 55, 10]);
+        // Who holds more than it may from now on is swapped at once.
+        assert_eq!(all.map(|d| d.means), [Means::Nothing, Means::Swap, Means::Nothing]);
+        let mut exact = [due(0, 0, 60, 9, 9), due(0, 0, 50, 9, 9)];
+        finance(110, &mut exact);
+        assert_eq!(exact.map(|d| d.at_most), [60, 50], "all is promised: there is no more to give");
+    }
+
+    #[test]
+    fn what_is_left_goes_where_it_is_wanted_soon_and_then_where_it_is_wanted_later() {
+        let mut all = [due(10, 0, 10, 20, 100), due(10, 0, 10, 10, 0)];
+        finance(110, &mut all);
+        assert_eq!(all.map(|d| d.at_most), [90, 20]);
+        // What somebody still holds is not there.
+        let mut all = [due(80, 0, 10, 40, 0), due(10, 0, 10, 20, 0)];
+        finance(120, &mut all);
+        assert_eq!(all.map(|d| d.at_most), [30, 20]);
+    }
+}

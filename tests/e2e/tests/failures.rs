@@ -222,7 +222,7 @@ fn only_hosts_of_the_same_authority_and_in_time_take_part() {
 
     let cases: [(&Path, &[&str]); 4] = [
         (&other, &["another authority", "ferry pki init"]),
-        (&old, &["expired on", "ferry pki init"]),
+        (&old, &["expired on", "ferry pki renew"]),
         (&nowhere, &["no identity at", "nowhere", "ferry pki init"]),
         (&root, &["cert.pem is missing", "a host's folder"]),
     ];

@@ -174,7 +174,9 @@ fn linux_goes_on_after_ten_moves_in_a_row_and_gives_memory_back_by_its_balloon()
     // A console file on each host: what is said after a move is in the destination's.
     let sides: [(&Host, PathBuf); 2] =
         [(&hosts.source, hosts.path("console-a")), (&hosts.destination, hosts.path("console-b"))];
-    let (bundle, left) = (hosts.path("before"), hosts.path("left"));
+    let (bundle, files) = (hosts.path("before"), hosts.path("files"));
+    std::fs::create_dir(&files).expect("a directory");
+    let left = files.join("left");
     write_bundle(&bundle, kernel, dir.join("initrd.gz"));
     let serial = ["--serial", path(&sides[0].1)];
     let mut process =
@@ -191,7 +193,8 @@ fn linux_goes_on_after_ten_moves_in_a_row_and_gives_memory_back_by_its_balloon()
 
     for n in 0..MOVES {
         let ((here, _), (there, console)) = (&sides[n % 2], &sides[(n + 1) % 2]);
-        let (receiver, to) = there.receive(&["--once", "--serial", path(console)]);
+        let (receiver, to) =
+            there.receive(&["--once", "--serial", path(console), "--files", path(&files)]);
         let before = read(console).matches(STATISTICS).count();
         let mode = MODES[n % MODES.len()];
         // So that hybrid is not done after its one round.

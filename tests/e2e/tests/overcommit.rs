@@ -206,7 +206,7 @@ fn machines_that_do_not_run_yet_are_waited_for_and_one_that_ends_is_no_trouble()
     limited("early");
     host.works("late");
     assert!(manager.is_alive() && !manager.has_said("ferry:"));
-    manager.signal(Signal::INT);
+    manager.signal(Signal::TERM);
     manager.end();
     host.works("early");
 }

@@ -486,8 +486,13 @@ fn a_hostile_source_is_told_off_and_the_host_is_unharmed() {
             }),
         ),
         (
-            "a machine of 4 PiB",
+            "a machine of 16 TiB",
             "MiB",
+            attack!(c => { offered(c, |s| s.extents = vec![(0, 1 << 32)]).await }),
+        ),
+        (
+            "a machine of 4 PiB",
+            "the most that a machine may have",
             attack!(c => { offered(c, |s| s.extents = vec![(0, 1 << 40)]).await }),
         ),
         (
