@@ -18,7 +18,7 @@ const MOST_HEALED: usize = 64;
 /// More is not visited.
 const MOST_PAGES: u64 = 1 << 12;
 
-/// Manifest, memory and state of each bundle, the newest first, with [`BETWEEN`] between them.
+/// Manifest, memory and state of each bundle, the newest first, with `BETWEEN` between them.
 pub fn bundle(data: &[u8]) {
     let mut shelf = Files::of(data);
     let Some(chain) = shelf.heal(|shelf| Chain::open_on(shelf, Path::new("0"), &[])) else {
