@@ -182,8 +182,11 @@ pub(crate) struct Arriving<H: Host> {
     link: Option<u64>,
     /// The present link was not found lost.
     linked: bool,
-    /// True when another link takes the place of the present one.
+    /// True when the present link is given up, or another one takes its place.
     replaced: watch::Sender<bool>,
+    /// True when another control channel is read. One of a link that was given up is read until then: a lane may be
+    /// found lost before the source's word is read that it ends the migration.
+    silenced: watch::Sender<bool>,
     /// Lets the control channel carry as much as it can.
     widen: Option<Box<dyn FnOnce() + Send>>,
     /// Bytes that the commit may have; see `read`.
@@ -231,6 +234,7 @@ impl<H: Host + 'static> Arriving<H> {
             link: Some(0),
             linked: true,
             replaced: watch::Sender::new(false),
+            silenced: watch::Sender::new(false),
             widen: None,
             largest: Arc::new(AtomicUsize::new(MAX_MESSAGE_BYTES)),
             outgoing: None,
@@ -272,6 +276,11 @@ impl<H: Host + 'static> Arriving<H> {
                         self.handle(event);
                     }
                 }
+                // A source that says so is gone: it has no later link.
+                Ok(Message::Said {
+                    event: event @ DestinationEvent::Message(ToDestination::Abort { .. }),
+                    ..
+                }) => self.handle(event),
                 Ok(Message::Link { .. } | Message::Said { .. }) => {}
                 // Of a link that was given up; dropped, it is closed.
                 Ok(Message::Lane { link, .. } | Message::Urgent { link, .. })
@@ -404,11 +413,13 @@ impl<H: Host + 'static> Arriving<H> {
         self.linked = true;
         self.replaced.send_replace(true);
         self.replaced = watch::Sender::new(false);
+        self.silenced.send_replace(true);
+        self.silenced = watch::Sender::new(false);
         self.widen = Some(reader.widen());
         let (outgoing, messages) = unbounded_channel();
         let (loading, largest) = (self.loading.clone(), self.largest.clone());
         let read = read(reader, self.door.clone(), self.epoch, loading, largest);
-        let (of_reader, of_writer) = (self.replaced.subscribe(), self.replaced.subscribe());
+        let (of_reader, of_writer) = (self.silenced.subscribe(), self.replaced.subscribe());
         self.runtime.spawn(async move {
             tokio::select! { () = read => {}, () = over(of_reader) => {} }
         });

@@ -320,6 +320,30 @@ fn lanes_do_not_outlive_their_session() {
     assert_unharmed(&host);
 }
 
+#[test]
+fn a_source_that_ends_the_move_behind_the_loss_of_a_lane_is_not_waited_for() {
+    let (host, connector) = host(ReceiveOptions::default());
+    let one = named(&connector, "one");
+    let why = host.handle().block_on(async {
+        let mut session = Session::hello(&one).await;
+        let keep = Duration::from_secs(600);
+        let offer =
+            ToDestination::Offer { spec: spec(), codecs: 0xf, lanes: 2, keep, machine: None };
+        session.say(&offer).await;
+        let Some(ToSource::Accepted { session: token, .. }) = session.hear().await else {
+            panic!()
+        };
+        session.token = token;
+        drop(session.lane().await);
+        // It lost the link: it closes its side.
+        while session.hear().await.is_some() {}
+        session.say(&ToDestination::Abort { reason: "enough".into() }).await;
+        word_of(&host)
+    });
+    assert_eq!(why, "the source ended the migration: enough");
+    assert_unharmed(&host);
+}
+
 /// A machine that looks into its memory when its state is loaded.
 struct Looks(ProcessGuest);
 
