@@ -112,6 +112,8 @@ fn work(setup: &Setup, cpu: u32) -> ! {
     let pace_from_now = || Pace::new(params, tsc_khz.saturating_mul(1000), machine::tsc());
     let mut pace = pace_from_now();
     let mut running = false;
+    // When the last visit began, if one was made in the last step.
+    let mut visiting = None;
     let mut balloon = if cpu == 0 { Balloon::find(params, memory, *tsc_khz) } else { None };
     loop {
         if !running && !worker.filling(params) {
@@ -130,6 +132,9 @@ fn work(setup: &Setup, cpu: u32) -> ! {
             continue;
         }
         let now = machine::tsc();
+        if let Some(began) = visiting {
+            record::visit(now.saturating_sub(began));
+        }
         let hurry = balloon.as_mut().is_some_and(|balloon| balloon.step(now));
         let step = worker.step(params, memory, &mut pace, now);
         record::count(
@@ -141,6 +146,7 @@ fn work(setup: &Setup, cpu: u32) -> ! {
                 filled: running.into(),
             },
         );
+        visiting = matches!(step, Ok(Step::Wrote(_) | Step::Checked)).then_some(now);
         match step {
             Ok(Step::Wrote(_) | Step::Checked) => {}
             Ok(Step::Wait) if hurry => {}

@@ -7,7 +7,7 @@ use crate::console::say;
 use crate::machine::stop;
 use crate::memory::{Memory, status_page};
 use crate::status::{
-    COUNTER_BYTES, LAYOUT_VERSION, MAGIC, MAX_MESSAGE_BYTES, MAX_PARAMS_BYTES, State, at,
+    COUNTER_BYTES, LAYOUT_VERSION, MAGIC, MAX_MESSAGE_BYTES, MAX_PARAMS_BYTES, Stalls, State, at,
 };
 use crate::workload::{Arena, Mismatch};
 
@@ -67,6 +67,15 @@ pub(crate) fn count(cpu: u32, counted: Counted) {
     let values = [counted.written, counted.checked, counted.tsc, counted.filled];
     for (i, value) in values.into_iter().enumerate() {
         word(base + 8 * i).store(value, Relaxed);
+    }
+}
+
+/// Counts a visit that took so many ticks, if that was long.
+#[inline]
+pub(crate) fn visit(ticks: u64) {
+    if let Some(kind) = Stalls::kind(ticks) {
+        word(at::STALLED).fetch_add(ticks, SeqCst);
+        word(at::STALLS + 8 * kind).fetch_add(1, SeqCst);
     }
 }
 

@@ -66,6 +66,11 @@ pub mod at {
     pub const PARAMS: usize = 640;
     /// Counters of vCPU 0; those of the others follow at [`COUNTER_BYTES`](super::COUNTER_BYTES).
     pub const COUNTERS: usize = 1024;
+    /// Ticks of the time-stamp counter in all [stalls](super::Stalls) together; 0 in guests that did not
+    /// count them.
+    pub const STALLED: usize = 3072;
+    /// How many stalls there were of each length: [`STALL_KINDS`](super::STALL_KINDS) words.
+    pub const STALLS: usize = 3080;
 }
 
 /// Bytes between the counters of two vCPUs.
@@ -77,7 +82,11 @@ pub const MAX_MESSAGE_BYTES: usize = at::PARAMS_BYTES - at::MESSAGE;
 /// Longest parameters.
 pub const MAX_PARAMS_BYTES: usize = at::COUNTERS - at::PARAMS;
 
-const _: () = assert!(at::COUNTERS + Params::MAX_CPUS as usize * COUNTER_BYTES <= BYTES);
+/// Lengths of stalls that are told apart.
+pub const STALL_KINDS: usize = 96;
+
+const _: () = assert!(at::COUNTERS + Params::MAX_CPUS as usize * COUNTER_BYTES <= at::STALLED);
+const _: () = assert!(at::STALLS + STALL_KINDS * 8 <= BYTES);
 const _: () = assert!(at::EXTENT + MAX_EXTENTS * 16 <= at::ERROR);
 
 /// What the guest is doing.
@@ -115,6 +124,79 @@ pub struct Counters {
     pub tsc: u64,
     /// 1 once its part of the fill is done.
     pub filled: u64,
+}
+
+/// Visits that took long, of all vCPUs: whoever visits a page that is not there, or whose write has to be
+/// noted, or is not given the processor, stands still that long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stalls {
+    /// Ticks of the time-stamp counter, all together.
+    pub ticks: u64,
+    /// How many, by [kind](Self::kind).
+    pub counts: [u64; STALL_KINDS],
+}
+
+impl Stalls {
+    /// A visit that takes fewer ticks than two to this is none.
+    const SHORTEST_BITS: u32 = 14;
+
+    /// Which count a visit of so many ticks belongs to: four kinds for each power of two. The last one is
+    /// for all longer ones as well.
+    #[inline]
+    pub fn kind(ticks: u64) -> Option<usize> {
+        let bits = ticks.checked_ilog2().filter(|bits| *bits >= Self::SHORTEST_BITS)?;
+        let quarter = (ticks >> (bits - 2)) & 3;
+        let kind = (bits - Self::SHORTEST_BITS) as usize * 4 + quarter as usize;
+        Some(kind.min(STALL_KINDS - 1))
+    }
+
+    /// The ticks that a visit of this kind takes less than (the last one may take more).
+    pub fn below(kind: usize) -> u64 {
+        let bits = Self::SHORTEST_BITS as usize + kind.min(STALL_KINDS - 1) / 4;
+        (5 + kind as u64 % 4) << (bits - 2)
+    }
+
+    /// Those that came after `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let mut counts = self.counts;
+        counts.iter_mut().zip(&before.counts).for_each(|(n, had)| *n = n.wrapping_sub(*had));
+        Self { ticks: self.ticks.wrapping_sub(before.ticks), counts }
+    }
+
+    /// Those that surely took so many ticks or more; their sum is estimated from the middle of each kind, to an
+    /// eighth.
+    #[must_use]
+    pub fn of_at_least(&self, ticks: u64) -> Self {
+        let mut longer = Self { ticks: 0, counts: [0; STALL_KINDS] };
+        for kind in 1..STALL_KINDS {
+            let (from, to) = (Self::below(kind - 1), Self::below(kind));
+            if from >= ticks {
+                longer.counts[kind] = self.counts[kind];
+                let sum = self.counts[kind].saturating_mul((from + to) / 2);
+                longer.ticks = longer.ticks.saturating_add(sum);
+            }
+        }
+        longer
+    }
+
+    /// How many.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().fold(0, |sum, n| sum.wrapping_add(*n))
+    }
+
+    /// The ticks that so many of a hundred stay below, to a quarter of a power of two; 0 of none.
+    pub fn percentile(&self, percent: u64) -> u64 {
+        let wanted = u128::from(self.count()) * u128::from(percent);
+        let mut sum = 0_u128;
+        for (kind, n) in self.counts.iter().enumerate() {
+            sum += u128::from(*n);
+            if *n > 0 && sum * 100 >= wanted {
+                return Self::below(kind);
+            }
+        }
+        0
+    }
 }
 
 /// A wrong page, as the guest recorded it.
@@ -264,6 +346,12 @@ impl<'a> StatusView<'a> {
             .unwrap_or_default()
     }
 
+    /// Visits that took long so far.
+    pub fn stalls(&self) -> Stalls {
+        let counts = core::array::from_fn(|kind| self.at(at::STALLS + 8 * kind));
+        Stalls { ticks: self.at(at::STALLED), counts }
+    }
+
     /// The wrong page, once one was found.
     pub fn error(&self) -> Option<ErrorRecord> {
         if self.at(at::ERROR) == 0 {
@@ -351,6 +439,30 @@ mod tests {
     }
 
     #[test]
+    fn a_stall_is_counted_below_the_next_quarter_of_a_power_of_two() {
+        assert_eq!(Stalls::kind((1 << 14) - 1), None);
+        assert_eq!((Stalls::kind(0), Stalls::kind(u64::MAX)), (None, Some(STALL_KINDS - 1)));
+        for ticks in [1 << 14, 20_479, 20_480, 1_000_000, 123_456_789, (1 << 37) + 5] {
+            let kind = Stalls::kind(ticks).unwrap();
+            assert!(ticks < Stalls::below(kind), "{ticks}");
+            assert!(kind == 0 || ticks >= Stalls::below(kind - 1), "{ticks}");
+        }
+        let kinds = [(20_000_u64, 98), (1_000_000, 1), (5_000_000, 1)];
+        let words = kinds.map(|(ticks, n)| (at::STALLS + 8 * Stalls::kind(ticks).unwrap(), n));
+        let page = page(&words);
+        let stalls = StatusView::parse(&page).unwrap().stalls();
+        assert_eq!(stalls.count(), 100);
+        assert_eq!(stalls.percentile(50), 20_480);
+        assert_eq!(stalls.percentile(99), Stalls::below(Stalls::kind(1_000_000).unwrap()));
+        assert!(stalls.percentile(100) > 5_000_000);
+        let long = stalls.of_at_least(100_000);
+        assert_eq!((long.count(), long.percentile(1)), (2, stalls.percentile(99)));
+        assert!(long.ticks.abs_diff(6_000_000) < 6_000_000 / 8, "{}", long.ticks);
+        let none = stalls.since(&stalls);
+        assert_eq!((none.count(), none.percentile(99)), (0, 0));
+    }
+
+    #[test]
     fn no_bytes_make_the_reader_panic() {
         assert!(matches!(StatusView::parse(&[0; 100]), Err(NotStatus::Short(100))));
         assert!(matches!(StatusView::parse(&[0; BYTES]), Err(NotStatus::Magic(0))));
@@ -360,6 +472,8 @@ mod tests {
         assert_eq!((view.state(), view.cpus()), (None, 32));
         assert_eq!(view.message(), "(not text)");
         let _ = (view.params(), view.total(), view.error(), view.page_gpa(7), view.expected_gpa(7));
+        let stalls = view.stalls();
+        assert_eq!(stalls.percentile(100), stalls.percentile(100));
         assert_eq!(view.page_gpa(u64::MAX), None);
     }
 }

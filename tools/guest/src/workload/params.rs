@@ -19,17 +19,25 @@ pub enum Pattern {
     Idle,
     /// One page after the other, only checked. Pages never written are passed over untouched.
     Read,
+    /// Any page of the arena, only checked, as `Read` does.
+    RandomRead,
 }
 
 impl Pattern {
-    const NAMES: [(&'static str, Self); 6] = [
+    const NAMES: [(&'static str, Self); 7] = [
         ("sequential", Self::Sequential),
         ("random", Self::Random),
         ("working-set", Self::WorkingSet),
         ("moving-set", Self::MovingSet),
         ("idle", Self::Idle),
         ("read", Self::Read),
+        ("random-read", Self::RandomRead),
     ];
+
+    /// Whether it writes no page.
+    pub fn only_checks(self) -> bool {
+        matches!(self, Self::Read | Self::RandomRead)
+    }
 
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
@@ -54,8 +62,12 @@ pub struct Params {
     pub rate: u64,
     /// Share of a page's words that is pseudo-random, in percent. The rest repeats one word.
     pub random_percent: u32,
+    /// The rest is like a log's text instead.
+    pub text: bool,
     /// Whether every page of the arena is written once before the pattern begins.
     pub fill: bool,
+    /// The fill writes zeros.
+    pub fill_zeros: bool,
     /// As `random_percent`, for the fill.
     pub fill_random_percent: u32,
     /// Frequency of the vCPUs' time-stamp counter; 0 for what CPUID says.
@@ -84,7 +96,7 @@ impl fmt::Display for BadParam<'_> {
 
 impl core::error::Error for BadParam<'_> {}
 
-const KNOWN: &str = "unknown; parameters are cpus pattern arena set dwell rate random fill fill_random \
+const KNOWN: &str = "unknown; parameters are cpus pattern arena set dwell rate random rest fill fill_random \
      tsc_khz seed shared";
 const SIZE: &str = "must be bytes, with K, M or G if wanted, in whole pages of 4096 bytes";
 const NUMBER: &str = "must be a number";
@@ -104,7 +116,9 @@ impl Params {
         dwell: 16,
         rate: 0,
         random_percent: 50,
+        text: false,
         fill: false,
+        fill_zeros: false,
         fill_random_percent: 50,
         tsc_khz: 0,
         seed: 1,
@@ -114,7 +128,7 @@ impl Params {
     /// Reads a command line such as `cpus=2 pattern=working-set set=64M rate=20000`.
     ///
     /// Left out: 1 vCPU, sequential, all memory, a set of 64 MiB, 16 visits of a page until a moving set
-    /// is past it, as fast as it can, 50 % random, no fill (`fill_random` as `random`), seed 1, nothing
+    /// is past it, as fast as it can, 50 % random, the rest one word, no fill (`fill_random` as `random`), seed 1, nothing
     /// shared. Words that VMMs add for Linux pass: those without
     /// `=`, with a dot in their name, and `console`, `root`, `reboot`, `panic`, `pci`, `earlyprintk`.
     ///
@@ -141,7 +155,7 @@ impl Params {
                         .find(|(name, _)| *name == value)
                         .map(|(_, pattern)| *pattern)
                         .ok_or(bad(
-                            "must be sequential, random, working-set, moving-set, idle or read",
+                            "must be sequential, random, working-set, moving-set, idle, read or random-read",
                         ))?;
                 }
                 "arena" => p.arena_bytes = size(value).ok_or(bad(SIZE))?,
@@ -154,11 +168,19 @@ impl Params {
                 }
                 "rate" => p.rate = number()?,
                 "random" => p.random_percent = percent(value).ok_or(bad("must be 0 to 100"))?,
+                "rest" => {
+                    p.text = match value {
+                        "word" => false,
+                        "text" => true,
+                        _ => return Err(bad("must be word or text")),
+                    }
+                }
                 "fill" => {
-                    p.fill = match value {
-                        "none" => false,
-                        "all" => true,
-                        _ => return Err(bad("must be none or all")),
+                    (p.fill, p.fill_zeros) = match value {
+                        "none" => (false, false),
+                        "all" => (true, false),
+                        "zeros" => (true, true),
+                        _ => return Err(bad("must be none, all or zeros")),
                     }
                 }
                 "fill_random" => fill_random = Some(percent(value).ok_or(bad("must be 0 to 100"))?),
@@ -192,7 +214,7 @@ impl fmt::Display for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "cpus={} pattern={} arena={} set={} dwell={} rate={} random={} fill={} fill_random={} tsc_khz={} \
+            "cpus={} pattern={} arena={} set={} dwell={} rate={} random={} rest={} fill={} fill_random={} tsc_khz={} \
              seed={} shared={}",
             self.cpus,
             self.pattern.name(),
@@ -201,7 +223,12 @@ impl fmt::Display for Params {
             self.dwell,
             self.rate,
             self.random_percent,
-            if self.fill { "all" } else { "none" },
+            if self.text { "text" } else { "word" },
+            match (self.fill, self.fill_zeros) {
+                (false, _) => "none",
+                (true, false) => "all",
+                (true, true) => "zeros",
+            },
             self.fill_random_percent,
             self.tsc_khz,
             self.seed,
@@ -246,6 +273,10 @@ mod tests {
         }
         assert_eq!(Params::parse(""), Ok(Params::DEFAULT));
         assert_eq!(Params::parse("random=7 fill=all").unwrap().fill_random_percent, 7);
+        for words in ["fill=none", "fill=all rest=word", "fill=zeros rest=text"] {
+            let p = Params::parse(words).unwrap();
+            assert_eq!(Params::parse(&p.to_string()), Ok(p));
+        }
     }
 
     #[test]
@@ -263,6 +294,7 @@ mod tests {
             "rate=-1",
             "random=101",
             "fill=some",
+            "rest=some",
             "fill_random=x",
             "ratee=1",
             "dwell=0",

@@ -5,6 +5,7 @@
 //! word 1      tag = hash(seed, index, version)
 //! words 2..r  scramble(tag, word number)  `random_percent` of the words: incompressible
 //! words r..   tag rotated                 one word repeated: compressible, yet new in each version
+//!             or text                     if asked for: a log of words and numbers
 //! word 511    !tag                        a page torn anywhere has two different tags
 //! ```
 
@@ -30,20 +31,58 @@ pub struct Stamp {
     head: u64,
     tag: u64,
     random_end: usize,
+    text: bool,
 }
+
+/// What a log is made of, eight letters each, and a place for eight digits.
+const VOCABULARY: [&[u8; 8]; 32] = [
+    b" client ",
+    b" server ",
+    b"request ",
+    b" opened ",
+    b" closed\n",
+    b" failed\n",
+    b" as user",
+    b" backend",
+    b"timeout ",
+    b" retried",
+    b"  info: ",
+    b"  warn: ",
+    b" error: ",
+    b" status=",
+    b" length=",
+    b"session ",
+    b" address",
+    b" of disk",
+    b" in pool",
+    b" storage",
+    b" network",
+    b"\n[main] ",
+    b"\n[http] ",
+    b"\n[auth] ",
+    b" process",
+    b" started",
+    b" stopped",
+    b"version=",
+    b"  took: ",
+    b" seconds",
+    b" queued\n",
+    b" sent to",
+];
 
 impl Stamp {
     /// Content of page `index` at `version` of a guest with these parameters.
     #[inline]
     pub fn of(params: &super::Params, index: u32, version: u32) -> Self {
-        Self::new(params.seed_of(index), index, version, params.percent_at(version))
+        let stamp = Self::new(params.seed_of(index), index, version, params.percent_at(version));
+        Self { text: params.text, ..stamp }
     }
 
     /// Content of page `index` at `version`, with `random_percent` (at most 100) of its words random.
     pub fn new(seed: u64, index: u32, version: u32, random_percent: u32) -> Self {
         let head = u64::from(version) << 32 | u64::from(index);
         let random = (WORDS - 3) * random_percent.min(100) as usize / 100;
-        Self { head, tag: mix(head ^ mix(seed)), random_end: 2 + random }
+        Self { head, tag: mix(head ^ mix(seed)), random_end: 2 + random, text: false }
     }
 
     /// Calls `f(word number, word)` for all words in order until it returns false; the number of the
@@ -62,7 +101,7 @@ impl Stamp {
             }
         }
         for i in self.random_end..WORDS - 1 {
-            if !f(i, self.filler()) {
+            if !f(i, self.filler(i)) {
                 return Some(i);
             }
         }
@@ -76,7 +115,7 @@ impl Stamp {
             1 => self.tag,
             _ if i == WORDS - 1 => !self.tag,
             _ if i < self.random_end => self.scrambled(i),
-            _ => self.filler(),
+            _ => self.filler(i),
         }
     }
 
@@ -85,8 +124,20 @@ impl Stamp {
         (x ^ x >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93)
     }
 
-    fn filler(&self) -> u64 {
-        self.tag.rotate_left(32)
+    #[inline(always)]
+    fn filler(&self, i: usize) -> u64 {
+        if self.text { self.letters(i) } else { self.tag.rotate_left(32) }
+    }
+
+    /// Eight letters of the vocabulary or, one time in four, digits.
+    fn letters(&self, i: usize) -> u64 {
+        let x = self.scrambled(i);
+        if x >> 62 == 0 {
+            // Three bits to a digit: an octal number.
+            let spread = (0..8).fold(0, |digits, n| digits | (x >> (4 * n) & 7) << (8 * n));
+            return spread | u64::from_le_bytes(*b"00000000");
+        }
+        u64::from_le_bytes(*VOCABULARY[(x >> 32) as usize % VOCABULARY.len()])
     }
 }
 
@@ -237,6 +288,24 @@ mod tests {
             let s = Stamp::new(5, 1000, 77, percent);
             assert_eq!(s.try_each(|i, w| s.word(i) == w), None);
         }
+    }
+
+    #[test]
+    fn text_is_text_that_no_other_page_or_version_has() {
+        let params = super::super::Params::parse("rest=text random=0").unwrap();
+        let pages = [(7, 2), (7, 3), (8, 2)].map(|(i, v)| page(&Stamp::of(&params, i, v)));
+        for words in &pages {
+            let text: Vec<u8> = words[2..WORDS - 1].iter().flat_map(|w| w.to_le_bytes()).collect();
+            assert!(text.iter().all(|b| b.is_ascii_graphic() || b" \n".contains(b)));
+            let digits = text.iter().filter(|b| b.is_ascii_digit()).count();
+            assert!((text.len() / 6..text.len() / 3).contains(&digits), "{digits}");
+        }
+        for (a, b) in [(0, 1), (0, 2), (1, 2)] {
+            let alike = pages[a].iter().zip(&pages[b]).filter(|(a, b)| a == b).count();
+            assert!(alike < WORDS / 10, "{alike}");
+        }
+        let s = Stamp::of(&params, 7, 2);
+        assert_eq!(s.try_each(|i, w| s.word(i) == w), None);
     }
 
     #[test]

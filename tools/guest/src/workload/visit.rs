@@ -131,8 +131,14 @@ impl Worker {
             unsafe { check(params, page, number, version)? };
             self.checked += 1;
         }
-        if params.pattern == Pattern::Read && !fill {
+        if params.pattern.only_checks() && !fill {
             return Ok(Step::Checked);
+        }
+        if fill && params.fill_zeros && version == NEVER_WRITTEN {
+            // SAFETY: as above.
+            unsafe { check_blank(params, page, number)? };
+            self.written += 1;
+            return Ok(Step::Wrote(index));
         }
         let next = next_version(version);
         // SAFETY: as above.
@@ -323,6 +329,21 @@ mod tests {
         assert_eq!((worker.written, worker.checked), (4, 8));
         ram.put(2, &[0; WORDS]);
         assert_eq!(ram.pass(&params, &mut worker).unwrap_err().kind, Kind::Zero);
+    }
+
+    #[test]
+    fn a_fill_of_zeros_leaves_every_page_unwritten_and_zero() {
+        let (ram, params, mut worker) = after_passes("pattern=random-read fill=zeros", 2);
+        assert_eq!((worker.written, worker.checked), (4, 0));
+        assert_eq!(visited(&ram), [false; 4]);
+        let writes = Params::parse("fill=zeros").unwrap();
+        ram.pass(&writes, &mut worker).unwrap();
+        ram.pass(&params, &mut worker).unwrap();
+        assert_eq!(visited(&ram), [true; 4]);
+        assert_eq!(worker.written, 8);
+        ram.pages[1].0[511].fetch_xor(1, Relaxed);
+        let mut found = (0..20).filter_map(|_| ram.pass(&params, &mut worker).err());
+        assert_eq!(found.next().unwrap().index, 1);
     }
 
     fn visited(ram: &Ram) -> Vec<bool> {

@@ -45,7 +45,7 @@ impl Walk {
                 self.position += 1;
                 Some(part.first + self.position - 1)
             }
-            Pattern::Random => Some(part.first + self.below(part.pages)),
+            Pattern::Random | Pattern::RandomRead => Some(part.first + self.below(part.pages)),
             Pattern::WorkingSet => {
                 let set = params.set_bytes / PAGE_BYTES / u64::from(params.cpus);
                 Some(part.first + self.below(set.clamp(1, part.pages)))
