@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help demo test sim faults load bench mutants fuzz lint setup cargo-deny cargo-mutants
+.PHONY: help demo test sim faults load bench bench-peers mutants fuzz lint setup cargo-deny cargo-mutants
 
 CARGO ?= cargo
 CARGO_DENY_VERSION := 0.18.3
@@ -41,6 +41,15 @@ load: setup ## Move one machine 200 times there and back, and many at once
 
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench
+
+# What was measured of this commit is not measured again: an interrupted run goes on.
+bench-peers: setup ## Run Ferry and QEMU side by side, as root: CASES=idle,fast LINKS=1g REPEATS=5; QUICK=1: some minutes
+	@out="$${CARGO_TARGET_DIR:-target}"; mkdir -p "$$out/peers"; \
+	results="$$out/peers/$$(git describe --always --dirty --abbrev=12)$(if $(QUICK),-quick).jsonl"; \
+	$(CARGO) build --release --locked -p ferry -p ferry-bench; \
+	"$$out/release/ferry-peers" run --tree "$$out/peers/trixie" --results "$$results" $(if $(QUICK),--quick) \
+		$(if $(CASES),--cases $(CASES)) $(if $(LINKS),--links $(LINKS)) $(if $(REPEATS),--repeats $(REPEATS)); \
+	"$$out/release/ferry-peers" table "$$results" $(if $(NOTE),--note "$(NOTE)")
 
 # A timeout is a mutant that was caught; one that does not compile does not count. The protocol's rules are
 # for a good part tested where two sides meet.

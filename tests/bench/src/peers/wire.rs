@@ -1,0 +1,57 @@
+//! What joins the two hosts of a run, and how many bytes went over it.
+
+use std::process::Command;
+
+use ferry_e2e::network::{ADDRESSES, Network};
+use serde_json::Value;
+
+use crate::Failure;
+use crate::cases::Link;
+
+/// Two hosts' network, until this is dropped.
+pub(crate) struct Wire {
+    network: Network,
+    loopback: bool,
+}
+
+impl Wire {
+    pub(crate) fn new(link: &Link) -> Result<Self, Failure> {
+        let loopback = link.bits_per_s.is_none();
+        let network = if loopback { Network::loopback() } else { Network::new() };
+        let network = network.ok_or("no network namespaces can be made here (as root?)")?;
+        if let (false, Some(why)) =
+            (loopback, (!loopback).then(|| network.shape(link.tc)).flatten())
+        {
+            return Err(format!("no link of {} can be made: {why}", link.what).into());
+        }
+        Ok(Self { network, loopback })
+    }
+
+    /// What runs a command at `end`.
+    pub(crate) fn at(&self, end: usize) -> Vec<String> {
+        self.network.at(if self.loopback { 0 } else { end })
+    }
+
+    /// The address of `end`.
+    pub(crate) fn address(&self, end: usize) -> &'static str {
+        if self.loopback { "127.0.0.1" } else { ADDRESSES[end] }
+    }
+
+    /// Bytes that went over it so far, headers included, both ways.
+    pub(crate) fn bytes(&self) -> Result<u64, Failure> {
+        let device = if self.loopback { "lo" } else { "cable" };
+        let namespace = self.network.file(0);
+        let namespace = namespace.file_name().unwrap_or_default();
+        let mut ip = Command::new("ip");
+        ip.arg("-n").arg(namespace).args(["-s", "-j", "link", "show", "dev", device]);
+        let said = ip.output()?;
+        let all: Value = serde_json::from_slice(&said.stdout)?;
+        let of = |way: &str| all[0]["stats64"][way]["bytes"].as_u64();
+        // What is sent over a loopback is received there as well.
+        match (of("tx"), of("rx")) {
+            (Some(tx), Some(_)) if self.loopback => Ok(tx),
+            (Some(tx), Some(rx)) => Ok(tx + rx),
+            _ => Err(format!("`ip` does not tell the bytes of {device}: {all}").into()),
+        }
+    }
+}
