@@ -1,5 +1,7 @@
 //! What is measured: guests, links, and the settings of QEMU that are tried.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// A guest, and how it is moved.
@@ -191,6 +193,11 @@ pub(crate) fn case(name: &str) -> Option<&'static Case> {
 
 pub(crate) fn link(name: &str) -> Option<&'static Link> {
     LINKS.iter().find(|l| l.name == name)
+}
+
+/// How long a move may take before it counts as not ending: thrice what the slowest link needs for all of it.
+pub(crate) fn patience(case: &Case) -> Duration {
+    Duration::from_secs(30 + case.memory_mib / 40)
 }
 
 /// How QEMU moves a guest. What is not here is at its default, but for `max-bandwidth`, which is at its most.

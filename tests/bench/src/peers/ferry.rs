@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ferry_e2e::{Host, Hosts, Moved, Running};
+use ferry_e2e::{Hosts, Moved, Running};
 
 use crate::Failure;
 use crate::cases::{Case, Kind};
@@ -13,14 +13,7 @@ use crate::watch::{Process, Watch};
 use crate::wire::Wire;
 
 /// A process that hosts the guest, or has room for it.
-pub(crate) struct Ferry {
-    running: Running,
-    end: usize,
-}
-
-fn host<'a>(hosts: &'a Hosts, end: usize) -> &'a Host {
-    if end == 0 { &hosts.source } else { &hosts.destination }
-}
+pub(crate) struct Ferry(Running);
 
 impl Ferry {
     /// Boots the guest of `case`; back when it follows its pattern.
@@ -37,41 +30,46 @@ impl Ferry {
             "--cmdline",
             case.workload,
         ];
-        let mut running = host(hosts, 0).start(&args);
+        let mut running = hosts.source.start(&args);
         if !running.is_alive() {
             return Err(format!("ferry does not boot: {}", running.end().stderr).into());
         }
         crate::measure::wait_until_it_works(running.id(), case)?;
-        Ok(Self { running, end: 0 })
+        Ok(Self(running))
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.running.id()
+        self.0.id()
     }
 
     /// The guest's place at the other end, and its address.
-    pub(crate) fn prepare(&self, hosts: &Hosts, wire: &Wire) -> (Self, SocketAddr) {
-        let end = 1 - self.end;
-        let listen = format!("{}:0", wire.address(end));
+    pub(crate) fn prepare(hosts: &Hosts, wire: &Wire) -> (Self, SocketAddr) {
+        let listen = format!("{}:0", wire.address(1));
         // Its default: what the kernel can, not `strict`.
         let more = ["--once", "--sandbox", "auto"];
-        let (running, to) = host(hosts, end).receive_on(&listen, &more);
-        (Self { running, end }, to)
+        let (running, to) = hosts.destination.receive_on(&listen, &more);
+        (Self(running), to)
     }
 
     /// Moves the guest to who waits at `to`.
     pub(crate) fn migrate(
-        &self,
         hosts: &Hosts,
         to: SocketAddr,
         case: &Case,
         watch: &Watch,
+        most: Duration,
     ) -> Result<Ended, Failure> {
         let mode: &[&str] =
             if case.kind == Kind::PostCopy { &["--mode", "post-copy"] } else { &[] };
         let began = watch.now();
-        let moving = host(hosts, self.end).start_migrate("m", to, &[&["--json"], mode].concat());
+        let mut moving = hosts.source.start_migrate("m", to, &[&["--json"], mode].concat());
         watch.add(Process { pid: moving.id(), end: None });
+        while moving.is_alive() {
+            if watch.now().saturating_sub(began) > most {
+                return Err(format!("not within {} s", most.as_secs()).into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let Moved { status, report } = moving.end().into();
         if status != Some(0) {
             return Err(format!("exit status {status:?}: {}", report["reason"]).into());

@@ -24,10 +24,10 @@ use clap::{Parser, Subcommand};
 use ferry_e2e::Hosts;
 use ferry_refvmm::RefHost;
 
-use crate::cases::{CASES, Case, LINKS, Link, Setting, candidates};
+use crate::cases::{CASES, Case, LINKS, Link, Setting, candidates, patience};
 use crate::ferry::Ferry;
 use crate::measure::measure;
-use crate::qemu::{Kit, Qemu, patience};
+use crate::qemu::{Kit, Qemu};
 use crate::record::{Environment, Figures, Line, Move, Who};
 use crate::summary::best;
 use crate::wire::Wire;
@@ -177,11 +177,9 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn run(&self) -> Result<(), Failure> {
-        let mut qemu = None;
         for setting in candidates(self.case.kind, self.args.quick) {
-            self.once(Who::Qemu(setting), None, || self.qemu(&mut qemu, &setting))?;
+            self.once(Who::Qemu(setting), None, || self.qemu(&setting))?;
         }
-        drop(qemu);
         let moves = self.moves()?;
         let settings = [true, false].map(|tls| best(&moves, self.case.name, self.link.name, tls));
         for turn in 0..self.args.repeats.unwrap_or(if self.args.quick { 3 } else { 5 }) {
@@ -189,11 +187,9 @@ impl Bench<'_> {
             if turn % 2 == 0 {
                 ferry()?;
             }
-            let mut qemu = None;
             for setting in settings.into_iter().flatten() {
-                self.once(Who::Qemu(setting), Some(turn), || self.qemu(&mut qemu, &setting))?;
+                self.once(Who::Qemu(setting), Some(turn), || self.qemu(&setting))?;
             }
-            drop(qemu);
             if turn % 2 == 1 {
                 ferry()?;
             }
@@ -239,26 +235,19 @@ impl Bench<'_> {
 
     fn ferry(&self) -> Result<Figures, Failure> {
         let here = Ferry::boot(self.hosts, self.case)?;
-        let (there, to) = here.prepare(self.hosts, self.wire);
+        let (there, to) = Ferry::prepare(self.hosts, self.wire);
         measure(self.case, self.wire, here.processes(&there), self.tsc_khz, |watch| {
-            here.migrate(self.hosts, to, self.case, watch)
+            Ferry::migrate(self.hosts, to, self.case, watch, patience(self.case))
         })
     }
 
-    /// Moves the guest that `has` it, or one that is booted, and leaves it where it went.
-    fn qemu(&self, has: &mut Option<Qemu>, setting: &Setting) -> Result<Figures, Failure> {
-        let mut here = match has.take() {
-            Some(qemu) => qemu,
-            None => Qemu::boot(self.kit, self.wire, self.case)?,
-        };
+    fn qemu(&self, setting: &Setting) -> Result<Figures, Failure> {
+        let mut here = Qemu::boot(self.kit, self.wire, self.case)?;
         let mut there = here.prepare(self.kit, self.wire, self.case, setting)?;
-        let most = patience(self.case, self.args.quick);
         let processes = here.processes(&there);
-        let figures = measure(self.case, self.wire, processes, self.tsc_khz, |watch| {
-            here.migrate(&mut there, self.wire, watch, setting, most)
-        })?;
-        *has = Some(there);
-        Ok(figures)
+        measure(self.case, self.wire, processes, self.tsc_khz, |watch| {
+            here.migrate(&mut there, self.wire, watch, setting, patience(self.case))
+        })
     }
 }
 

@@ -9,7 +9,7 @@ use ferry_e2e::Hosts;
 use serde_json::{Value, json};
 
 use crate::Failure;
-use crate::cases::{Case, Kind, Setting};
+use crate::cases::{Case, Setting};
 use crate::measure::{Ended, Whole};
 use crate::qmp::Qmp;
 use crate::trace::End;
@@ -217,14 +217,8 @@ impl Qemu {
             state("postcopy-ram", setting.post_copy),
             state("postcopy-preempt", setting.post_copy),
         ]});
-        // What excludes each other is switched one after the other.
-        let off = json!({ "capabilities": [state("multifd", false), state("xbzrle", false),
-            state("postcopy-preempt", false), state("postcopy-ram", false)] });
-        self.qmp.execute("migrate-set-capabilities", off)?;
         self.qmp.execute("migrate-set-capabilities", capabilities)?;
         let id = format!("tls-{endpoint}");
-        // There from an earlier move, perhaps.
-        let _ = self.qmp.execute("object-del", json!({ "id": id }));
         if setting.tls {
             let dir = format!("/{INSIDE}/tls");
             self.qmp.execute("object-add", json!({
@@ -255,8 +249,6 @@ impl Qemu {
         setting: &Setting,
         most: Duration,
     ) -> Result<Ended, Failure> {
-        // A guest that came here left word of how it came.
-        self.qmp.forget_events()?;
         let began = watch.now();
         let until = Instant::now() + most;
         self.qmp.execute("migrate", json!({ "uri": uri(wire, there.end) }))?;
@@ -333,14 +325,4 @@ impl Qemu {
 
 fn uri(wire: &Wire, end: usize) -> String {
     format!("tcp:{}:4444", wire.address(end))
-}
-
-/// How long QEMU may take before it counts as not ending.
-pub(crate) fn patience(case: &Case, quick: bool) -> Duration {
-    Duration::from_secs(match (case.kind, quick) {
-        (Kind::Busy, true) => 20,
-        (Kind::Busy, false) => 60,
-        // Thrice what the slowest link needs for all of it.
-        _ => 30 + case.memory_mib / 40,
-    })
 }

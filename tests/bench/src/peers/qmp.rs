@@ -94,14 +94,6 @@ impl Qmp {
         }
     }
 
-    /// Leaves aside what happened so far.
-    pub(crate) fn forget_events(&mut self) -> Result<(), Failure> {
-        // What happened before is written before the answer.
-        self.execute("query-status", json!({}))?;
-        self.events.clear();
-        Ok(())
-    }
-
     /// The next event; none until then.
     pub(crate) fn event(&mut self, until: Instant) -> Result<Option<Event>, Failure> {
         if let Some(event) = self.events.pop_front() {
