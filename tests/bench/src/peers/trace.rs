@@ -48,7 +48,9 @@ pub(crate) fn seen(looks: &[Look], began: Duration) -> Option<Seen> {
     let at_source: Vec<&Look> = looks.iter().filter(|l| l.end == End::Source).collect();
     let last = *at_source.last()?;
     let ran_at_source = at_source.windows(2).filter(|w| went_on(w[0], w[1])).map(|w| w[1].at);
-    let mut ran: Vec<Duration> = ran_at_source.collect();
+    // It may stand still from the first look on.
+    let mut ran: Vec<Duration> =
+        at_source.first().map(|l| l.at).into_iter().chain(ran_at_source).collect();
     let left = *ran.last()?;
     let mut there = looks
         .iter()
@@ -96,7 +98,7 @@ mod tests {
         let mut looks = Vec::new();
         for ms in 0..=30 {
             looks.push(look(ms, End::Source, u64::from(ms.min(10))));
-            let copied = if ms < 8 { 3 } else { 10 };
+            let copied = if ms < 12 { u64::from(ms.min(3)) } else { 10 };
             looks.push(look(
                 ms,
                 End::Destination,
