@@ -283,8 +283,15 @@ impl Policy {
                     self.goals.max_downtime.as_millis(),
                 );
             }
-            why
+            self.and_needs(why)
         })
+    }
+
+    fn and_needs(&self, why: String) -> String {
+        match self.needs() {
+            Some(needs) => format!("{why}; {needs}"),
+            None => why,
+        }
     }
 
     /// What would have met the goals, in words; none, as far as anything was measured.
@@ -306,7 +313,10 @@ impl Policy {
         }
         if self.mode == Mode::PreCopy && room > 0.0 {
             let percent = self.slow_to(PAYS).max(self.slowed.saturating_add(1));
-            if self.cannot_slow.is_none() && percent > self.goals.max_slowdown && percent <= MOST_SLOWED {
+            if self.cannot_slow.is_none()
+                && percent > self.goals.max_slowdown
+                && percent <= MOST_SLOWED
+            {
                 needs.push(format!("--max-slowdown {percent}"));
             }
             if self.no_post_copy.is_none() {
@@ -322,11 +332,7 @@ impl Policy {
     }
 
     /// How far vCPUs had to be held back for rounds to leave `part` of what they send: percent.
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "from 0 to 100"
-    )]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 100")]
     fn slow_to(&self, part: f64) -> u8 {
         // As if they were not held back at all.
         let dirties = self.dirty_pages_per_s / (1.0 - f64::from(self.slowed) / 100.0);
@@ -361,7 +367,8 @@ impl Policy {
             self.rounds_within_goal += 1;
             let tiny = expected <= allowed / 8;
             if tiny || !shrinks || self.rounds_within_goal > POLISHING_ROUNDS {
-                let what = format!("{} dirty pages: expected downtime {}", facts.dirty, ms(expected));
+                let what =
+                    format!("{} dirty pages: expected downtime {}", facts.dirty, ms(expected));
                 return Decision::SwitchOver(match unreachable {
                     true => format!(
                         "{what}; {} are allowed, but the link's round trip is {}",
@@ -375,10 +382,7 @@ impl Policy {
         let pays = (facts.dirty as f64) < PAYS * facts.pages as f64;
         if let Some(why) = self.rounds_are_over(&facts, pays) {
             return match self.mode {
-                Mode::PreCopy => Decision::GiveUp(match self.needs() {
-                    Some(needs) => format!("{why}; {needs}"),
-                    None => why,
-                }),
+                Mode::PreCopy => Decision::GiveUp(why),
                 Mode::Auto | Mode::PostCopy | Mode::Hybrid => {
                     Decision::PostCopy(format!("{why}: {} pages after the hand-over", facts.dirty))
                 }
@@ -397,7 +401,9 @@ impl Policy {
             let (slowed, most) = (self.slowed, self.goals.max_slowdown);
             return Decision::Slow(
                 slowed,
-                format!("{left}; vCPUs are held back for {slowed} % of their time, {most} % allowed"),
+                format!(
+                    "{left}; vCPUs are held back for {slowed} % of their time, {most} % allowed"
+                ),
             );
         }
         Decision::Round(left)
@@ -408,7 +414,7 @@ impl Policy {
         self.idle_rounds = if pays { 0 } else { self.idle_rounds + 1 };
         match self.mode {
             Mode::PostCopy | Mode::Hybrid => Some("one round was asked for (--mode hybrid)".into()),
-            Mode::Auto if self.idle_rounds >= IDLE_ROUNDS => Some(format!(
+            Mode::Auto if self.idle_rounds >= IDLE_ROUNDS => Some(self.and_needs(format!(
                 "the guest dirties {:.0} pages/s, as fast as the link carries them: round {} sent {} pages \
                  and left {} dirty, {:.0} ms of downtime where {} ms are allowed",
                 self.dirty_pages_per_s,
@@ -417,7 +423,7 @@ impl Policy {
                 facts.dirty,
                 self.expected.as_secs_f64() * 1e3,
                 self.goals.max_downtime.as_millis(),
-            )),
+            ))),
             Mode::Auto | Mode::PreCopy => self.out_of_time(facts.elapsed),
         }
     }
