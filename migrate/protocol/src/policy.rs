@@ -143,7 +143,7 @@ pub struct Policy {
 }
 
 /// Pausing, saving, loading and resuming, before anything was measured.
-const OVERHEAD: Duration = Duration::from_millis(2);
+pub(crate) const OVERHEAD: Duration = Duration::from_millis(2);
 /// Rounds smaller than this say more of the round trip than of the rate.
 const TELLING_BYTES: u64 = 1 << 20;
 /// At most so many more rounds once the goal is met, each only while it shrinks the rest.
@@ -238,6 +238,11 @@ impl Policy {
                  pre-copy"
             )),
         }
+    }
+
+    /// Why the destination cannot take pages after the hand-over, if so.
+    pub fn why_no_post_copy(&self) -> Option<&str> {
+        self.no_post_copy.as_deref()
     }
 
     /// Downtime that a switchover after the last round was expected to have.
