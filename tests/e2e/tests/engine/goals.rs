@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ferry_migrate::{
-    Canceller, Goals, Guest, OutcomeKind, Progress, SendEvent, SendOptions, Tuning,
+    Canceller, Goals, Guest, OutcomeKind, Preflight, Progress, SendEvent, SendOptions, Tuning,
 };
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
@@ -116,4 +116,38 @@ fn goals_and_bandwidth_can_be_changed_while_a_machine_moves() {
     assert_completed(&sent);
     assert!(began.elapsed() < Duration::from_secs(60));
     goes_on(&destination.arrival().expect("a machine").0, ARENA_PAGES);
+}
+
+#[test]
+fn a_look_before_the_move_foretells_it_and_leaves_the_machine_where_it_is() {
+    let maker = Process {
+        tracker: Tracker::UffdWriteProtect,
+        memory_bytes: 256 * MIB,
+        workload: "pattern=working-set set=1M arena=32M rate=2000 fill=all random=100".into(),
+    };
+    let mut source = maker.busy_guest();
+    let destination = Destination::start(Link::Memory, maker.host());
+    // The link's limit makes what it takes known, however busy the computer is.
+    let mut how = SendOptions { bandwidth_bytes_per_s: Some(NARROW), ..options(1) };
+    how.preflight = Preflight::Only;
+    let looked = migrate(&mut source, &destination.connector, &how);
+    assert_eq!(looked.report.outcome, OutcomeKind::Cancelled, "{}", looked.report.reason);
+    assert_goes_on_at_source(&looked, &source);
+    assert!(destination.void().contains("looked at only"));
+    let foreseen = looked.report.foreseen.expect("a forecast");
+    let asked: Vec<_> = foreseen.ways.iter().map(|way| way.asked.as_str()).collect();
+    assert_eq!(asked, ["pre-copy", "auto", "post-copy", "hybrid"]);
+    let pages = foreseen.pages;
+    assert!((32 * MIB / 4096..40 * MIB / 4096).contains(&pages), "{pages} pages");
+    assert!(foreseen.bytes_per_page > 4000.0 && foreseen.round_trip_ms > 0.0, "{foreseen:?}");
+    assert!(foreseen.dirty_pages_per_s > 100.0, "{foreseen:?}");
+
+    how.preflight = Preflight::First;
+    let sent = migrate(&mut source, &destination.connector, &how);
+    assert_completed(&sent);
+    let told = &sent.report.foreseen.as_ref().expect("a forecast").ways[0];
+    assert!(told.misses.is_none(), "{told:?}");
+    let error = told.total_ms / sent.report.total_ms;
+    assert!((0.5..2.0).contains(&error), "{told:?} came to {} ms", sent.report.total_ms);
+    goes_on(&destination.arrival().expect("a machine").0, 100);
 }
