@@ -39,11 +39,11 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Parser)]
 struct Args {
     #[command(subcommand)]
-    command: Run,
+    command: Task,
 }
 
 #[derive(Subcommand)]
-enum Run {
+enum Task {
     /// Measure, and add to the results. What they have already is not measured again.
     Run(Measured),
     /// Write BENCHMARKS.md from the results.
@@ -89,9 +89,9 @@ fn known(names: impl Iterator<Item = &'static str>) -> clap::builder::PossibleVa
 
 fn main() -> ExitCode {
     let done = match Args::parse().command {
-        Run::Run(args) => run(&args),
-        Run::Table { results, to, note } => table(&results, &to, note.as_deref()),
-        Run::List => {
+        Task::Run(args) => run(&args),
+        Task::Table { results, to, note } => table(&results, &to, note.as_deref()),
+        Task::List => {
             CASES.iter().for_each(|c| println!("{:<16} {}", c.name, c.what));
             LINKS.iter().for_each(|l| println!("{:<16} {}", l.name, l.what));
             Ok(())

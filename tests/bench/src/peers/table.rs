@@ -146,7 +146,8 @@ fn figures(out: &mut String, name: &str, series: &Series<'_>) -> Result<(), Fail
         let spread = series.spread(figure);
         write!(out, "| {} ", spread.map_or("–".into(), |s| format!("{s:.digits$}")))?;
     }
-    Ok(out.push_str("|\n"))
+    out.push_str("|\n");
+    Ok(())
 }
 
 /// Every setting of QEMU that was tried, once.
