@@ -71,6 +71,10 @@ fn goals(out: &mut String, moves: &[Move]) -> Result<(), Failure> {
     let goals = judged(moves)?;
     let met = goals.iter().filter(|g| g.met).count();
     writeln!(out, "\n## Goals\n\n{met} of {} are met.\n", goals.len())?;
+    let missing = not_measured(moves);
+    if !missing.is_empty() {
+        writeln!(out, "Not measured, and so neither met nor missed: {missing}.\n")?;
+    }
     out.push_str("| link | case | goal | measured | wanted | |\n|---|---|---|---|---|---|\n");
     for g in goals {
         let met = if g.met { "met" } else { "**missed**" };
@@ -81,6 +85,16 @@ fn goals(out: &mut String, moves: &[Move]) -> Result<(), Failure> {
         )?;
     }
     Ok(())
+}
+
+/// The cases of each link that no move of Ferry was counted for.
+fn not_measured(moves: &[Move]) -> String {
+    let of = |link: &Link| {
+        let lacks = |c: &&Case| Series::of(moves, c.name, link.name, Who::Ferry).count() == 0;
+        let names: Vec<&str> = CASES.iter().filter(lacks).map(|c| c.name).collect();
+        (!names.is_empty()).then(|| format!("over {} {}", link.what, names.join(", ")))
+    };
+    LINKS.iter().filter_map(of).collect::<Vec<_>>().join("; ")
 }
 
 fn measured(out: &mut String, moves: &[Move], link: &Link) -> Result<(), Failure> {
@@ -213,6 +227,8 @@ mod tests {
         for words in [
             "> A note.",
             "### `idle`: idle, 0.5 GiB",
+            "neither met nor missed: over loopback idle, set, fast",
+            "; over 1 Gbit/s set, fast",
             "| *Ferry / QEMU, TLS* | | *2.50 (2.50–2.50)* |",
             "| QEMU, TLS: multifd 2 | 1 | 100 (100–100) |",
             "| QEMU, plain: no setting of those tried ends |",
