@@ -115,6 +115,22 @@ impl Hosts {
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
+
+    /// Moves a new machine from the source to the destination, back, and so on, `times` times in all.
+    pub fn to_and_fro(&self, kernel: &str, times: usize) {
+        let (mut here, mut there) = (&self.source, &self.destination);
+        let mut process = here.boot("m", kernel, &[]);
+        for _ in 0..times {
+            let (receiver, to) = there.receive(&["--once"]);
+            here.migrate("m", to, &[]).completed();
+            there.works("m");
+            process.end().succeeded();
+            process = receiver;
+            (here, there) = (there, here);
+        }
+        here.run(&["vm", "stop", "m"]).succeeded();
+        process.end().succeeded();
+    }
 }
 
 /// One host: a runtime directory and an identity.
