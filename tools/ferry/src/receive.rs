@@ -7,8 +7,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ferry_migrate::{
-    Arrival, Guest, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, is_machine_name,
-    receive, words,
+    Arrival, Guest, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, receive, words,
 };
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::{RefHost, SerialSink};
@@ -55,12 +54,6 @@ impl Host for AnyHost {
 
     fn prepare(&self, spec: &MachineSpec) -> Result<AnyMachine, Vec<Refusal>> {
         let name = self.name.as_deref().unwrap_or(&spec.name);
-        if !is_machine_name(&spec.name) {
-            return Err(vec![Refusal::new(
-                "name",
-                format!("`{:.64}` cannot name a machine", spec.name),
-            )]);
-        }
         let reservation =
             self.runtime.reserve(name).map_err(|e| vec![Refusal::new("name", e.to_string())])?;
         let machine = match spec.vmm.as_str() {
