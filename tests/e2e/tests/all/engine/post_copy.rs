@@ -15,11 +15,11 @@ use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
 use ferry_protocol::{ToDestination, ToSource};
 use ferry_refvmm::DirtyLog;
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, options};
 use crate::stage::{
     Deal, Destination, Dice, Huge, HugePages, Kvm, Link, Maker, Process, Relay, SharedMemory,
     Subject, Watched, WatchedHost, Witness, Word, eventually, goes_on, has_kvm, migrate,
 };
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, options};
 
 fn process() -> Process {
     let (tracker, memory_bytes) = (Tracker::UffdWriteProtect, 64 * MIB);

@@ -7,11 +7,11 @@ use ferry_migrate::{Arrival, Guest, OutcomeKind, ReceiveOptions, SendOptions};
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 use crate::stage::{
     Destination, Kind, Kvm, Link, Maker, Process, Subject, Watched, WatchedHost, Witness, goes_on,
     has_kvm, migrate,
 };
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 
 fn process(tracker: Tracker, workload: &str) -> Process {
     Process { tracker, memory_bytes: 256 * MIB, workload: workload.into() }

@@ -6,14 +6,12 @@ mod cancels;
 mod faults;
 mod moves;
 mod post_copy;
-#[path = "../stage/mod.rs"]
-mod stage;
 mod trouble;
 
 use std::time::Duration;
 
+use crate::stage::{Subject, goes_on};
 use ferry_migrate::{Goals, Left, Mode, OutcomeKind, SendOptions, Sent, Whereabouts};
-use stage::{Subject, goes_on};
 
 const MIB: u64 = 1 << 20;
 

@@ -17,8 +17,8 @@ use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 use tempfile::TempDir;
 
-use crate::command::{PROCESS, restore};
-use crate::engine::{
+use super::command::{PROCESS, restore};
+use super::engine::{
     ARENA_PAGES, Check, MIB, digest, kvm_machine, process, saved, with_every_kind,
 };
 use crate::stage::{Dice, Huge, HugePages, Maker, Reader, Subject, eventually, goes_on, has_kvm};

@@ -1,14 +1,12 @@
 //! The command as people and scripts use it: machines run, are looked at, and move.
 
-#[path = "../../../memory/tests/host/huge_pages.rs"]
-mod huge_pages;
-
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use ferry_e2e::{Hosts, Moved, Running, kvm, path, wait_for};
-use huge_pages::HugePages;
 use serde_json::Value;
+
+use crate::stage::HugePages;
 
 const PROCESS: &str = ":process";
 const KVM: &str = ":guest";
