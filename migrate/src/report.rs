@@ -1,9 +1,11 @@
 //! What a migration did, in numbers and words.
 
 use ferry_codec::Codec;
-use ferry_protocol::{Fetched, Outcome, Switchover};
-use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::time::Duration;
+
+use ferry_protocol::{Fetched, Goals, Outcome, Progress, Switchover};
+use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,6 +161,98 @@ pub(crate) fn paging(fetched: &Fetched) -> Paging {
     }
 }
 
+/// What was decided after a round, and from which numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecisionReport {
+    /// Since the migration began, ms.
+    pub at_ms: f64,
+    /// The round.
+    pub round: u32,
+    /// Pages in it.
+    pub pages: u64,
+    /// Bytes that it put on the link.
+    pub bytes: u64,
+    /// From its first page to its acknowledgement, ms.
+    pub took_ms: f64,
+    /// Pages that were dirty after it.
+    pub dirty_pages: u64,
+    /// Link rate, bytes/s.
+    pub link_bytes_per_s: f64,
+    /// Bytes that a page takes on the link.
+    pub bytes_per_page: f64,
+    /// The shortest acknowledgement so far, ms.
+    pub round_trip_ms: f64,
+    /// Downtime of a switchover at that moment, ms.
+    pub expected_downtime_ms: f64,
+    /// Percent of their time that vCPUs were held back in it.
+    pub slowed_percent: u8,
+    /// `round`, `slow`, `switch-over`, `post-copy` or `give-up`.
+    pub decision: String,
+    /// Why, in words.
+    pub why: String,
+}
+
+/// Decisions that are remembered: the last ones.
+const MAX_DECISIONS: usize = 64;
+
+/// What was decided so far.
+#[derive(Debug, Default)]
+pub(crate) struct Decisions(VecDeque<DecisionReport>);
+
+impl Decisions {
+    /// Takes down what `progress`, told at time `at`, says of a decision.
+    pub(crate) fn follow(&mut self, at: Duration, progress: &Progress) {
+        let Progress::RoundDone {
+            facts,
+            rate_bytes_per_s,
+            bytes_per_page,
+            round_trip,
+            expected_downtime,
+            slowed,
+            decision,
+        } = progress
+        else {
+            return;
+        };
+        if self.0.len() == MAX_DECISIONS {
+            self.0.pop_front();
+        }
+        self.0.push_back(DecisionReport {
+            at_ms: ms(at),
+            round: facts.round,
+            pages: facts.pages,
+            bytes: facts.bytes,
+            took_ms: ms(facts.took),
+            dirty_pages: facts.dirty,
+            link_bytes_per_s: *rate_bytes_per_s,
+            bytes_per_page: *bytes_per_page,
+            round_trip_ms: ms(*round_trip),
+            expected_downtime_ms: ms(*expected_downtime),
+            slowed_percent: *slowed,
+            decision: decision.name().into(),
+            why: decision.why().into(),
+        });
+    }
+
+    pub(crate) fn into_reports(self) -> Vec<DecisionReport> {
+        self.0.into()
+    }
+}
+
+/// Which goals a machine that arrived missed, in words.
+pub(crate) fn missed(goals: Goals, total: Duration, downtime_ms: f64) -> Vec<String> {
+    let mut missed = Vec::new();
+    let allowed = ms(goals.max_downtime);
+    if downtime_ms > allowed {
+        missed.push(format!("{downtime_ms:.1} ms of downtime, {allowed:.1} ms were asked for"));
+    }
+    if total > goals.max_total {
+        let [total, allowed] = [total, goals.max_total].map(|d| d.as_secs_f64());
+        missed.push(format!("{total:.2} s in all, {allowed:.2} s were asked for"));
+    }
+    missed
+}
+
 /// One migration, seen from its source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -166,6 +260,12 @@ pub struct Report {
     pub outcome: OutcomeKind,
     /// Why, in words.
     pub reason: String,
+    /// Goals that were missed by a machine that arrived, in words.
+    #[serde(default)]
+    pub missed: Vec<String>,
+    /// The last decisions, in their order.
+    #[serde(default)]
+    pub decisions: Vec<DecisionReport>,
     /// Where the machine is now.
     pub machine: Whereabouts,
     /// What was done: `pre-copy`, `post-copy` or `hybrid`; `auto` if it did not come to that.
@@ -212,6 +312,8 @@ impl Report {
         Self {
             outcome: OutcomeKind::Failed,
             reason: reason.into(),
+            missed: Vec::new(),
+            decisions: Vec::new(),
             machine,
             mode: ferry_protocol::Mode::Auto.name().into(),
             total_ms: 0.0,

@@ -21,6 +21,7 @@ use ferry_protocol::{
     SourceEvent, StateWriter, ToDestination,
 };
 use ferry_transport::{Connector, Pacer};
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
@@ -74,6 +75,20 @@ impl Default for SendOptions {
     }
 }
 
+/// What is to be different in a migration under way; what is not named stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tuning {
+    /// See [`Goals`].
+    pub max_downtime: Option<Duration>,
+    /// See [`Goals`]; since the migration began.
+    pub max_total: Option<Duration>,
+    /// See [`Goals`].
+    pub max_slowdown: Option<u8>,
+    /// No more page bytes a second than this; 0: no limit.
+    pub bandwidth_bytes_per_s: Option<u64>,
+}
+
 /// What whoever watches a migration is told.
 #[derive(Clone, Debug)]
 pub enum SendEvent {
@@ -103,6 +118,14 @@ impl Canceller {
         inner.0 = true;
         if let Some(sender) = &inner.1 {
             let _ = sender.send(Message::Event(SourceEvent::Cancel));
+        }
+    }
+
+    /// Goes on as `tuning` says. After the commit, goals change nothing.
+    pub fn tune(&self, tuning: Tuning) {
+        let inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = &inner.1 {
+            let _ = sender.send(Message::Tune(tuning));
         }
     }
 
@@ -143,6 +166,7 @@ pub struct Sent {
 #[derive(Debug)]
 pub(crate) enum Message {
     Event(SourceEvent),
+    Tune(Tuning),
     Spooled(Result<u64, String>),
     /// From the connections of one link; those of a link that was given up count no more.
     Link {
@@ -257,6 +281,7 @@ struct Engine<'a> {
     paused: bool,
     /// Of all memory, where it is known.
     digest: Option<u64>,
+    decisions: report::Decisions,
     spooling: Option<Spooling>,
     failed_resume: Option<(RunPermit, GuestError)>,
     outcome: Option<Outcome>,
@@ -313,6 +338,7 @@ impl<'a> Engine<'a> {
             last_harvest: Duration::ZERO,
             paused: false,
             digest: None,
+            decisions: report::Decisions::default(),
             spooling: None,
             failed_resume: None,
             outcome: None,
@@ -364,6 +390,7 @@ impl<'a> Engine<'a> {
                     LinkEvent::Lane(event) => self.lane_event(event),
                 },
                 Ok(Message::Link { .. }) => {}
+                Ok(Message::Tune(tuning)) => self.tune(tuning),
                 Ok(Message::Spooled(written)) => (self.watch)(SendEvent::Spooled(written)),
                 Err(RecvTimeoutError::Timeout) => {
                     if self.machine.deadline().is_some_and(|d| self.began.elapsed() >= d) {
@@ -431,6 +458,11 @@ impl<'a> Engine<'a> {
                 self.send_pages(round, pages);
                 None
             }
+            SourceAction::Throttle(percent) => self
+                .guest
+                .throttle(percent)
+                .err()
+                .map(|e| SourceEvent::CannotThrottle(words(&e))),
             SourceAction::Pause => Some(match self.guest.pause() {
                 Ok(permit) => {
                     self.paused = true;
@@ -493,6 +525,7 @@ impl<'a> Engine<'a> {
                 })
             }
             SourceAction::Tell(progress) => {
+                self.decisions.follow(self.began.elapsed(), &progress);
                 match progress {
                     Progress::RoundStarted { pages, .. } => self.round_pages = pages,
                     Progress::LinkLost(_) | Progress::InDoubt(_) => self.links_lost += 1,
@@ -509,10 +542,7 @@ impl<'a> Engine<'a> {
     }
 
     fn open_lanes(&mut self, session: u128, codecs: u8) -> Result<(), String> {
-        let pacer = self
-            .options
-            .bandwidth_bytes_per_s
-            .map(|rate| Mutex::new(Pacer::new(Some(rate), BURST_BYTES)));
+        let pacer = Mutex::new(Pacer::new(self.options.bandwidth_bytes_per_s, BURST_BYTES));
         let shared = Arc::new(Shared {
             connector: self.connector.clone(),
             view: self.memory.clone(),
@@ -666,6 +696,24 @@ impl<'a> Engine<'a> {
         self.spooling = Some(Spooling::start(dir, spec, view, owed.clone(), spooled, tell));
     }
 
+    fn tune(&mut self, tuning: Tuning) {
+        let mut goals = self.machine.policy().goals();
+        goals.max_downtime = tuning.max_downtime.unwrap_or(goals.max_downtime);
+        goals.max_total = tuning.max_total.unwrap_or(goals.max_total);
+        goals.max_slowdown = tuning.max_slowdown.unwrap_or(goals.max_slowdown);
+        self.handle(SourceEvent::Tune(goals));
+        let Some(rate) = tuning.bandwidth_bytes_per_s else { return };
+        let limit = Some(rate).filter(|rate| *rate > 0);
+        self.options.bandwidth_bytes_per_s = limit;
+        if let Some(shared) = &self.shared {
+            let now = self.began.elapsed();
+            shared.pacer.lock().unwrap_or_else(PoisonError::into_inner).set_rate(now, limit);
+            if let Some(serving) = shared.serving.borrow().as_ref() {
+                serving.set_limit(limit);
+            }
+        }
+    }
+
     fn tell_bytes(&mut self) {
         if let Some(shared) = &self.shared {
             let bytes = self.bytes_before + shared.bytes.load(Ordering::Relaxed);
@@ -737,9 +785,14 @@ impl<'a> Engine<'a> {
         };
         let fetching = self.machine.fetched().map_or(0, |fetched| fetched.took_ns);
         let fetching = Duration::from_nanos(fetching);
+        let completed = kind == report::OutcomeKind::Completed;
+        let goals = self.machine.policy().goals();
+        let missed = report::missed(goals, ran_at.unwrap_or(total), downtime_ms);
         let report = Report {
             outcome: kind,
             reason,
+            missed: if completed { missed } else { Vec::new() },
+            decisions: std::mem::take(&mut self.decisions).into_reports(),
             machine,
             mode: self.mode_in_words(),
             total_ms: report::ms(ran_at.unwrap_or(total)),

@@ -227,6 +227,8 @@ impl Source {
         match event {
             SourceEvent::Tick => self.tick(now),
             SourceEvent::Cancel => self.cancel(),
+            SourceEvent::Tune(goals) => self.tune(now, goals),
+            SourceEvent::CannotThrottle(why) => self.policy.cannot_slow(why),
             SourceEvent::LinkLost(why) => self.link_lost(now, why),
             SourceEvent::Failed(why) => self.failed(now, why),
             SourceEvent::Message(message) => self.message(now, message),
@@ -483,19 +485,23 @@ impl Source {
     }
 
     fn decide(&mut self, now: Duration, facts: RoundFacts) {
+        let slowed = self.policy.slowed();
         let decision = self.policy.after_round(facts);
-        let (Decision::Round(words)
-        | Decision::SwitchOver(words)
-        | Decision::PostCopy(words)
-        | Decision::GiveUp(words)) = &decision;
         self.tell(Progress::RoundDone {
             facts,
             rate_bytes_per_s: self.policy.rate_bytes_per_s(),
+            bytes_per_page: self.policy.bytes_per_page(),
+            round_trip: self.policy.round_trip().unwrap_or_default(),
             expected_downtime: self.policy.expected_downtime(),
-            decision: words.clone(),
+            slowed,
+            decision: decision.clone(),
         });
         match decision {
             Decision::Round(_) => self.begin_round(now),
+            Decision::Slow(percent, _) => {
+                self.actions.push_back(SourceAction::Throttle(percent));
+                self.begin_round(now);
+            }
             Decision::GiveUp(why) => self.fail_before_commit(why),
             Decision::SwitchOver(why) => {
                 self.why_now = why;
@@ -506,6 +512,24 @@ impl Source {
                 self.post_copy = true;
                 self.hand_over_when_ready(now);
             }
+        }
+    }
+
+    /// Goes for these goals from now on; after the commit they change nothing.
+    fn tune(&mut self, now: Duration, goals: Goals) {
+        if let Some(percent) = self.policy.set_goals(goals) {
+            self.actions.push_back(SourceAction::Throttle(percent));
+        }
+        if matches!(self.phase, Phase::Sending { .. }) {
+            self.deadline = Some(goals.max_total.max(now));
+        }
+    }
+
+    /// vCPUs run as fast as they can, where they go on here.
+    fn let_go(&mut self) {
+        if self.policy.slowed() > 0 {
+            self.policy.let_go();
+            self.actions.push_back(SourceAction::Throttle(0));
         }
     }
 
@@ -698,6 +722,7 @@ impl Source {
     }
 
     fn resume_here(&mut self) {
+        self.let_go();
         if let Some(permit) = self.permit.take() {
             self.actions.push_back(SourceAction::Resume(permit));
         }

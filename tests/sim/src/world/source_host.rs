@@ -40,6 +40,12 @@ pub(crate) struct SourceHost {
     pub(super) debt: Mask,
     pub(super) tracking: bool,
     writes_per_ms: u64,
+    /// Percent by which its vCPUs are held back.
+    pub(super) throttled: u8,
+    /// Its VMM can hold vCPUs back.
+    can_throttle: bool,
+    /// The operator changed the goals: they may be such that it fails.
+    pub(super) tuned: bool,
     /// Pages are re-armed long before they are read.
     pub(super) arms_at_once: bool,
     pub(super) runs: bool,
@@ -116,6 +122,9 @@ impl SourceHost {
             debt: 0,
             tracking: false,
             writes_per_ms: rng.random_range(0..4),
+            throttled: 0,
+            can_throttle: rng.random_bool(0.8),
+            tuned: false,
             arms_at_once: rng.random_bool(0.5),
             runs: true,
             dead: false,
@@ -161,7 +170,8 @@ impl SourceHost {
 
 impl World {
     pub(super) fn source_guest_writes(&mut self, us: u64) {
-        let budget = (us.min(20_000) * self.source.writes_per_ms).div_ceil(1000);
+        let speed = 100 - u64::from(self.source.throttled);
+        let budget = (us.min(20_000) * self.source.writes_per_ms * speed).div_ceil(100_000);
         for _ in 0..budget.min(100) {
             if self.source.runs {
                 self.source_writes();
@@ -258,6 +268,13 @@ impl World {
                 self.source.handed.push(resident);
                 self.later(SourceEvent::TrackingStarted(set(resident)));
             }
+            SourceAction::Throttle(0) if self.plant == Plant::HeldBack => {}
+            SourceAction::Throttle(percent) if self.source.can_throttle => {
+                self.source.throttled = percent;
+            }
+            SourceAction::Throttle(_) => {
+                self.later(SourceEvent::CannotThrottle("no way to".into()));
+            }
             SourceAction::Sample(pages) => self.source.dirty &= !mask(&pages),
             SourceAction::Harvest => self.harvest(),
             SourceAction::SendPages { round, pages } => self.begin_round(round, mask(&pages)),
@@ -340,6 +357,16 @@ impl World {
                         self.cut_link();
                     }
                 }
+            }
+            Progress::RoundStarted { .. } if self.rng.random_bool(0.05) => {
+                self.source.tuned = true;
+                let goals = Goals {
+                    max_downtime: Duration::from_millis(self.rng.random_range(0..60)),
+                    max_total: Duration::from_millis(self.rng.random_range(0..60_000)),
+                    max_slowdown: self.rng.random_range(0..=100),
+                };
+                let at = self.soon();
+                self.net.at(at, Packet::Event(self.source.process, SourceEvent::Tune(goals)));
             }
             Progress::Running => {
                 self.source.lost_at = self.source.lost_at.map(|_| self.now);
