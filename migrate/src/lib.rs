@@ -40,7 +40,9 @@ pub use guest::{Guest, GuestError, Host};
 pub use hints::FreePages;
 pub use lazy::{LazyEvent, restore_lazily};
 pub use receive::{ReceiveEvent, ReceiveOptions, receive};
-pub use report::{DecisionReport, DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
+pub use report::{
+    DecisionReport, DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts,
+};
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
 pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, Tuning, reattach, send};

@@ -458,11 +458,9 @@ impl<'a> Engine<'a> {
                 self.send_pages(round, pages);
                 None
             }
-            SourceAction::Throttle(percent) => self
-                .guest
-                .throttle(percent)
-                .err()
-                .map(|e| SourceEvent::CannotThrottle(words(&e))),
+            SourceAction::Throttle(percent) => {
+                self.guest.throttle(percent).err().map(|e| SourceEvent::CannotThrottle(words(&e)))
+            }
             SourceAction::Pause => Some(match self.guest.pause() {
                 Ok(permit) => {
                     self.paused = true;

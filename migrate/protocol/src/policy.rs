@@ -306,7 +306,10 @@ impl Policy {
         }
         if self.mode == Mode::PreCopy && room > 0.0 {
             let percent = self.slow_to(PAYS).max(self.slowed.saturating_add(1));
-            if self.cannot_slow.is_none() && percent > self.goals.max_slowdown && percent <= MOST_SLOWED {
+            if self.cannot_slow.is_none()
+                && percent > self.goals.max_slowdown
+                && percent <= MOST_SLOWED
+            {
                 needs.push(format!("--max-slowdown {percent}"));
             }
             if self.no_post_copy.is_none() {
@@ -322,11 +325,7 @@ impl Policy {
     }
 
     /// How far vCPUs had to be held back for rounds to leave `part` of what they send: percent.
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "from 0 to 100"
-    )]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 100")]
     fn slow_to(&self, part: f64) -> u8 {
         // As if they were not held back at all.
         let dirties = self.dirty_pages_per_s / (1.0 - f64::from(self.slowed) / 100.0);
@@ -361,7 +360,8 @@ impl Policy {
             self.rounds_within_goal += 1;
             let tiny = expected <= allowed / 8;
             if tiny || !shrinks || self.rounds_within_goal > POLISHING_ROUNDS {
-                let what = format!("{} dirty pages: expected downtime {}", facts.dirty, ms(expected));
+                let what =
+                    format!("{} dirty pages: expected downtime {}", facts.dirty, ms(expected));
                 return Decision::SwitchOver(match unreachable {
                     true => format!(
                         "{what}; {} are allowed, but the link's round trip is {}",
@@ -397,7 +397,9 @@ impl Policy {
             let (slowed, most) = (self.slowed, self.goals.max_slowdown);
             return Decision::Slow(
                 slowed,
-                format!("{left}; vCPUs are held back for {slowed} % of their time, {most} % allowed"),
+                format!(
+                    "{left}; vCPUs are held back for {slowed} % of their time, {most} % allowed"
+                ),
             );
         }
         Decision::Round(left)

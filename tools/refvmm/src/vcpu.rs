@@ -135,7 +135,14 @@ impl Vcpus {
             })
             .collect();
         let gate = Mutex::new(Gate { order: Order::Park, running: 0, ended: None });
-        let all = Arc::new(Self { vcpus, gate, changed: Condvar::new(), devices, rings, throttle: AtomicU8::new(0) });
+        let all = Arc::new(Self {
+            vcpus,
+            gate,
+            changed: Condvar::new(),
+            devices,
+            rings,
+            throttle: AtomicU8::new(0),
+        });
         let mut threads = Vec::new();
         for index in 0..all.vcpus.len() {
             let number = u32::try_from(index).unwrap_or(u32::MAX);

@@ -40,8 +40,7 @@ fn a_guest_that_dirties_faster_than_the_link_ends_in_words_and_numbers() {
 #[test]
 fn a_long_round_trip_counts_against_the_goal() {
     let mut p = Policy::new(Goals::default(), Mode::PreCopy);
-    let far =
-        RoundFacts { acknowledged_in: Duration::from_millis(60), ..facts(1, 10_000, 0, 1) };
+    let far = RoundFacts { acknowledged_in: Duration::from_millis(60), ..facts(1, 10_000, 0, 1) };
     assert!(matches!(p.after_round(far), Decision::Round(_)));
     assert!(p.expected_downtime() > Duration::from_millis(60));
 }
@@ -92,8 +91,7 @@ fn pages_that_were_there_do_not_make_the_others_look_cheap() {
     let mut p = Policy::new(Goals::default(), Mode::PreCopy);
     // 1,000 of 100,000 pages were sent, at 40 MB/s as it seems: 1,000 more are not within the goal.
     let took = Duration::from_millis(100);
-    let facts =
-        RoundFacts { bytes: 4_096_000, same: 99_000, took, ..facts(1, 100_000, 1000, 1) };
+    let facts = RoundFacts { bytes: 4_096_000, same: 99_000, took, ..facts(1, 100_000, 1000, 1) };
     assert!(matches!(p.after_round(facts), Decision::Round(_)), "{p:?}");
 }
 
@@ -237,7 +235,10 @@ fn vcpus_are_held_back_only_as_far_as_the_goals_allow_and_only_where_pages_canno
     assert_eq!(slowed(Mode::PreCopy, goals, &[slow(749), slow(749)]), [0; 0], "rounds pay");
     assert_eq!(slowed(Mode::PreCopy, Goals::default(), &[busy, busy]), [0; 0], "not allowed");
     assert_eq!(slowed(Mode::Auto, goals, &[busy, busy]), [0; 0], "by post-copy");
-    assert_eq!(slowed(Mode::PreCopy, Goals { max_slowdown: 200, ..goals }, &[busy; 9]).last(), Some(&99));
+    assert_eq!(
+        slowed(Mode::PreCopy, Goals { max_slowdown: 200, ..goals }, &[busy; 9]).last(),
+        Some(&99)
+    );
 
     let mut p = Policy::new(goals, Mode::Auto);
     assert_eq!(p.no_post_copy("no userfaultfd"), Ok(()));
@@ -253,7 +254,8 @@ fn vcpus_are_held_back_only_as_far_as_the_goals_allow_and_only_where_pages_canno
 #[test]
 fn what_would_have_met_the_goals_is_said_in_numbers() {
     let ms = Duration::from_millis;
-    let goals = Goals { max_downtime: ms(112), max_total: Duration::from_secs(10), max_slowdown: 10 };
+    let goals =
+        Goals { max_downtime: ms(112), max_total: Duration::from_secs(10), max_slowdown: 10 };
     let mut p = Policy::new(goals, Mode::PreCopy);
     assert_eq!(p.needs(), None, "nothing was measured");
     p.after_round(slow(1000));
