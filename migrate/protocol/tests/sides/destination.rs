@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use ferry_pages::{PageSet, Run};
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction as Action, DestinationEvent as Event, Fetched,
     PackedPages, Refusal, RunPermit, ToDestination, ToSource, Verdict,

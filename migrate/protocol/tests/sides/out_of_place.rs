@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use ferry_pages::{PageSet, Run};
+use ferry_pages::PageSet;
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, Mode, Outcome,
     PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction, SourceEvent,

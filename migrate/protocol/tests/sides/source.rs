@@ -1,9 +1,7 @@
 //! The source, step by step: what it asks for, and what becomes of the guest and of its dirty pages when the
 //! migration ends at any of its steps.
 
-use std::time::Duration;
-
-use ferry_pages::{PageSet, Run};
+use ferry_pages::PageSet;
 use ferry_protocol::{
     Goals, Mode, Outcome, PackedPages, Progress, RunPermit, Source, SourceAction as Action,
     SourceEvent as Event, ToDestination, ToSource, Verdict,
