@@ -79,8 +79,9 @@ setup:
 	@command -v $(CARGO) >/dev/null || { \
 		echo "cargo is missing: install Rust 1.95 or newer, open a new shell, and try again" >&2; exit 1; }
 	@compiler() { echo '#include <linux/userfaultfd.h>' | cc -E - >/dev/null 2>&1; }; \
-	libclang() { [ -n "$$LIBCLANG_PATH" ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q 'libclang[-.0-9]*\.so' \
-		|| ls /usr/lib/llvm-*/lib/libclang*.so /usr/lib64/libclang*.so >/dev/null 2>&1; }; \
+	libclang() { [ -n "$$LIBCLANG_PATH" ] \
+		|| grep -q 'libclang[-.0-9]*\.so' <<<"$$(PATH="$$PATH:/sbin" ldconfig -p 2>/dev/null)" \
+		|| compgen -G '/usr/lib/llvm-*/lib/libclang*.so' >/dev/null || compgen -G '/usr/lib64/libclang*.so' >/dev/null; }; \
 	ready() { compiler && libclang; }; \
 	if ! ready; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
