@@ -4,7 +4,7 @@ use ferry_codec::Codec;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use ferry_protocol::{Fetched, Goals, Outcome, Progress, Switchover};
+use ferry_protocol::{Fetched, Goals, Mode, Outcome, Progress, Sampled, Switchover};
 use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
@@ -192,6 +192,82 @@ pub struct DecisionReport {
     pub why: String,
 }
 
+/// What was expected of a move before it began.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Foreseen {
+    /// Pages that hold data.
+    pub pages: u64,
+    /// What the link carried, bytes/s.
+    pub link_bytes_per_s: f64,
+    /// Bytes that a page took on it.
+    pub bytes_per_page: f64,
+    /// From the last page of a sample to its acknowledgement, ms.
+    pub round_trip_ms: f64,
+    /// Different pages written a second while it was looked at.
+    pub dirty_pages_per_s: f64,
+    /// Why the destination cannot take pages after the hand-over.
+    pub no_post_copy: Option<String>,
+    /// The way that was asked for first, then all others.
+    pub ways: Vec<Foretold>,
+}
+
+/// What one way to move the machine was expected to come to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Foretold {
+    /// The mode that is asked for.
+    pub asked: String,
+    /// What it comes to: never `auto`.
+    pub mode: String,
+    /// Until the machine runs at the destination, ms.
+    pub total_ms: f64,
+    /// Standstill, ms.
+    pub downtime_ms: f64,
+    /// From then on until the last page is there, ms.
+    pub fetching_ms: f64,
+    /// Rounds while the guest runs.
+    pub rounds: u32,
+    /// Bytes on the link.
+    pub bytes: u64,
+    /// Percent of their time that vCPUs are held back at the end.
+    pub slowed_percent: u8,
+    /// Which goals it misses, and what would meet them; none, and all are met.
+    pub misses: Option<String>,
+}
+
+/// What is foretold for `goals` by `mode` and by all others.
+pub(crate) fn foreseen(
+    s: &Sampled,
+    goals: Goals,
+    mode: Mode,
+    no_post_copy: Option<&str>,
+) -> Foreseen {
+    let others = [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
+    let modes = std::iter::once(mode).chain(others.into_iter().filter(|other| *other != mode));
+    let way = |asked: Mode| {
+        let told = s.forecast(goals, asked, no_post_copy);
+        Foretold {
+            asked: asked.name().into(),
+            mode: told.mode.name().into(),
+            total_ms: ms(told.total),
+            downtime_ms: ms(told.downtime),
+            fetching_ms: ms(told.fetching),
+            rounds: told.rounds,
+            bytes: told.bytes,
+            slowed_percent: told.slowed,
+            misses: told.misses,
+        }
+    };
+    Foreseen {
+        pages: s.pages,
+        link_bytes_per_s: s.rate_bytes_per_s,
+        bytes_per_page: s.bytes_per_page,
+        round_trip_ms: ms(s.round_trip),
+        dirty_pages_per_s: s.written_within(Duration::from_secs(1)),
+        no_post_copy: no_post_copy.map(str::to_owned),
+        ways: modes.map(way).collect(),
+    }
+}
+
 /// Decisions that are remembered: the last ones.
 const MAX_DECISIONS: usize = 64;
 
@@ -266,6 +342,9 @@ pub struct Report {
     /// The last decisions, in their order.
     #[serde(default)]
     pub decisions: Vec<DecisionReport>,
+    /// What was expected before the move began, if it was looked at.
+    #[serde(default)]
+    pub foreseen: Option<Foreseen>,
     /// Where the machine is now.
     pub machine: Whereabouts,
     /// What was done: `pre-copy`, `post-copy` or `hybrid`; `auto` if it did not come to that.
@@ -314,6 +393,7 @@ impl Report {
             reason: reason.into(),
             missed: Vec::new(),
             decisions: Vec::new(),
+            foreseen: None,
             machine,
             mode: ferry_protocol::Mode::Auto.name().into(),
             total_ms: 0.0,

@@ -17,8 +17,8 @@ use ferry_memory::{GuestView, Touched};
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
 use ferry_protocol::limits;
 use ferry_protocol::{
-    Goals, Hello, Mode, Outcome, PermitStub, Progress, Reattach, RunPermit, Source, SourceAction,
-    SourceEvent, StateWriter, ToDestination,
+    Goals, Hello, Mode, Outcome, PermitStub, Preflight, Progress, Reattach, RunPermit, Source,
+    SourceAction, SourceEvent, StateWriter, ToDestination,
 };
 use ferry_transport::{Connector, Pacer};
 use serde::{Deserialize, Serialize};
@@ -43,6 +43,8 @@ pub struct SendOptions {
     pub goals: Goals,
     /// How to reach it.
     pub mode: Mode,
+    /// Whether to look at link and guest before.
+    pub preflight: Preflight,
     /// How long to try to come back when the link is lost.
     pub rejoin_for: Duration,
     /// After a hand-over that owes pages, write those to a spool at this directory, too: see
@@ -66,6 +68,7 @@ impl Default for SendOptions {
         Self {
             goals: Goals::default(),
             mode: Mode::default(),
+            preflight: Preflight::default(),
             rejoin_for: Duration::from_secs(120),
             spool: None,
             bandwidth_bytes_per_s: None,
@@ -193,7 +196,8 @@ pub fn send(
     let how = (options.goals, options.mode);
     let (codecs, lanes) = (options.codecs.bits(), options.lanes);
     let (spec, number) = (guest.spec(), guest.machine());
-    let machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
+    let mut machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
+    machine.set_preflight(options.preflight);
     let connector = Arc::new(Pinned::new(connector, None));
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
     engine.connect(Hello::control());
@@ -786,11 +790,15 @@ impl<'a> Engine<'a> {
         let completed = kind == report::OutcomeKind::Completed;
         let goals = self.machine.policy().goals();
         let missed = report::missed(goals, ran_at.unwrap_or(total), downtime_ms);
+        let (mode, no_post_copy) = (self.options.mode, self.machine.no_post_copy());
+        let foreseen =
+            self.machine.sampled().map(|s| report::foreseen(s, goals, mode, no_post_copy));
         let report = Report {
             outcome: kind,
             reason,
             missed: if completed { missed } else { Vec::new() },
             decisions: std::mem::take(&mut self.decisions).into_reports(),
+            foreseen,
             machine,
             mode: self.mode_in_words(),
             total_ms: report::ms(ran_at.unwrap_or(total)),

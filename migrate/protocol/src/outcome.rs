@@ -14,6 +14,8 @@ use crate::source::Reattach;
 pub enum Progress {
     /// The destination took the machine.
     Accepted,
+    /// Link and guest were looked at; the move begins.
+    Sampled,
     /// A round begins.
     RoundStarted {
         /// Number, from 1.

@@ -143,7 +143,7 @@ pub struct Policy {
 }
 
 /// Pausing, saving, loading and resuming, before anything was measured.
-const OVERHEAD: Duration = Duration::from_millis(2);
+pub(crate) const OVERHEAD: Duration = Duration::from_millis(2);
 /// Rounds smaller than this say more of the round trip than of the rate.
 const TELLING_BYTES: u64 = 1 << 20;
 /// At most so many more rounds once the goal is met, each only while it shrinks the rest.
@@ -240,6 +240,11 @@ impl Policy {
         }
     }
 
+    /// Why the destination cannot take pages after the hand-over, if so.
+    pub fn why_no_post_copy(&self) -> Option<&str> {
+        self.no_post_copy.as_deref()
+    }
+
     /// Downtime that a switchover after the last round was expected to have.
     pub fn expected_downtime(&self) -> Duration {
         self.expected
@@ -283,8 +288,15 @@ impl Policy {
                     self.goals.max_downtime.as_millis(),
                 );
             }
-            why
+            self.and_needs(why)
         })
+    }
+
+    fn and_needs(&self, why: String) -> String {
+        match self.needs() {
+            Some(needs) => format!("{why}; {needs}"),
+            None => why,
+        }
     }
 
     /// What would have met the goals, in words; none, as far as anything was measured.
@@ -375,10 +387,7 @@ impl Policy {
         let pays = (facts.dirty as f64) < PAYS * facts.pages as f64;
         if let Some(why) = self.rounds_are_over(&facts, pays) {
             return match self.mode {
-                Mode::PreCopy => Decision::GiveUp(match self.needs() {
-                    Some(needs) => format!("{why}; {needs}"),
-                    None => why,
-                }),
+                Mode::PreCopy => Decision::GiveUp(why),
                 Mode::Auto | Mode::PostCopy | Mode::Hybrid => {
                     Decision::PostCopy(format!("{why}: {} pages after the hand-over", facts.dirty))
                 }
@@ -410,7 +419,7 @@ impl Policy {
         self.idle_rounds = if pays { 0 } else { self.idle_rounds + 1 };
         match self.mode {
             Mode::PostCopy | Mode::Hybrid => Some("one round was asked for (--mode hybrid)".into()),
-            Mode::Auto if self.idle_rounds >= IDLE_ROUNDS => Some(format!(
+            Mode::Auto if self.idle_rounds >= IDLE_ROUNDS => Some(self.and_needs(format!(
                 "the guest dirties {:.0} pages/s, as fast as the link carries them: round {} sent {} pages \
                  and left {} dirty, {:.0} ms of downtime where {} ms are allowed",
                 self.dirty_pages_per_s,
@@ -419,7 +428,7 @@ impl Policy {
                 facts.dirty,
                 self.expected.as_secs_f64() * 1e3,
                 self.goals.max_downtime.as_millis(),
-            )),
+            ))),
             Mode::Auto | Mode::PreCopy => self.out_of_time(facts.elapsed),
         }
     }

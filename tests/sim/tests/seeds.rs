@@ -108,7 +108,7 @@ found! {
     duplicates_counted: CountDuplicates by AckAfterInstall or Peace or LastVersion or Progress;
     commit_without_the_last_batch: CommitWithoutLastBatch by LastVersion or Progress;
     old_pages_claimed_as_new: ClaimOldPages by NoLostBit;
-    ledger_not_asked: NoLedger by NoLateOverwrite;
+    ledger_not_asked: NoLedger by NoLateOverwrite or AckAfterInstall;
     stale_copies_of_owed_pages_kept: KeepStaleCopies by LastVersion or NoLostBit;
     demand_not_asked: NoDemand by NoLateOverwrite or LastVersion;
     only_unsent_served_again: ServeOnlyUnsent by NoLostBit or Progress or Peace;

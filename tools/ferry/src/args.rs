@@ -380,7 +380,8 @@ pub(crate) struct Migrate {
 }
 
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true, id = "goals")]
+#[group(skip)]
+#[command(group(clap::ArgGroup::new("goals").required(true).multiple(true)))]
 pub(crate) struct Tune {
     /// The machine, which is moving.
     pub(crate) name: String,

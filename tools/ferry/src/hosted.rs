@@ -624,6 +624,7 @@ pub(crate) fn follow(progress: &mut Progress, event: SendEvent) {
     };
     progress.words = Some(match event {
         P::Accepted => "the destination takes the machine".into(),
+        P::Sampled => "link and guest were looked at".into(),
         P::RoundStarted { round, pages } => {
             progress.round = round;
             progress.round_pages = pages;

@@ -22,8 +22,8 @@ use crate::{Config, Corruption, ProcessError};
 
 /// A worker that has nothing to do looks again after this.
 const NAP: Duration = Duration::from_millis(1);
-/// A worker that is held back runs for a part of each of these: ns.
-const TURN_NS: u64 = 10_000_000;
+/// A worker that is held back runs for so long, and then waits in proportion: ns.
+const TURN_NS: u64 = 100_000;
 /// Pages that a worker gives back before it looks whether it is to park: 16 MiB, less than a millisecond.
 const GIVE_PAGES: u64 = 4096;
 const TICKS_PER_SECOND: u64 = 1_000_000_000;
@@ -151,7 +151,7 @@ impl Workers {
 
     /// Holds each worker back for `percent` of its time.
     pub(crate) fn throttle(&self, percent: u8) {
-        self.shared.throttle.store(percent.min(100), Ordering::Relaxed);
+        self.shared.throttle.store(percent.min(99), Ordering::Relaxed);
     }
 
     pub(crate) fn memory(&self) -> &Memory {
@@ -320,9 +320,10 @@ impl Shared {
                 }
             }
             self.publish(published, worker, now);
-            let held = TURN_NS / 100 * u64::from(self.throttle.load(Ordering::Relaxed));
-            if held > 0 && now.saturating_sub(turn) >= TURN_NS - held {
-                self.nap(Duration::from_nanos(held));
+            let percent = u64::from(self.throttle.load(Ordering::Relaxed));
+            let ran = now.saturating_sub(turn);
+            if percent > 0 && ran >= TURN_NS {
+                self.nap(Duration::from_nanos(TURN_NS * percent / (100 - percent)));
                 turn = self.now();
             }
         }

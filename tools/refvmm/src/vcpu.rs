@@ -31,8 +31,8 @@ use crate::console::Console;
 use crate::ports::{self, Asks};
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
-/// A vCPU that is held back runs for a part of each of these.
-const TURN: Duration = Duration::from_millis(10);
+/// vCPUs that are held back are stopped after so long, to wait in proportion.
+const TURN: Duration = Duration::from_millis(1);
 const KICK_AGAIN: Duration = Duration::from_millis(2);
 
 /// How a guest ended by itself.
@@ -246,7 +246,7 @@ impl Vcpus {
     /// # Errors
     /// No thread for it.
     pub(crate) fn throttle(self: &Arc<Self>, percent: u8) -> std::io::Result<()> {
-        let before = self.throttle.swap(percent.min(100), Ordering::Relaxed);
+        let before = self.throttle.swap(percent.min(99), Ordering::Relaxed);
         if before > 0 || percent == 0 {
             return Ok(());
         }
@@ -272,11 +272,14 @@ impl Vcpus {
         begun
     }
 
-    /// What is left of a turn, or until there is another order.
-    fn hold_back(&self) {
-        let percent = self.throttle.load(Ordering::Relaxed);
+    /// Makes up for the time that the vCPU of this thread ran since `turn`, or waits until there is another order.
+    fn hold_back(&self, turn: &mut Duration) {
+        let percent = u32::from(self.throttle.load(Ordering::Relaxed));
+        let now = cpu_time();
+        let ran = now.saturating_sub(std::mem::replace(turn, now));
         if percent > 0 {
-            let held = TURN / 100 * u32::from(percent);
+            // It may not have been held back before, and run for long.
+            let held = ran.min(4 * TURN) * percent / (100 - percent);
             let waits = |gate: &mut Gate| gate.order == Order::Run;
             let _ = self.changed.wait_timeout_while(self.gate(), held, waits);
         }
@@ -331,6 +334,7 @@ impl Vcpus {
 
     fn run_vcpu(&self, index: usize, fd: &mut VcpuFd) -> Left {
         let crashed = |why: String| Left::Ended(Ended::Crashed(format!("vCPU {index}: {why}")));
+        let mut turn = cpu_time();
         loop {
             match fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
@@ -349,7 +353,7 @@ impl Vcpus {
                     }
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => self.devices.balloon.write(address, data),
-                Ok(VcpuExit::Intr) => self.hold_back(),
+                Ok(VcpuExit::Intr) => self.hold_back(&mut turn),
                 Ok(VcpuExit::IrqWindowOpen) => {}
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
                     if let Some(Err(e)) = self.rings.as_ref().map(|r| r.on_full(fd)) {
@@ -371,13 +375,21 @@ impl Vcpus {
                     libc::EINTR if self.vcpus[index].immediate_exit.is_set() => {
                         return Left::Stopped;
                     }
-                    libc::EINTR => self.hold_back(),
+                    libc::EINTR => self.hold_back(&mut turn),
                     libc::EAGAIN => {}
                     _ => return crashed(format!("KVM_RUN: {e}{}", place(fd))),
                 },
             }
         }
     }
+}
+
+/// What this thread has had of a CPU, the guest included.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the clock exists, and the pointer is to a live timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// Where the vCPU stands.

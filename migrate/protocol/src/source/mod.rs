@@ -36,6 +36,7 @@
 
 mod after_commit;
 mod events;
+mod probe;
 mod reattach;
 mod rejoin;
 
@@ -49,9 +50,12 @@ use crate::messages::{Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MI
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
-use crate::{Fetched, MachineSpec, PackedPages, RunPermit};
+use crate::{Fetched, MachineSpec, PackedPages, RunPermit, Sampled};
+
+use probe::Probe;
 
 pub use events::{SourceAction, SourceEvent};
+pub use probe::Preflight;
 pub use reattach::{Reattach, Spooled};
 pub use rejoin::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
 
@@ -116,6 +120,9 @@ pub struct Source {
     /// The last harvests, the latest first.
     record: VecDeque<PageSet>,
     fetched: Option<Fetched>,
+    preflight: Preflight,
+    probe: Option<Probe>,
+    sampled: Option<Sampled>,
     /// How long to try to come back over a lost link.
     rejoin_for: Duration,
     permit: Option<RunPermit>,
@@ -162,6 +169,9 @@ impl Source {
             owed: PageSet::new(),
             record: VecDeque::new(),
             fetched: None,
+            preflight: Preflight::No,
+            probe: None,
+            sampled: None,
             rejoin_for,
             permit: None,
             committed: false,
@@ -266,6 +276,11 @@ impl Source {
                 self.send(ToDestination::RoundEnd { round, batches });
                 self.expect_answer(now);
             }
+            (Phase::Sampling, SourceEvent::Harvested(pages)) if self.probe.is_some() => {
+                self.remember(&pages);
+                self.pending.union_with(&pages);
+                self.probed(now, None, &pages);
+            }
             (Phase::Sampling, SourceEvent::Harvested(pages)) => {
                 self.remember(&pages);
                 self.pending.union_with(&pages);
@@ -275,6 +290,9 @@ impl Source {
                 let mut facts = *facts;
                 self.remember(&pages);
                 self.pending.union_with(&pages);
+                if self.probe.is_some() {
+                    return self.probed(now, Some(facts), &pages);
+                }
                 facts.dirty = self.pending.len();
                 facts.elapsed = now;
                 self.decide(now, facts);
@@ -447,6 +465,13 @@ impl Source {
         if !matches!(self.phase, Phase::Starting { lanes: true }) || self.answers_due > 0 {
             return;
         }
+        match self.preflight {
+            Preflight::First | Preflight::Only if self.sampled.is_none() => self.begin_probe(now),
+            _ => self.begin_move(now),
+        }
+    }
+
+    fn begin_move(&mut self, now: Duration) {
         if self.policy.mode() == Mode::PostCopy {
             self.why_now =
                 "all pages after the hand-over, as was asked for (--mode post-copy)".into();
@@ -474,8 +499,12 @@ impl Source {
     }
 
     fn begin_round(&mut self, now: Duration) {
-        self.round += 1;
         let pages = std::mem::take(&mut self.pending);
+        self.begin_round_of(now, pages);
+    }
+
+    fn begin_round_of(&mut self, now: Duration, pages: PageSet) {
+        self.round += 1;
         self.in_flight = pages.clone();
         self.tell(Progress::RoundStarted { round: self.round, pages: pages.len() });
         self.phase = Phase::Sending { began: now, pages: pages.len() };
@@ -696,7 +725,10 @@ impl Source {
             }
             // The destination knows of no session yet.
             Phase::Negotiating => self.fail_before_commit(why),
+            _ if self.preflight == Preflight::Only => self.fail_before_commit(why),
             _ => {
+                // What it lacks is not worth another look.
+                (self.preflight, self.probe) = (Preflight::No, None);
                 self.roll_back();
                 self.come_back(now, why);
             }

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use ferry_protocol::{
-    Goals, MachineSpec, Mode, Outcome, Progress, RunPermit, Source, SourceAction, SourceEvent,
-    ToDestination,
+    Goals, MachineSpec, Mode, Outcome, Preflight, Progress, RunPermit, Source, SourceAction,
+    SourceEvent, ToDestination,
 };
 use rand::RngExt;
 use rand::rngs::SmallRng;
@@ -107,8 +107,12 @@ impl SourceHost {
             config: Vec::new(),
         };
         let rejoin_for = Duration::from_millis(rng.random_range(100..60_000));
+        let mut machine = Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for);
+        if rng.random_bool(0.2) {
+            machine.set_preflight(Preflight::First);
+        }
         Self {
-            machine: Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for),
+            machine,
             process: 0,
             began: 0,
             late_us: if rng.random_bool(0.5) { 0 } else { rng.random_range(0..3000) },
@@ -358,7 +362,7 @@ impl World {
                     }
                 }
             }
-            Progress::RoundStarted { .. } if self.rng.random_bool(0.05) => {
+            Progress::RoundStarted { .. } if self.plan.tunes && self.rng.random_bool(0.3) => {
                 self.source.tuned = true;
                 let goals = Goals {
                     max_downtime: Duration::from_millis(self.rng.random_range(0..60)),

@@ -149,6 +149,7 @@ pub(super) fn source_action(action: &SourceAction) -> String {
 fn told(progress: &Progress) -> String {
     match progress {
         Progress::Accepted => "accepted".into(),
+        Progress::Sampled => "it was looked at".into(),
         Progress::RoundStarted { round, pages } => format!("round {round} of {pages} pages"),
         Progress::RoundDone { decision, .. } => decision.why().to_owned(),
         Progress::Paused => "paused".into(),

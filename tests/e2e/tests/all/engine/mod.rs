@@ -4,14 +4,16 @@
 mod balloon;
 mod cancels;
 mod faults;
+mod goals;
 mod moves;
 mod post_copy;
 mod trouble;
 
 use std::time::Duration;
 
-use crate::stage::{Subject, goes_on};
 use ferry_migrate::{Goals, Left, Mode, OutcomeKind, SendOptions, Sent, Whereabouts};
+
+use crate::stage::{Subject, goes_on};
 
 const MIB: u64 = 1 << 20;
 
