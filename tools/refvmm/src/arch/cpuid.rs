@@ -8,8 +8,12 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
+use super::features::ARCH_CAPABILITIES_LEAF;
 use crate::VmmError;
 use crate::error::Asked;
+
+/// Tells guests which weaknesses the processor does not have.
+pub(crate) const ARCH_CAPABILITIES: u32 = 0x10a;
 
 /// Extended topology enumeration: the kernel lists them without content.
 const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
@@ -39,6 +43,23 @@ pub(crate) fn supported(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, VmmError> {
         }
     }
     Ok(entries)
+}
+
+/// `IA32_ARCH_CAPABILITIES` as a leaf, for a guest that is shown `value`.
+pub(crate) fn arch_capabilities_leaf(value: u64) -> kvm_cpuid_entry2 {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    kvm_cpuid_entry2 {
+        function: ARCH_CAPABILITIES_LEAF,
+        eax: u32::from_le_bytes([a, b, c, d]),
+        edx: u32::from_le_bytes([e, f, g, h]),
+        ..Default::default()
+    }
+}
+
+/// `IA32_ARCH_CAPABILITIES` as a guest is shown it, if it is.
+pub(crate) fn arch_capabilities(shown: &[kvm_cpuid_entry2]) -> Option<u64> {
+    let leaf = shown.iter().find(|e| e.function == ARCH_CAPABILITIES_LEAF)?;
+    Some(u64::from(leaf.eax) | u64::from(leaf.edx) << 32)
 }
 
 /// `base` as vCPU `index` of `cpus` sees it.
@@ -87,7 +108,9 @@ pub(crate) fn of_vcpu(base: &[kvm_cpuid_entry2], index: u32, cpus: u32) -> Vec<k
 
 /// `entries` as the kernel takes them.
 pub(crate) fn to_kvm(entries: &[kvm_cpuid_entry2]) -> Option<CpuId> {
-    CpuId::from_entries(entries).ok()
+    let leaves: Vec<_> =
+        entries.iter().filter(|e| e.function != ARCH_CAPABILITIES_LEAF).copied().collect();
+    CpuId::from_entries(&leaves).ok()
 }
 
 fn set_bit(register: &mut u32, bit: u32, on: bool) {
