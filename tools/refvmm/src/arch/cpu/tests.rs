@@ -133,7 +133,7 @@ fn a_baseline_has_what_all_hosts_have_and_the_least_of_each_number() {
             assert_eq!(host.lacks(&both), [""; 0]);
         }
     }
-    assert_eq!(fleet(&[new.clone()]).unwrap(), new, "a host is its own baseline");
+    assert_eq!(fleet(std::slice::from_ref(&new)).unwrap(), new, "a host is its own baseline");
     assert!(fleet(&[]).is_err());
 }
 
