@@ -110,7 +110,7 @@ impl Machine {
         let kvm = board::open_kvm()?;
         let shape = Shape::new(config.memory_bytes, config.cpus, board::max_cpus(&kvm))?;
         let here = Here::of(&kvm)?;
-        let mut base = here.shows.clone();
+        let mut base = cpuid::of_new_machine(&here.shows);
         if let Some(cpu) = &config.cpu {
             let cpu = cpu.clone().without_orphans();
             let lacks = here.cpu().lacks(&cpu);
