@@ -101,25 +101,12 @@ const LIMITS: [Limit; 6] = [
     ("avx10-version", 0x24, 0, Ebx, 0, 8, true, |l| &mut l.avx10_version),
 ];
 
-/// Not part of it, since they need more than bits: leaves that are not compared, or state that does not move.
-const LEFT_OUT: &[&str] = &[
-    "vmx",
-    "svm", // nested machines
-    "pdcm",
-    "arch_perfmon_ext",
-    "arch_lbr",
-    "perfctr_core",
-    "perfctr_nb",
-    "perfctr_llc", // counters
-    "intel_pt",
-    "sgx",
-    "sgx_lc",
-    "enqcmd",
-    "pconfig",
-    "hybrid_cpu",
-];
+/// Not part of it, since they need more than bits: leaves that are not compared, or state that does not move. Nested
+/// machines, performance counters, traces, enclaves.
+const LEFT_OUT: &str = "vmx svm pdcm arch_perfmon_ext arch_lbr perfctr_core perfctr_nb perfctr_llc intel_pt sgx sgx_lc \
+                        enqcmd pconfig hybrid_cpu";
 
-/// Which state (its bit in XCR0 and IA32_XSS) the features need whose names begin so.
+/// Which state (its bit in XCR0 and IA32_XSS) the features need whose names begin so (Intel SDM vol. 1, 13.1).
 const NEEDS: &[(u32, &str)] = &[
     (2, "avx"),
     (2, "fma"),
@@ -133,7 +120,6 @@ const NEEDS: &[(u32, &str)] = &[
     (6, "avx512"),
     (7, "avx512"),
     (9, "pku"),
-    (10, "pasid"),
     (11, "shstk"),
     (11, "ibt"),
     (12, "shstk"),
@@ -185,7 +171,7 @@ impl Cpu {
             .map(|e| (e.index, state_of(e)))
             .collect();
         let mut features = features::all_names(entries);
-        features.retain(|f| !LEFT_OUT.contains(&f.as_str()));
+        features.retain(|f| !LEFT_OUT.split(' ').any(|left_out| left_out == f));
         Self {
             ferry_cpu: Self::VERSION,
             vendor: entry(entries, 0, 0).map_or_else(String::new, |e| vendor(&e)),
@@ -254,7 +240,8 @@ impl Cpu {
     pub fn lacks(&self, shown: &Self) -> Vec<String> {
         let mut lacks = Vec::new();
         if shown.vendor != self.vendor {
-            lacks.push(format!("vendor {} (here {})", shown.vendor, self.vendor));
+            let theirs = shown.vendor.escape_debug();
+            lacks.push(format!("vendor {theirs} (here {})", self.vendor));
         }
         lacks.extend(shown.features.difference(&self.features).cloned());
         let (mut theirs, mut ours) = (shown.limits.clone(), self.limits.clone());
@@ -370,7 +357,7 @@ impl Cpu {
     pub(crate) fn without_orphans(mut self) -> Self {
         let gone = |state: u32| state > 1 && !self.xsave.contains_key(&state);
         let bit = |f: &str, word: &str, base: u32| {
-            Some(base + f.strip_prefix(word)?.parse::<u32>().ok()?)
+            Some(base + u32::from(f.strip_prefix(word)?.parse::<u8>().ok()?))
         };
         self.features.retain(|f| {
             let switch = bit(f, "cpuid.d.0.eax.", 0)
@@ -414,7 +401,8 @@ impl Cpu {
 
 /// Whether a guest does not notice the difference.
 pub(crate) fn same_rate(a_khz: u32, b_khz: u32) -> bool {
-    u64::from(a_khz.abs_diff(b_khz)) * 1_000_000 <= u64::from(b_khz) * Cpu::TSC_TOLERANCE_PPM
+    u64::from(a_khz.abs_diff(b_khz)) * 1_000_000
+        <= u64::from(a_khz.min(b_khz)) * Cpu::TSC_TOLERANCE_PPM
 }
 
 fn entry(entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> Option<kvm_cpuid_entry2> {

@@ -278,7 +278,14 @@ fn hosts_between_which_nothing_can_move_have_no_baseline() {
 #[test]
 fn values_of_no_processor_are_named() {
     type Change = fn(&mut Cpu);
-    let cases: [(Change, &str); 9] = [
+    let cases: [(Change, &str); 10] = [
+        (
+            |c| {
+                c.features.insert("cpuid.d.0.edx.4294967295".into());
+                c.stepping = u32::MAX;
+            },
+            "stepping is 4294967295",
+        ),
         (|c| c.family = 999, "family is 999"),
         (|c| c.model = 256, "model is 256"),
         (|c| c.stepping = 16, "stepping is 16"),
