@@ -16,6 +16,7 @@ use ferry_transport::{Listener, QuicListener};
 
 use crate::Failure;
 use crate::args::Receive;
+use crate::cpu;
 use crate::hosted::{Ending, Hosted};
 use crate::machine::AnyMachine;
 use crate::runtime_dir::{Reservation, RuntimeDir};
@@ -108,6 +109,13 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             Failure::words(format!("cannot read bundles in {} (--bundles): {e}", place.display()))
         })?;
     }
+    let cpu = args.cpu.as_deref().map(cpu::read).transpose()?;
+    if let (Some(file), Some(cpu)) = (&args.cpu, &cpu) {
+        let lacks = RefHost::cpu()?.lacks(cpu).join(", ");
+        if !lacks.is_empty() {
+            return Err(Failure::words(format!("this host lacks, of {}: {lacks}", file.display())));
+        }
+    }
     let confined = crate::confine::receiver(&runtime, args)?;
     let host = Arc::new(AnyHost {
         runtime,
@@ -116,6 +124,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             arrival: ferry_refvmm::Arrival {
                 name: args.name.clone(),
                 huge_pages: args.huge_pages,
+                cpu,
                 dirty_log: args.dirty_log.into(),
                 serial: args.serial.clone().map_or(SerialSink::Stdout, SerialSink::File),
             },
