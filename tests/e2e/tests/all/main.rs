@@ -10,6 +10,7 @@ mod architecture;
 mod bundles;
 mod cli;
 mod confined;
+mod cpu;
 mod engine;
 mod failures;
 mod fetching;
