@@ -84,6 +84,8 @@ pub(crate) struct MigrateRequest {
     pub(crate) identity: PathBuf,
     /// Who has to be there, as on the command line.
     pub(crate) peer: Option<String>,
+    /// Over what, as on the command line; none: as it is best.
+    pub(crate) link: Option<String>,
     pub(crate) max_downtime_ms: u64,
     pub(crate) max_total_ms: u64,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
