@@ -17,8 +17,8 @@ use crate::{
     QuicListener, TlsConnector, TlsListener, quic, tls,
 };
 
-/// How long TLS is tried alone: longer than it takes where it answers.
-const HEAD_START: Duration = Duration::from_millis(300);
+/// How long TLS is tried alone: longer than it takes where it answers. A host that does not speak it says so at once.
+const HEAD_START: Duration = Duration::from_secs(1);
 /// Ports that are tried where any will do.
 const TRIES: usize = 32;
 

@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use ferry_e2e::{Hosts, network};
 use ferry_migrate::{Guest, Host, Report};
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::RefHost;
 use ferry_transport::{LinkChoice, Over};
 use rand::Rng;
+use serde_json::Value;
 
 use crate::figures::{Cost, Figures};
 use crate::moves::{Destination, kvm, process};
@@ -187,6 +189,50 @@ pub(crate) fn links(plan: &Plan) -> Result<(), Failure> {
         let faster = Figures::new(pairs().map(|(quic, tls)| gbit(tls) / gbit(quic)));
         let cheaper = Figures::new(pairs().map(|(quic, tls)| tls.cpu.div_duration_f64(quic.cpu)));
         println!("    TLS has {faster:.2} of QUIC's rate at {cheaper:.2} of its CPU time");
+    }
+    shaped(plan, LINKS)
+}
+
+/// Whole moves by the command between two network namespaces.
+fn shaped(plan: &Plan, links: [Over; 2]) -> Result<(), Failure> {
+    const RATE: &str = "1gbit";
+    const HALF: &str = "pattern=idle arena=256M fill=all fill_random=100";
+    println!("  256 MiB that no codec makes smaller, by the command, over {RATE}");
+    let Some(network) = network::Network::new() else { return Ok(()) };
+    if let Some(why) = network.shape(RATE) {
+        println!("  SKIP: no such link can be made: {why}");
+        return Ok(());
+    }
+    let mut hosts = Hosts::new();
+    (hosts.source.before, hosts.destination.before) = (network.at(0), network.at(1));
+    for mode in ["pre-copy", "post-copy"] {
+        let mut moves = links.map(|_| Vec::new());
+        for _ in 0..plan.repeats {
+            for (link, moves) in links.iter().zip(&mut moves) {
+                let boot = ["--memory", "512M", "--cmdline", HALF];
+                let runner = hosts.source.boot("m", ":process", &boot);
+                let listen = format!("{}:0", network::ADDRESSES[1]);
+                let (receiver, to) = hosts.destination.receive_on(&listen, &["--once"]);
+                let only = LinkChoice::Only(*link).to_string();
+                let moved = hosts.source.migrate("m", to, &["--mode", mode, "--link", &only]);
+                if moved.status != Some(0) {
+                    return Err(format!("a move failed: {:#}", moved.report).into());
+                }
+                hosts.destination.run(&["vm", "stop", "m"]);
+                drop((runner, receiver));
+                moves.push(moved.report);
+            }
+        }
+        for (link, moves) in links.iter().zip(&moves) {
+            let of = |figure: fn(&Value) -> &Value| {
+                Figures::new(moves.iter().map(|r| figure(r).as_f64().unwrap_or(f64::NAN)))
+            };
+            let (total, down) = (of(|r| &r["total_ms"]), of(|r| &r["downtime_ms"]));
+            let fetching = of(|r| &r["paging"]["took_ms"]);
+            println!(
+                "    {mode}, {link}: {total:.0} ms in all, {down:.2} ms downtime, fetching {fetching:.0} ms"
+            );
+        }
     }
     Ok(())
 }

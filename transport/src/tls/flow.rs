@@ -440,8 +440,227 @@ impl Flow {
     }
 }
 
+/// No frame is as long as 16 MiB.
 fn header(kind: u8, bytes: usize) -> [u8; HEADER_BYTES] {
-    // No frame is as long as 16 MiB.
     let [low, middle, high, ..] = bytes.to_le_bytes();
     [kind, low, middle, high]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WINDOW: u32 = 64 << 10;
+
+    /// Two ends and the bytes between them, which arrive in pieces of `cut`.
+    struct Pair {
+        left: Flow,
+        right: Flow,
+        cut: usize,
+        inputs: [BytesMut; 2],
+    }
+
+    impl Pair {
+        fn new(cut: usize) -> Self {
+            let end = || Flow::new("there", WINDOW);
+            Self { left: end(), right: end(), cut, inputs: Default::default() }
+        }
+
+        /// Carries all that there is, both ways.
+        fn carry(&mut self) {
+            loop {
+                let Self { left, right, cut, inputs: [to_right, to_left] } = self;
+                let moved = pass(left, right, to_right, *cut) | pass(right, left, to_left, *cut);
+                if !moved {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn pass(from: &mut Flow, to: &mut Flow, input: &mut BytesMut, cut: usize) -> bool {
+        let mut out = VecDeque::new();
+        from.stage(&mut out);
+        let bytes = Vec::from(out).concat();
+        for piece in bytes.chunks(cut) {
+            input.extend_from_slice(piece);
+            to.receive(input);
+        }
+        !bytes.is_empty()
+    }
+
+    fn bytes(n: usize) -> Bytes {
+        (0..=250).cycle().take(n).collect::<Vec<u8>>().into()
+    }
+
+    fn drain(flow: &mut Flow) -> Vec<u8> {
+        std::iter::from_fn(|| flow.take()).flatten().collect()
+    }
+
+    #[test]
+    fn bytes_come_in_order_however_the_stream_is_cut() {
+        for cut in [1, 3, 5, 1000, 16_384, usize::MAX] {
+            let mut pair = Pair::new(cut);
+            let sent = [1, 60_000, 0, 7, 200_000, 64 << 10].map(bytes);
+            let mut came = Vec::new();
+            for piece in &sent {
+                pair.left.send(piece).unwrap().unwrap();
+            }
+            pair.left.finish().unwrap();
+            while pair.right.no_more().is_none() || pair.right.source_moves() {
+                pair.carry();
+                let some = drain(&mut pair.right);
+                came.extend_from_slice(&some);
+                if some.is_empty() {
+                    break;
+                }
+            }
+            assert!(came == sent.concat(), "cut {cut}");
+            assert_eq!(pair.right.no_more(), Some(Ok(())), "cut {cut}");
+            pair.carry();
+            assert_eq!(pair.left.finished(), Some(Ok(())), "cut {cut}");
+        }
+    }
+
+    #[test]
+    fn no_more_is_sent_than_the_reader_allows_and_little_pieces_cost_more_than_their_bytes() {
+        for size in [1, 100, 5000, 60_000] {
+            let mut pair = Pair::new(usize::MAX);
+            for _ in 0..20_000 {
+                match pair.left.send(&bytes(size)) {
+                    Some(sent) => sent.unwrap(),
+                    None => break,
+                }
+                pair.carry();
+            }
+            let (kept, held): (Vec<_>, u64) = (
+                pair.right.pieces.iter().map(|(piece, _)| piece.len()).collect(),
+                pair.right.pieces.iter().map(|(_, cost)| cost).sum(),
+            );
+            assert!(held <= u64::from(WINDOW), "{size}: {held}");
+            assert!(kept.len() as u64 * FRAME_COST <= u64::from(WINDOW), "{size}: {}", kept.len());
+            let before = drain(&mut pair.right).len();
+            pair.right.widen(1 << 20);
+            pair.carry();
+            assert!(
+                before > 0 && !pair.right.pieces.is_empty(),
+                "{size}: it goes on when it is read"
+            );
+        }
+    }
+
+    #[test]
+    fn a_piece_that_is_kept_keeps_no_more_memory_than_four_times_its_bytes() {
+        // One byte of data in a buffer full of pings.
+        let mut flow = Flow::new("there", WINDOW);
+        let mut input = BytesMut::with_capacity(64 << 10);
+        input.extend_from_slice(&header(DATA, 1));
+        input.put_u8(7);
+        for _ in 0..16_000 {
+            input.extend_from_slice(&header(PING, 0));
+        }
+        let buffer = input.as_ptr();
+        flow.receive(&mut input);
+        let piece = flow.take().unwrap();
+        assert_eq!(piece, &[7][..]);
+        assert!(!buffer.wrapping_add(HEADER_BYTES).eq(&piece.as_ptr()), "it keeps the buffer");
+        // A long frame that comes byte by byte is one piece, not many.
+        input.extend_from_slice(&header(DATA, 10_000));
+        for _ in 0..10_000 {
+            input.put_u8(1);
+            flow.receive(&mut input);
+        }
+        assert_eq!(flow.pieces.len(), 1);
+    }
+
+    #[test]
+    fn what_was_sent_before_the_sink_was_dropped_is_read_and_then_the_loss() {
+        let mut pair = Pair::new(7);
+        pair.left.send(&bytes(10)).unwrap().unwrap();
+        pair.carry();
+        pair.left.drop_sink();
+        pair.carry();
+        assert_eq!(drain(&mut pair.right).len(), 10);
+        assert!(matches!(pair.right.no_more(), Some(Err(LinkError::Lost { .. }))));
+        assert_eq!(pair.right.over(), None, "the other direction goes on");
+        pair.right.send(&bytes(3)).unwrap().unwrap();
+        pair.carry();
+        assert_eq!(drain(&mut pair.left).len(), 3);
+    }
+
+    #[test]
+    fn the_first_reason_stands_and_passes_all_that_waits() {
+        let mut pair = Pair::new(100);
+        for _ in 0..16 {
+            pair.left.send(&bytes(64 << 10)).unwrap().unwrap();
+        }
+        pair.left.close("one");
+        pair.left.close("two");
+        pair.left.break_off(LinkError::Refused { remote: "x".into() });
+        assert!(pair.left.send(&bytes(1)).unwrap().is_err());
+        let mut out = VecDeque::new();
+        pair.left.stage(&mut out);
+        let mut input = BytesMut::from(&Vec::from(out).concat()[..]);
+        assert!(input.len() < 100, "nothing else is sent any more");
+        pair.right.receive(&mut input);
+        assert_eq!(pair.right.over(), Some(false));
+        let error = pair.right.send(&bytes(1)).unwrap().unwrap_err();
+        assert!(matches!(&error, LinkError::Closed { reason, .. } if reason == "one"), "{error}");
+    }
+
+    #[test]
+    fn a_peer_that_grants_more_than_there_is_harms_nobody() {
+        let mut flow = Flow::new("there", WINDOW);
+        let grant = [&header(ALLOW, 8)[..], &u64::MAX.to_le_bytes()].concat();
+        for _ in 0..3 {
+            flow.receive(&mut BytesMut::from(&grant[..]));
+            flow.send(&bytes(100)).unwrap().unwrap();
+            let mut out = VecDeque::new();
+            flow.stage(&mut out);
+            assert!(Vec::from(out).concat().len() > 100);
+        }
+        assert_eq!(flow.over(), None);
+    }
+
+    #[test]
+    fn frames_of_chance_break_no_limit_and_end_in_a_reason() {
+        let mut seed = 1_u64;
+        let mut dice = |n: u64| {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % n
+        };
+        let mut ended = 0;
+        for _ in 0..3000 {
+            let mut flow = Flow::new("there", WINDOW);
+            let mut input = BytesMut::new();
+            for _ in 0..dice(40) {
+                let kind = u8::try_from(dice(9)).unwrap();
+                let length = match kind {
+                    DATA => usize::try_from(dice(30_000)).unwrap(),
+                    ALLOW => 8,
+                    CLOSE => usize::try_from(dice(1200)).unwrap(),
+                    _ => usize::from(dice(50) == 0),
+                };
+                input.extend_from_slice(&header(kind, length));
+                // What is announced does not always come.
+                let comes = if dice(100) == 0 { length / 2 } else { length };
+                (0..comes).for_each(|_| input.put_u8(u8::try_from(dice(256)).unwrap()));
+                flow.receive(&mut input);
+                let mut out = VecDeque::new();
+                match dice(6) {
+                    0 => drop(flow.take()),
+                    1 => drop(flow.send(&bytes(5000))),
+                    2 if dice(10) == 0 => drop(flow.finish()),
+                    _ => flow.stage(&mut out),
+                }
+                let held: u64 = flow.pieces.iter().map(|(_, cost)| cost).sum();
+                assert!(held <= u64::from(WINDOW) && flow.spent <= flow.allowed);
+                assert!(flow.words.len() < 64 << 10 && input.len() < 64 << 10);
+            }
+            ended += u32::from(flow.over().is_some());
+        }
+        assert!(ended > 1000, "{ended}");
+    }
 }
