@@ -66,6 +66,15 @@ pub trait Guest: Send {
     fn return_dirty(&mut self, pages: &PageSet) {
         let _ = pages;
     }
+    /// Holds every vCPU back for `percent` of its time from now on, in short turns; 0: not at all. Asked for only where
+    /// the operator allows it.
+    ///
+    /// # Errors
+    /// This VMM cannot do that.
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        let _ = percent;
+        Err(GuestError::new("this VMM cannot hold its vCPUs back"))
+    }
     /// Stops every vCPU; returns when none executes guest code. A machine that the operator had
     /// paused is paused already, and remembers it in its state.
     ///

@@ -31,8 +31,8 @@ mod tracking;
 pub use ferry_memory::GuestView;
 pub use ferry_pages::PageSet;
 pub use ferry_protocol::{
-    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, Mode, PermitStub, Progress,
-    Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
+    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, Mode, PermitStub, Preflight,
+    Progress, Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
 };
 pub use ferry_transport::{Admission, AllowList};
 pub use fetching::Fetching;
@@ -40,10 +40,13 @@ pub use guest::{Guest, GuestError, Host};
 pub use hints::FreePages;
 pub use lazy::{LazyEvent, restore_lazily};
 pub use receive::{ReceiveEvent, ReceiveOptions, receive};
-pub use report::{DowntimeParts, OutcomeKind, PageCounts, Paging, Report, WaitMs, Whereabouts};
+pub use report::{
+    DecisionReport, DowntimeParts, Foreseen, Foretold, OutcomeKind, PageCounts, Paging, Report,
+    WaitMs, Whereabouts,
+};
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
-pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, reattach, send};
+pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, Tuning, reattach, send};
 pub use spool::{Spool, SpoolError, check_spool, serve_spool};
 
 /// An error with its causes, as one line: `what: why: why that`.

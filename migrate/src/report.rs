@@ -1,9 +1,11 @@
 //! What a migration did, in numbers and words.
 
 use ferry_codec::Codec;
-use ferry_protocol::{Fetched, Outcome, Switchover};
-use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::time::Duration;
+
+use ferry_protocol::{Fetched, Goals, Mode, Outcome, Progress, Sampled, Switchover};
+use serde::{Deserialize, Serialize};
 
 /// How a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,6 +161,174 @@ pub(crate) fn paging(fetched: &Fetched) -> Paging {
     }
 }
 
+/// What was decided after a round, and from which numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecisionReport {
+    /// Since the migration began, ms.
+    pub at_ms: f64,
+    /// The round.
+    pub round: u32,
+    /// Pages in it.
+    pub pages: u64,
+    /// Bytes that it put on the link.
+    pub bytes: u64,
+    /// From its first page to its acknowledgement, ms.
+    pub took_ms: f64,
+    /// Pages that were dirty after it.
+    pub dirty_pages: u64,
+    /// Link rate, bytes/s.
+    pub link_bytes_per_s: f64,
+    /// Bytes that a page takes on the link.
+    pub bytes_per_page: f64,
+    /// The shortest acknowledgement so far, ms.
+    pub round_trip_ms: f64,
+    /// Downtime of a switchover at that moment, ms.
+    pub expected_downtime_ms: f64,
+    /// Percent of their time that vCPUs were held back in it.
+    pub slowed_percent: u8,
+    /// `round`, `slow`, `switch-over`, `post-copy` or `give-up`.
+    pub decision: String,
+    /// Why, in words.
+    pub why: String,
+}
+
+/// What was expected of a move before it began.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Foreseen {
+    /// Pages that hold data.
+    pub pages: u64,
+    /// What the link carried, bytes/s.
+    pub link_bytes_per_s: f64,
+    /// Bytes that a page took on it.
+    pub bytes_per_page: f64,
+    /// From the last page of a sample to its acknowledgement, ms.
+    pub round_trip_ms: f64,
+    /// Different pages written a second while it was looked at.
+    pub dirty_pages_per_s: f64,
+    /// Why the destination cannot take pages after the hand-over.
+    pub no_post_copy: Option<String>,
+    /// The way that was asked for first, then all others.
+    pub ways: Vec<Foretold>,
+}
+
+/// What one way to move the machine was expected to come to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Foretold {
+    /// The mode that is asked for.
+    pub asked: String,
+    /// What it comes to: never `auto`.
+    pub mode: String,
+    /// Until the machine runs at the destination, ms.
+    pub total_ms: f64,
+    /// Standstill, ms.
+    pub downtime_ms: f64,
+    /// From then on until the last page is there, ms.
+    pub fetching_ms: f64,
+    /// Rounds while the guest runs.
+    pub rounds: u32,
+    /// Bytes on the link.
+    pub bytes: u64,
+    /// Percent of their time that vCPUs are held back at the end.
+    pub slowed_percent: u8,
+    /// Which goals it misses, and what would meet them; none, and all are met.
+    pub misses: Option<String>,
+}
+
+/// What is foretold for `goals` by `mode` and by all others.
+pub(crate) fn foreseen(
+    s: &Sampled,
+    goals: Goals,
+    mode: Mode,
+    no_post_copy: Option<&str>,
+) -> Foreseen {
+    let others = [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
+    let modes = std::iter::once(mode).chain(others.into_iter().filter(|other| *other != mode));
+    let way = |asked: Mode| {
+        let told = s.forecast(goals, asked, no_post_copy);
+        Foretold {
+            asked: asked.name().into(),
+            mode: told.mode.name().into(),
+            total_ms: ms(told.total),
+            downtime_ms: ms(told.downtime),
+            fetching_ms: ms(told.fetching),
+            rounds: told.rounds,
+            bytes: told.bytes,
+            slowed_percent: told.slowed,
+            misses: told.misses,
+        }
+    };
+    Foreseen {
+        pages: s.pages,
+        link_bytes_per_s: s.rate_bytes_per_s,
+        bytes_per_page: s.bytes_per_page,
+        round_trip_ms: ms(s.round_trip),
+        dirty_pages_per_s: s.written_within(Duration::from_secs(1)),
+        no_post_copy: no_post_copy.map(str::to_owned),
+        ways: modes.map(way).collect(),
+    }
+}
+
+/// Decisions that are remembered: the last ones.
+const MAX_DECISIONS: usize = 64;
+
+/// What was decided so far.
+#[derive(Debug, Default)]
+pub(crate) struct Decisions(VecDeque<DecisionReport>);
+
+impl Decisions {
+    /// Takes down what `progress`, told at time `at`, says of a decision.
+    pub(crate) fn follow(&mut self, at: Duration, progress: &Progress) {
+        let Progress::RoundDone {
+            facts,
+            rate_bytes_per_s,
+            bytes_per_page,
+            round_trip,
+            expected_downtime,
+            slowed,
+            decision,
+        } = progress
+        else {
+            return;
+        };
+        if self.0.len() == MAX_DECISIONS {
+            self.0.pop_front();
+        }
+        self.0.push_back(DecisionReport {
+            at_ms: ms(at),
+            round: facts.round,
+            pages: facts.pages,
+            bytes: facts.bytes,
+            took_ms: ms(facts.took),
+            dirty_pages: facts.dirty,
+            link_bytes_per_s: *rate_bytes_per_s,
+            bytes_per_page: *bytes_per_page,
+            round_trip_ms: ms(*round_trip),
+            expected_downtime_ms: ms(*expected_downtime),
+            slowed_percent: *slowed,
+            decision: decision.name().into(),
+            why: decision.why().into(),
+        });
+    }
+
+    pub(crate) fn into_reports(self) -> Vec<DecisionReport> {
+        self.0.into()
+    }
+}
+
+/// Which goals a machine that arrived missed, in words.
+pub(crate) fn missed(goals: Goals, total: Duration, downtime_ms: f64) -> Vec<String> {
+    let mut missed = Vec::new();
+    let allowed = ms(goals.max_downtime);
+    if downtime_ms > allowed {
+        missed.push(format!("{downtime_ms:.1} ms of downtime, {allowed:.1} ms were asked for"));
+    }
+    if total > goals.max_total {
+        let [total, allowed] = [total, goals.max_total].map(|d| d.as_secs_f64());
+        missed.push(format!("{total:.2} s in all, {allowed:.2} s were asked for"));
+    }
+    missed
+}
+
 /// One migration, seen from its source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -166,6 +336,15 @@ pub struct Report {
     pub outcome: OutcomeKind,
     /// Why, in words.
     pub reason: String,
+    /// Goals that were missed by a machine that arrived, in words.
+    #[serde(default)]
+    pub missed: Vec<String>,
+    /// The last decisions, in their order.
+    #[serde(default)]
+    pub decisions: Vec<DecisionReport>,
+    /// What was expected before the move began, if it was looked at.
+    #[serde(default)]
+    pub foreseen: Option<Foreseen>,
     /// Where the machine is now.
     pub machine: Whereabouts,
     /// What was done: `pre-copy`, `post-copy` or `hybrid`; `auto` if it did not come to that.
@@ -215,6 +394,9 @@ impl Report {
         Self {
             outcome: OutcomeKind::Failed,
             reason: reason.into(),
+            missed: Vec::new(),
+            decisions: Vec::new(),
+            foreseen: None,
             machine,
             mode: ferry_protocol::Mode::Auto.name().into(),
             total_ms: 0.0,

@@ -17,10 +17,11 @@ use ferry_memory::{GuestView, Touched};
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
 use ferry_protocol::limits;
 use ferry_protocol::{
-    Goals, Hello, Mode, Outcome, PermitStub, Progress, Reattach, RunPermit, Source, SourceAction,
-    SourceEvent, StateWriter, ToDestination,
+    Goals, Hello, Mode, Outcome, PermitStub, Preflight, Progress, Reattach, RunPermit, Source,
+    SourceAction, SourceEvent, StateWriter, ToDestination,
 };
 use ferry_transport::{Connector, Pacer};
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
@@ -42,6 +43,8 @@ pub struct SendOptions {
     pub goals: Goals,
     /// How to reach it.
     pub mode: Mode,
+    /// Whether to look at link and guest before.
+    pub preflight: Preflight,
     /// How long to try to come back when the link is lost.
     pub rejoin_for: Duration,
     /// After a hand-over that owes pages, write those to a spool at this directory, too: see
@@ -65,6 +68,7 @@ impl Default for SendOptions {
         Self {
             goals: Goals::default(),
             mode: Mode::default(),
+            preflight: Preflight::default(),
             rejoin_for: Duration::from_secs(120),
             spool: None,
             bandwidth_bytes_per_s: None,
@@ -72,6 +76,20 @@ impl Default for SendOptions {
             codecs: CodecSet::ALL,
         }
     }
+}
+
+/// What is to be different in a migration under way; what is not named stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tuning {
+    /// See [`Goals`].
+    pub max_downtime: Option<Duration>,
+    /// See [`Goals`]; since the migration began.
+    pub max_total: Option<Duration>,
+    /// See [`Goals`].
+    pub max_slowdown: Option<u8>,
+    /// No more page bytes a second than this; 0: no limit.
+    pub bandwidth_bytes_per_s: Option<u64>,
 }
 
 /// What whoever watches a migration is told.
@@ -103,6 +121,14 @@ impl Canceller {
         inner.0 = true;
         if let Some(sender) = &inner.1 {
             let _ = sender.send(Message::Event(SourceEvent::Cancel));
+        }
+    }
+
+    /// Goes on as `tuning` says. After the commit, goals change nothing.
+    pub fn tune(&self, tuning: Tuning) {
+        let inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = &inner.1 {
+            let _ = sender.send(Message::Tune(tuning));
         }
     }
 
@@ -143,6 +169,7 @@ pub struct Sent {
 #[derive(Debug)]
 pub(crate) enum Message {
     Event(SourceEvent),
+    Tune(Tuning),
     Spooled(Result<u64, String>),
     /// From the connections of one link; those of a link that was given up count no more.
     Link {
@@ -169,7 +196,8 @@ pub fn send(
     let how = (options.goals, options.mode);
     let (codecs, lanes) = (options.codecs.bits(), options.lanes);
     let (spec, number) = (guest.spec(), guest.machine());
-    let machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
+    let mut machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
+    machine.set_preflight(options.preflight);
     let connector = Arc::new(Pinned::new(connector, None));
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
     engine.connect(Hello::control());
@@ -257,6 +285,7 @@ struct Engine<'a> {
     paused: bool,
     /// Of all memory, where it is known.
     digest: Option<u64>,
+    decisions: report::Decisions,
     spooling: Option<Spooling>,
     failed_resume: Option<(RunPermit, GuestError)>,
     outcome: Option<Outcome>,
@@ -313,6 +342,7 @@ impl<'a> Engine<'a> {
             last_harvest: Duration::ZERO,
             paused: false,
             digest: None,
+            decisions: report::Decisions::default(),
             spooling: None,
             failed_resume: None,
             outcome: None,
@@ -364,6 +394,7 @@ impl<'a> Engine<'a> {
                     LinkEvent::Lane(event) => self.lane_event(event),
                 },
                 Ok(Message::Link { .. }) => {}
+                Ok(Message::Tune(tuning)) => self.tune(tuning),
                 Ok(Message::Spooled(written)) => (self.watch)(SendEvent::Spooled(written)),
                 Err(RecvTimeoutError::Timeout) => {
                     if self.machine.deadline().is_some_and(|d| self.began.elapsed() >= d) {
@@ -431,6 +462,9 @@ impl<'a> Engine<'a> {
                 self.send_pages(round, pages);
                 None
             }
+            SourceAction::Throttle(percent) => {
+                self.guest.throttle(percent).err().map(|e| SourceEvent::CannotThrottle(words(&e)))
+            }
             SourceAction::Pause => Some(match self.guest.pause() {
                 Ok(permit) => {
                     self.paused = true;
@@ -493,6 +527,7 @@ impl<'a> Engine<'a> {
                 })
             }
             SourceAction::Tell(progress) => {
+                self.decisions.follow(self.began.elapsed(), &progress);
                 match progress {
                     Progress::RoundStarted { pages, .. } => self.round_pages = pages,
                     Progress::LinkLost(_) | Progress::InDoubt(_) => self.links_lost += 1,
@@ -509,10 +544,7 @@ impl<'a> Engine<'a> {
     }
 
     fn open_lanes(&mut self, session: u128, codecs: u8) -> Result<(), String> {
-        let pacer = self
-            .options
-            .bandwidth_bytes_per_s
-            .map(|rate| Mutex::new(Pacer::new(Some(rate), BURST_BYTES)));
+        let pacer = Mutex::new(Pacer::new(self.options.bandwidth_bytes_per_s, BURST_BYTES));
         let shared = Arc::new(Shared {
             connector: self.connector.clone(),
             view: self.memory.clone(),
@@ -666,6 +698,24 @@ impl<'a> Engine<'a> {
         self.spooling = Some(Spooling::start(dir, spec, view, owed.clone(), spooled, tell));
     }
 
+    fn tune(&mut self, tuning: Tuning) {
+        let mut goals = self.machine.policy().goals();
+        goals.max_downtime = tuning.max_downtime.unwrap_or(goals.max_downtime);
+        goals.max_total = tuning.max_total.unwrap_or(goals.max_total);
+        goals.max_slowdown = tuning.max_slowdown.unwrap_or(goals.max_slowdown);
+        self.handle(SourceEvent::Tune(goals));
+        let Some(rate) = tuning.bandwidth_bytes_per_s else { return };
+        let limit = Some(rate).filter(|rate| *rate > 0);
+        self.options.bandwidth_bytes_per_s = limit;
+        if let Some(shared) = &self.shared {
+            let now = self.began.elapsed();
+            shared.pacer.lock().unwrap_or_else(PoisonError::into_inner).set_rate(now, limit);
+            if let Some(serving) = shared.serving.borrow().as_ref() {
+                serving.set_limit(limit);
+            }
+        }
+    }
+
     fn tell_bytes(&mut self) {
         if let Some(shared) = &self.shared {
             let bytes = self.bytes_before + shared.bytes.load(Ordering::Relaxed);
@@ -737,9 +787,18 @@ impl<'a> Engine<'a> {
         };
         let fetching = self.machine.fetched().map_or(0, |fetched| fetched.took_ns);
         let fetching = Duration::from_nanos(fetching);
+        let completed = kind == report::OutcomeKind::Completed;
+        let goals = self.machine.policy().goals();
+        let missed = report::missed(goals, ran_at.unwrap_or(total), downtime_ms);
+        let (mode, no_post_copy) = (self.options.mode, self.machine.no_post_copy());
+        let foreseen =
+            self.machine.sampled().map(|s| report::foreseen(s, goals, mode, no_post_copy));
         let report = Report {
             outcome: kind,
             reason,
+            missed: if completed { missed } else { Vec::new() },
+            decisions: std::mem::take(&mut self.decisions).into_reports(),
+            foreseen,
             machine,
             mode: self.mode_in_words(),
             total_ms: report::ms(ran_at.unwrap_or(total)),

@@ -33,7 +33,7 @@ pub(crate) struct Shared {
     pub(crate) codecs: CodecSet,
     pub(crate) session: u128,
     pub(crate) link: u64,
-    pub(crate) pacer: Option<Mutex<Pacer>>,
+    pub(crate) pacer: Mutex<Pacer>,
     /// Bytes put on the link so far, for whoever watches.
     pub(crate) bytes: std::sync::atomic::AtomicU64,
     /// The migration is over: leave the round, even if the peer takes no more bytes.
@@ -307,12 +307,11 @@ impl<'a> Sender<'a> {
     async fn put(&mut self, frame: Bytes, sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {
         let bytes = frame.len() as u64;
         let before = Instant::now();
-        if let Some(pacer) = &self.shared.pacer {
-            let now = self.shared.began.elapsed();
-            let delay = pacer.lock().unwrap_or_else(PoisonError::into_inner).delay(now, bytes);
-            if !delay.is_zero() {
-                tokio::time::sleep(delay).await;
-            }
+        let now = self.shared.began.elapsed();
+        let pacer = &self.shared.pacer;
+        let delay = pacer.lock().unwrap_or_else(PoisonError::into_inner).delay(now, bytes);
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
         }
         sink.send(frame).await.map_err(LaneEvent::LinkLost)?;
         self.done.batches += 1;

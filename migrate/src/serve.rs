@@ -62,6 +62,11 @@ impl Serving {
         Self { round, owed, record_pages: named.len(), queue, pace, sent }
     }
 
+    /// No more bytes a second than this from now on.
+    pub(crate) fn set_limit(&self, limit: Option<u64>) {
+        lock(&self.pace).set_limit(limit);
+    }
+
     /// Pages sent since the hand-over, by codec.
     pub(crate) fn pages(&self) -> PageCounts {
         *lock(&self.sent)

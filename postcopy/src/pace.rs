@@ -139,10 +139,16 @@ struct Smallest {
 const NONE_YET: Smallest = Smallest { round_trip: f64::INFINITY, bytes: 0.0, capacity: FLOOR };
 
 impl PushPace {
+    /// Changes the operator's limit, as in [`new`](Self::new).
+    pub fn set_limit(&mut self, limit: Option<u64>) {
+        self.limit = usable(limit);
+        self.rate = self.rate.min(self.limit.unwrap_or(f64::INFINITY));
+    }
+
     /// A pace for a link of which nothing is known. `limit` is the operator's, in bytes per second, urgent
     /// pages included (none or 0: no limit).
     pub fn new(limit: Option<u64>) -> Self {
-        let limit = limit.filter(|limit| *limit > 0).map(|limit| limit as f64);
+        let limit = usable(limit);
         Self {
             limit,
             capacity: START,
@@ -376,4 +382,9 @@ fn seconds(seconds: f64) -> Duration {
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Saturates, and is not negative.
 fn whole(rate: f64) -> u64 {
     rate as u64
+}
+
+/// A limit as the operator says it.
+fn usable(limit: Option<u64>) -> Option<f64> {
+    limit.filter(|limit| *limit > 0).map(|limit| limit as f64)
 }

@@ -6,6 +6,7 @@
 //! migration can be stepped in virtual time, a million times (`tests/sim`).
 
 mod destination;
+mod forecast;
 mod lending;
 pub mod limits;
 mod messages;
@@ -19,6 +20,7 @@ mod state;
 pub mod wire;
 
 pub use destination::{Arrival, Built, Destination, DestinationAction, DestinationEvent};
+pub use forecast::{Forecast, Sampled};
 pub use lending::{
     LENDING_VERSION, MAX_OPEN_FILES, MAX_PATH_BYTES, MAX_READ_BYTES, MAX_TO_DEPOT_BYTES,
     MAX_TO_READER_BYTES, ToDepot, ToReader,
@@ -32,7 +34,8 @@ pub use packed::PackedPages;
 pub use permit::{PermitStub, RunPermit};
 pub use policy::{Decision, Goals, Mode, Policy, RoundFacts};
 pub use source::{
-    DOUBT_TIMEOUT, QUESTION_TIMEOUT, Reattach, Source, SourceAction, SourceEvent, Spooled,
+    DOUBT_TIMEOUT, Preflight, QUESTION_TIMEOUT, Reattach, Source, SourceAction, SourceEvent,
+    Spooled,
 };
 pub use spec::{DeviceSpec, HostCapabilities, MachineSpec, is_machine_name};
 pub use state::{MAX_SECTION_BYTES, StateError, StateReader, StateWriter};

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Refusal;
 use crate::permit::PermitStub;
-use crate::policy::RoundFacts;
+use crate::policy::{Decision, RoundFacts};
 use crate::source::Reattach;
 
 /// What whoever watches is told.
@@ -14,6 +14,8 @@ use crate::source::Reattach;
 pub enum Progress {
     /// The destination took the machine.
     Accepted,
+    /// Link and guest were looked at; the move begins.
+    Sampled,
     /// A round begins.
     RoundStarted {
         /// Number, from 1.
@@ -27,10 +29,16 @@ pub enum Progress {
         facts: RoundFacts,
         /// Link rate, bytes/s.
         rate_bytes_per_s: f64,
+        /// Bytes that a page takes on the link.
+        bytes_per_page: f64,
+        /// The shortest acknowledgement so far.
+        round_trip: Duration,
         /// Expected downtime.
         expected_downtime: Duration,
-        /// What was decided, in words.
-        decision: String,
+        /// Percent of their time that vCPUs were held back.
+        slowed: u8,
+        /// What was decided.
+        decision: Decision,
     },
     /// The guest stands still.
     Paused,

@@ -158,6 +158,7 @@ fn can_be_controlled(kernel: &str, kind: &str) {
     host.run(&["vm", "resume", "m"]).succeeded();
     host.works("m");
     host.run(&["cancel", "m"]).failed(&["m", "is not moving"]);
+    host.run(&["tune", "m", "--max-total", "1m"]).failed(&["m", "is not moving"]);
 
     let stopped = host.run(&["vm", "stop", "m"]).succeeded();
     assert!(stopped.stdout.contains("stopped"), "{stopped:?}");
@@ -231,12 +232,16 @@ fn a_paused_kvm_machine_arrives_paused() {
 
 fn can_be_cancelled(kernel: &str) {
     let (hosts, _runner, receiver, to) = set_out(kernel, &["--cmdline", LARGE]);
-    let moving = hosts.source.start_migrate("m", to, &[&SLOW[..], &["--json"]].concat());
+    let set_off = || {
+        let moving = hosts.source.start_migrate("m", to, &[&SLOW[..], &["--json"]].concat());
+        wait_for("it moves", || {
+            let shown = hosts.source.show("m")?;
+            (shown["migrating_to"] == to.to_string()).then_some(())
+        });
+        moving
+    };
+    let moving = set_off();
     receiver.line("is coming from");
-    wait_for("it moves", || {
-        let shown = hosts.source.show("m")?;
-        (shown["migrating_to"] == to.to_string()).then_some(())
-    });
     // What would disturb it is refused, and says what to do.
     for command in ["pause", "resume", "stop"] {
         hosts.source.run(&["vm", command, "m"]).failed(&["is moving to", "ferry cancel m"]);
@@ -252,8 +257,10 @@ fn can_be_cancelled(kernel: &str) {
     receiver.line("did not come");
     hosts.source.works("m");
     assert!(hosts.destination.machines().is_empty());
-    // A destination that takes one machine still waits for it.
-    hosts.source.migrate("m", to, &[]).completed();
+    // A destination that takes one machine still waits for it; the link may be used in full after all.
+    let moving = set_off();
+    hosts.source.run(&["tune", "m", "--bandwidth", "none", "--max-downtime", "1s"]).succeeded();
+    Moved::from(moving.end()).completed();
     hosts.destination.works("m");
 }
 

@@ -261,7 +261,7 @@ fn controls() -> Seeds {
         ("resume", "{\"resume\":{\"destination_is_dead\":true}}\n"),
         (
             "migrate",
-            r#"{"migrate":{"to":"[::1]:7001","identity":"/a","max_downtime_ms":50,"max_total_ms":300000,"bandwidth_bytes_per_s":null,"mode":"pre-copy","resume":false,"rejoin_ms":60000,"spool":"/b"}}"#,
+            r#"{"migrate":{"to":"[::1]:7001","identity":"/a","max_downtime_us":50,"max_total_us":300000,"bandwidth_bytes_per_s":null,"mode":"pre-copy","resume":false,"rejoin_ms":60000,"spool":"/b"}}"#,
         ),
         ("save", r#"{"save":{"dir":"/a","base":"/b","stop":true,"max_stop_ms":1000}}"#),
         ("balloon", r#"{"balloon":{"target_bytes":4096,"ask_guest":true}}"#),

@@ -36,6 +36,8 @@ pub enum Plant {
     DroppedDebt,
     /// What is given back when a migration ends is not taken.
     DropReturned,
+    /// vCPUs that were held back stay so.
+    HeldBack,
     /// The destination says that a batch is installed when it comes.
     AckBeforeInstall,
     /// A batch that comes twice counts twice.

@@ -50,7 +50,11 @@ fn a_seed_that_is_replayed_does_the_same_again() {
 /// of these rules.
 fn assert_found(plant: Plant, by: &[Rule]) {
     let mut found = 0;
-    for seed in 0..SEEDS {
+    // A few are rare.
+    for seed in 0..10 * SEEDS {
+        if found > 0 && seed >= SEEDS {
+            break;
+        }
         let Err(broken) = World::new(seed, plant).run() else { continue };
         assert!(by.contains(&broken.rule), "seed {seed} found {plant:?} by: {broken}");
         found += 1;
@@ -99,11 +103,12 @@ found! {
     straggling_lane_rearms: StragglerRearms by NoLostBit;
     dropped_debt: DroppedDebt by NoLostBit or AckAfterInstall;
     debt_not_given_back: DropReturned by NoLostBit;
+    vcpus_held_back_for_ever: HeldBack by TrueEnd;
     ack_before_install: AckBeforeInstall by AckAfterInstall;
     duplicates_counted: CountDuplicates by AckAfterInstall or Peace or LastVersion or Progress;
     commit_without_the_last_batch: CommitWithoutLastBatch by LastVersion or Progress;
     old_pages_claimed_as_new: ClaimOldPages by NoLostBit;
-    ledger_not_asked: NoLedger by NoLateOverwrite;
+    ledger_not_asked: NoLedger by NoLateOverwrite or AckAfterInstall;
     stale_copies_of_owed_pages_kept: KeepStaleCopies by LastVersion or NoLostBit;
     demand_not_asked: NoDemand by NoLateOverwrite or LastVersion;
     only_unsent_served_again: ServeOnlyUnsent by NoLostBit or Progress or Peace;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ferry_migrate::Mode;
+use ferry_migrate::{Mode, Tuning};
 use ferry_refvmm::DirtyLog;
 use ferry_transport::{LinkChoice, PeerRule};
 use serde::{Deserialize, Serialize};
@@ -104,6 +104,10 @@ pub(crate) enum Command {
                       asked; 2 the command line is wrong."
     )]
     Balloon(Balloon),
+    /// Change the goals or the bandwidth of a move under way.
+    #[command(after_help = "Example:\n  ferry tune web1 --max-downtime 200ms --bandwidth none\n\n\
+                            What is not named stays as it is. After the hand-over only the bandwidth counts.")]
+    Tune(Tune),
     /// End the migration or the save of a machine; it goes on here. Nothing changes once it is handed over.
     #[command(after_help = "Example:\n  ferry cancel web1")]
     Cancel {
@@ -351,6 +355,10 @@ pub(crate) struct Migrate {
     /// machine goes on here; otherwise it is handed over, and the rest comes after.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = humantime::parse_duration)]
     pub(crate) max_total: Duration,
+    /// With `--mode pre-copy`, or to a host that can do nothing else: hold vCPUs back for up to this many percent of
+    /// their time, if the guest writes faster than the link carries.
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..100))]
+    pub(crate) max_slowdown: u8,
     /// Most that page data may take of the link, such as 1Gbit or 100Mbit.
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
@@ -368,6 +376,37 @@ pub(crate) struct Migrate {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[group(skip)]
+#[command(group(clap::ArgGroup::new("goals").required(true).multiple(true)))]
+pub(crate) struct Tune {
+    /// The machine, which is moving.
+    pub(crate) name: String,
+    /// The guest should stand still no longer than this.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, group = "goals")]
+    pub(crate) max_downtime: Option<Duration>,
+    /// Make no more rounds after this long since the move began.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, group = "goals")]
+    pub(crate) max_total: Option<Duration>,
+    /// Hold vCPUs back for up to this many percent of their time.
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..100), group = "goals")]
+    pub(crate) max_slowdown: Option<u8>,
+    /// Most that page data may take of the link, such as 1Gbit or 100Mbit; `none`: no limit.
+    #[arg(long, value_name = "RATE", value_parser = parse_bandwidth, group = "goals")]
+    pub(crate) bandwidth: Option<u64>,
+}
+
+impl Tune {
+    pub(crate) fn tuning(&self) -> Tuning {
+        Tuning {
+            max_downtime: self.max_downtime,
+            max_total: self.max_total,
+            max_slowdown: self.max_slowdown,
+            bandwidth_bytes_per_s: self.bandwidth,
+        }
+    }
 }
 
 /// Who has to be at the other end, and how it is reached.
@@ -773,6 +812,11 @@ fn parse_rate(text: &str) -> Result<u64, String> {
     scaled(text, |number, unit| Some(number.checked_mul(bits(unit)?)? / 8))
         .filter(|rate| *rate > 0)
         .ok_or_else(|| format!("`{text}` is not a rate; write a whole number with kbit, Mbit or Gbit, such as 1Gbit"))
+}
+
+/// A rate, or 0 for none.
+fn parse_bandwidth(text: &str) -> Result<u64, String> {
+    if text == "none" { Ok(0) } else { parse_rate(text) }
 }
 
 fn scaled(text: &str, scale: impl Fn(u64, &str) -> Option<u64>) -> Option<u64> {

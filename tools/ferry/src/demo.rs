@@ -91,6 +91,7 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
             spool: None,
             max_downtime: Duration::from_millis(50),
             max_total: Duration::from_secs(300),
+            max_slowdown: 0,
             bandwidth: None,
             json: args.json,
         },

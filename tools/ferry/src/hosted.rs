@@ -10,7 +10,7 @@ use ferry_bundle::Chain;
 use ferry_memory::resident;
 use ferry_migrate::{
     Canceller, Fetching, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report,
-    SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions,
+    SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions, Tuning,
     Whereabouts, reattach, save, send, words,
 };
 use ferry_swap::Swap;
@@ -174,6 +174,7 @@ impl Hosted {
             Request::Resume { destination_is_dead } => self.resume(destination_is_dead),
             Request::Stop => self.stop().inspect(|_| ending = Some(Ending::Stopped)),
             Request::Cancel => self.cancel(),
+            Request::Tune(tuning) => self.tune(tuning),
             Request::Migrate(how) => {
                 let to = how.to;
                 let report = self.migrate(&how, &mut client);
@@ -448,6 +449,16 @@ impl Hosted {
         }
     }
 
+    fn tune(&self, tuning: Tuning) -> Result<Reply, String> {
+        let name = self.name();
+        let inner = self.inner();
+        let Some((to, canceller)) = &inner.migrating else {
+            return Err(format!("machine `{name}` is not moving"));
+        };
+        canceller.tune(tuning);
+        Ok(Reply::Done(format!("the move of `{name}` to {to} goes on by these goals")))
+    }
+
     fn migrate(&self, how: &MigrateRequest, client: &mut Conversation) -> Result<Report, String> {
         {
             let inner = self.inner();
@@ -495,8 +506,9 @@ impl Hosted {
         self.sharer.aside(|| ());
         let options = SendOptions {
             goals: Goals {
-                max_downtime: Duration::from_millis(how.max_downtime_ms),
-                max_total: Duration::from_millis(how.max_total_ms),
+                max_downtime: Duration::from_micros(how.max_downtime_us),
+                max_total: Duration::from_micros(how.max_total_us),
+                max_slowdown: how.max_slowdown,
             },
             bandwidth_bytes_per_s: how.bandwidth_bytes_per_s,
             mode: how.mode.into(),
@@ -614,20 +626,22 @@ pub(crate) fn follow(progress: &mut Progress, event: SendEvent) {
     };
     progress.words = Some(match event {
         P::Accepted => "the destination takes the machine".into(),
+        P::Sampled => "link and guest were looked at".into(),
         P::RoundStarted { round, pages } => {
             progress.round = round;
             progress.round_pages = pages;
             format!("round {round}: {pages} pages")
         }
-        P::RoundDone { facts, rate_bytes_per_s, expected_downtime, decision } => {
+        P::RoundDone { facts, rate_bytes_per_s, expected_downtime, decision, .. } => {
             progress.rate_bytes_per_s = rate_bytes_per_s;
             progress.dirty_pages_per_s = facts.dirty as f64 / facts.took.as_secs_f64().max(1e-6);
             progress.expected_downtime_ms = Some(expected_downtime.as_secs_f64() * 1e3);
             format!(
-                "round {} took {:.1} ms, {:.1} MiB: {decision}",
+                "round {} took {:.1} ms, {:.1} MiB: {}",
                 facts.round,
                 facts.took.as_secs_f64() * 1e3,
                 facts.bytes as f64 / f64::from(1 << 20),
+                decision.why(),
             )
         }
         P::Paused => "the guest stands still".into(),

@@ -98,6 +98,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Memory(command) => return memory::main(&runtime()?, &command),
         Command::Pager(args) => pager::main(&args)?,
         Command::Balloon(args) => return balloon::main(&runtime()?, &args),
+        Command::Tune(args) => vm::ask(&runtime()?, &args.name, &Request::Tune(args.tuning()))?,
         Command::Cancel { name } => vm::ask(&runtime()?, &name, &Request::Cancel)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -7,7 +7,8 @@ use std::time::Duration;
 use ferry_dirtylog::DirtySource;
 use ferry_guest::status::{self, StatusView};
 use ferry_migrate::{
-    Guest, GuestError, GuestView, MachineSpec, PageSet, RunPermit, StateReader, StateWriter,
+    FreePages, Guest, GuestError, GuestView, MachineSpec, PageSet, RunPermit, StateReader,
+    StateWriter,
 };
 use ferry_process_guest::{ProcessGuest, Tracker};
 use ferry_refvmm::{Machine, MachineStatus};
@@ -188,6 +189,12 @@ impl Guest for AnyMachine {
     }
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
         self.with(|g| g.dirty_sources())
+    }
+    fn free_pages(&mut self) -> Option<Box<dyn FreePages>> {
+        self.with(|g| g.free_pages())
+    }
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        self.with(|g| g.throttle(percent))
     }
     fn return_dirty(&mut self, pages: &PageSet) {
         self.with(|g| g.return_dirty(pages));

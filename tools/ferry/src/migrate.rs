@@ -42,13 +42,15 @@ pub(crate) fn exit_code(report: &Report) -> ExitCode {
 pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Failure> {
     let identity = std::path::absolute(&args.identity)?;
     let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     let request = Request::Migrate(MigrateRequest {
         to: args.to,
         identity,
         peer: args.peer.peer.as_ref().map(ToString::to_string),
         link: Some(args.peer.link.to_string()),
-        max_downtime_ms: millis(args.max_downtime),
-        max_total_ms: millis(args.max_total),
+        max_downtime_us: micros(args.max_downtime),
+        max_total_us: micros(args.max_total),
+        max_slowdown: args.max_slowdown,
         bandwidth_bytes_per_s: args.bandwidth,
         mode: args.mode,
         resume: args.resume,
@@ -198,6 +200,9 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
     // Writing to a string cannot fail.
     let _ = writeln!(out, "{head}");
     let _ = writeln!(out, "  why       {}", r.reason);
+    for missed in &r.missed {
+        let _ = writeln!(out, "  missed    {missed}");
+    }
     if r.rounds == 0 && r.paging.is_none() {
         return out;
     }

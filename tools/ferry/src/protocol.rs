@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ferry_migrate::{Report, SaveReport};
+use ferry_migrate::{Report, SaveReport, Tuning};
 use ferry_sharing::{Fingerprints, Tenant, Twins};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -24,6 +24,7 @@ pub(crate) enum Request {
     Resume { destination_is_dead: bool },
     Stop,
     Cancel,
+    Tune(Tuning),
     Migrate(MigrateRequest),
     Save(SaveRequest),
     Balloon(BalloonRequest),
@@ -86,8 +87,11 @@ pub(crate) struct MigrateRequest {
     pub(crate) peer: Option<String>,
     /// Over what, as on the command line; none: as it is best.
     pub(crate) link: Option<String>,
-    pub(crate) max_downtime_ms: u64,
-    pub(crate) max_total_ms: u64,
+    pub(crate) max_downtime_us: u64,
+    pub(crate) max_total_us: u64,
+    /// Percent.
+    #[serde(default)]
+    pub(crate) max_slowdown: u8,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
     pub(crate) mode: ModeArg,
     /// Go on where a migration was left.

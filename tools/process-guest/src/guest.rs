@@ -256,6 +256,11 @@ impl Guest for ProcessGuest {
         }])
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        self.workers.throttle(percent);
+        Ok(())
+    }
+
     fn pause(&mut self) -> Result<RunPermit, GuestError> {
         let permit = self.permit.take().ok_or_else(|| self.no_permit("paused"))?;
         self.workers.park();

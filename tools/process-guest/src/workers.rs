@@ -6,7 +6,7 @@
 //! A worker looks at its limit before each visit, too, and gives its own pages above it back to the host:
 //! nobody else touches them, so nobody needs to be asked.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,6 +22,8 @@ use crate::{Config, Corruption, ProcessError};
 
 /// A worker that has nothing to do looks again after this.
 const NAP: Duration = Duration::from_millis(1);
+/// A worker that is held back runs for so long, and then waits in proportion: ns.
+const TURN_NS: u64 = 100_000;
 /// Pages that a worker gives back before it looks whether it is to park: 16 MiB, less than a millisecond.
 const GIVE_PAGES: u64 = 4096;
 const TICKS_PER_SECOND: u64 = 1_000_000_000;
@@ -60,6 +62,8 @@ struct Shared {
     changed: Condvar,
     /// Looked at before each visit; changed only under the lock of `control`.
     halt: AtomicBool,
+    /// Percent of their time that workers are held back.
+    throttle: AtomicU8,
     states: Vec<Mutex<Worker>>,
     published: Vec<Published>,
     shares: Shares,
@@ -106,6 +110,7 @@ impl Workers {
             control: Mutex::new(Control { quit: false, parked: 0 }),
             changed: Condvar::new(),
             halt: AtomicBool::new(true),
+            throttle: AtomicU8::new(0),
             states: states.into_iter().map(Mutex::new).collect(),
             corruption: Mutex::new(None),
         });
@@ -142,6 +147,11 @@ impl Workers {
         let _control = lock(&self.shared.control);
         self.shared.halt.store(corrupt, Ordering::Relaxed);
         self.shared.changed.notify_all();
+    }
+
+    /// Holds each worker back for `percent` of its time.
+    pub(crate) fn throttle(&self, percent: u8) {
+        self.shared.throttle.store(percent.min(99), Ordering::Relaxed);
     }
 
     pub(crate) fn memory(&self) -> &Memory {
@@ -287,6 +297,7 @@ impl Shared {
         let params = &self.params;
         let mut pace = Pace::new(params, TICKS_PER_SECOND, self.now());
         let limit = &self.balloon.limits[cpu as usize];
+        let mut turn = self.now();
         while !self.halt.load(Ordering::Relaxed) {
             let allowed = limit.load(Ordering::Relaxed);
             if worker.pages_in_use() != allowed {
@@ -298,7 +309,7 @@ impl Shared {
             match worker.step(params, &self.memory, &mut pace, now) {
                 Ok(Step::Wrote(index)) => self.mark(index),
                 Ok(Step::Checked) => {}
-                Ok(Step::Wait) => self.nap(),
+                Ok(Step::Wait) => self.nap(NAP),
                 Err(mismatch) => {
                     let gfn = self.plan.arena.start + u64::from(mismatch.index);
                     let found = Corruption::new(cpu, gfn, &mismatch);
@@ -309,6 +320,12 @@ impl Shared {
                 }
             }
             self.publish(published, worker, now);
+            let percent = u64::from(self.throttle.load(Ordering::Relaxed));
+            let ran = now.saturating_sub(turn);
+            if percent > 0 && ran >= TURN_NS {
+                self.nap(Duration::from_nanos(TURN_NS * percent / (100 - percent)));
+                turn = self.now();
+            }
         }
     }
 
@@ -372,10 +389,11 @@ impl Shared {
         published.tsc.store(now, Ordering::Relaxed);
     }
 
-    fn nap(&self) {
+    /// Waits for so long, or until there is something else to do.
+    fn nap(&self, time: Duration) {
         let control = lock(&self.control);
         if !self.halt.load(Ordering::Relaxed) {
-            drop(self.changed.wait_timeout(control, NAP));
+            drop(self.changed.wait_timeout(control, time));
         }
     }
 }

@@ -101,6 +101,11 @@ impl Guest for Machine {
         self.0.board.balloon.can_hint().then(|| Box::new(Hinting(self.clone())) as _)
     }
 
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        let begun = self.0.board.vcpus.throttle(percent);
+        begun.map_err(|e| GuestError::with("starting a thread that holds vCPUs back", e))
+    }
+
     fn pause(&mut self) -> Result<RunPermit, GuestError> {
         let inner = &self.0;
         let mut control = inner.control();

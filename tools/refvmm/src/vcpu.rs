@@ -31,6 +31,8 @@ use crate::console::Console;
 use crate::ports::{self, Asks};
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// vCPUs that are held back are stopped after so long, to wait in proportion.
+const TURN: Duration = Duration::from_millis(1);
 const KICK_AGAIN: Duration = Duration::from_millis(2);
 
 /// How a guest ended by itself.
@@ -101,6 +103,8 @@ pub(crate) struct Vcpus {
     changed: Condvar,
     devices: Devices,
     rings: Option<Arc<KvmRings>>,
+    /// Percent of their time that vCPUs are held back.
+    throttle: AtomicU8,
 }
 
 /// Why a vCPU left its loop.
@@ -131,7 +135,14 @@ impl Vcpus {
             })
             .collect();
         let gate = Mutex::new(Gate { order: Order::Park, running: 0, ended: None });
-        let all = Arc::new(Self { vcpus, gate, changed: Condvar::new(), devices, rings });
+        let all = Arc::new(Self {
+            vcpus,
+            gate,
+            changed: Condvar::new(),
+            devices,
+            rings,
+            throttle: AtomicU8::new(0),
+        });
         let mut threads = Vec::new();
         for index in 0..all.vcpus.len() {
             let number = u32::try_from(index).unwrap_or(u32::MAX);
@@ -230,10 +241,59 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Makes every vCPU leave the guest.
+    /// Holds every vCPU back for `percent` of its time.
+    ///
+    /// # Errors
+    /// No thread for it.
+    pub(crate) fn throttle(self: &Arc<Self>, percent: u8) -> std::io::Result<()> {
+        let before = self.throttle.swap(percent.min(99), Ordering::Relaxed);
+        if before > 0 || percent == 0 {
+            return Ok(());
+        }
+        let all = Arc::downgrade(self);
+        let thread = std::thread::Builder::new().name("ferry-throttle".into());
+        // Ends when vCPUs are let go, or are gone.
+        let run = move || {
+            while let Some(all) = all.upgrade().filter(|a| a.throttle.load(Ordering::Relaxed) > 0) {
+                // No thread ends while the gate is held.
+                let gate = all.gate();
+                if gate.order == Order::Run {
+                    all.signal();
+                }
+                drop(gate);
+                drop(all);
+                std::thread::sleep(TURN);
+            }
+        };
+        let begun = thread.spawn(run).map(drop);
+        if begun.is_err() {
+            self.throttle.store(0, Ordering::Relaxed);
+        }
+        begun
+    }
+
+    /// Makes up for the time that the vCPU of this thread ran since `turn`, or waits until there is another order.
+    fn hold_back(&self, turn: &mut Duration) {
+        let percent = u32::from(self.throttle.load(Ordering::Relaxed));
+        let now = cpu_time();
+        let ran = now.saturating_sub(std::mem::replace(turn, now));
+        if percent > 0 {
+            // It may not have been held back before, and run for long.
+            let held = ran.min(4 * TURN) * percent / (100 - percent);
+            let waits = |gate: &mut Gate| gate.order == Order::Run;
+            let _ = self.changed.wait_timeout_while(self.gate(), held, waits);
+        }
+    }
+
+    /// Makes every vCPU leave the guest for good.
     fn kick(&self) {
+        self.vcpus.iter().for_each(|v| v.immediate_exit.set(true));
+        self.signal();
+    }
+
+    /// Makes every vCPU leave the guest.
+    fn signal(&self) {
         for v in &self.vcpus {
-            v.immediate_exit.set(true);
             if let Some(thread) = v.thread.get() {
                 // SAFETY: threads are joined only after they were told to exit by `Machine`, which does
                 // not kick afterwards; until then the handle is valid.
@@ -274,6 +334,7 @@ impl Vcpus {
 
     fn run_vcpu(&self, index: usize, fd: &mut VcpuFd) -> Left {
         let crashed = |why: String| Left::Ended(Ended::Crashed(format!("vCPU {index}: {why}")));
+        let mut turn = cpu_time();
         loop {
             match fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
@@ -292,7 +353,8 @@ impl Vcpus {
                     }
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => self.devices.balloon.write(address, data),
-                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
+                Ok(VcpuExit::Intr) => self.hold_back(&mut turn),
+                Ok(VcpuExit::IrqWindowOpen) => {}
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
                     if let Some(Err(e)) = self.rings.as_ref().map(|r| r.on_full(fd)) {
                         return crashed(e.to_string());
@@ -313,12 +375,21 @@ impl Vcpus {
                     libc::EINTR if self.vcpus[index].immediate_exit.is_set() => {
                         return Left::Stopped;
                     }
-                    libc::EINTR | libc::EAGAIN => {}
+                    libc::EINTR => self.hold_back(&mut turn),
+                    libc::EAGAIN => {}
                     _ => return crashed(format!("KVM_RUN: {e}{}", place(fd))),
                 },
             }
         }
     }
+}
+
+/// What this thread has had of a CPU, the guest included.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the clock exists, and the pointer is to a live timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// Where the vCPU stands.

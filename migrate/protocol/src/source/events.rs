@@ -5,6 +5,7 @@ use ferry_pages::PageSet;
 use crate::RunPermit;
 use crate::messages::{ToDestination, ToSource};
 use crate::outcome::{Outcome, Progress};
+use crate::policy::Goals;
 
 /// What happened, told to the source.
 #[derive(Debug)]
@@ -42,6 +43,10 @@ pub enum SourceEvent {
     Failed(String),
     /// The operator wants it to end.
     Cancel,
+    /// The operator has other goals from now on.
+    Tune(Goals),
+    /// `Throttle` could not be carried out, and never can be.
+    CannotThrottle(String),
     /// The deadline passed.
     Tick,
 }
@@ -82,6 +87,8 @@ pub enum SourceAction {
         /// The pages.
         pages: PageSet,
     },
+    /// Hold vCPUs back for this many percent of their time from now on; 0: not at all.
+    Throttle(u8),
     /// Stop the vCPUs.
     Pause,
     /// Save vCPU and device state.

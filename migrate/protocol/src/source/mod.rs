@@ -36,6 +36,7 @@
 
 mod after_commit;
 mod events;
+mod probe;
 mod reattach;
 mod rejoin;
 
@@ -49,9 +50,12 @@ use crate::messages::{Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MI
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
-use crate::{Fetched, MachineSpec, PackedPages, RunPermit};
+use crate::{Fetched, MachineSpec, PackedPages, RunPermit, Sampled};
+
+use probe::Probe;
 
 pub use events::{SourceAction, SourceEvent};
+pub use probe::Preflight;
 pub use reattach::{Reattach, Spooled};
 pub use rejoin::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
 
@@ -116,6 +120,9 @@ pub struct Source {
     /// The last harvests, the latest first.
     record: VecDeque<PageSet>,
     fetched: Option<Fetched>,
+    preflight: Preflight,
+    probe: Option<Probe>,
+    sampled: Option<Sampled>,
     /// How long to try to come back over a lost link.
     rejoin_for: Duration,
     permit: Option<RunPermit>,
@@ -162,6 +169,9 @@ impl Source {
             owed: PageSet::new(),
             record: VecDeque::new(),
             fetched: None,
+            preflight: Preflight::No,
+            probe: None,
+            sampled: None,
             rejoin_for,
             permit: None,
             committed: false,
@@ -227,6 +237,8 @@ impl Source {
         match event {
             SourceEvent::Tick => self.tick(now),
             SourceEvent::Cancel => self.cancel(),
+            SourceEvent::Tune(goals) => self.tune(now, goals),
+            SourceEvent::CannotThrottle(why) => self.policy.cannot_slow(why),
             SourceEvent::LinkLost(why) => self.link_lost(now, why),
             SourceEvent::Failed(why) => self.failed(now, why),
             SourceEvent::Message(message) => self.message(now, message),
@@ -264,6 +276,11 @@ impl Source {
                 self.send(ToDestination::RoundEnd { round, batches });
                 self.expect_answer(now);
             }
+            (Phase::Sampling, SourceEvent::Harvested(pages)) if self.probe.is_some() => {
+                self.remember(&pages);
+                self.pending.union_with(&pages);
+                self.probed(now, None, &pages);
+            }
             (Phase::Sampling, SourceEvent::Harvested(pages)) => {
                 self.remember(&pages);
                 self.pending.union_with(&pages);
@@ -273,6 +290,9 @@ impl Source {
                 let mut facts = *facts;
                 self.remember(&pages);
                 self.pending.union_with(&pages);
+                if self.probe.is_some() {
+                    return self.probed(now, Some(facts), &pages);
+                }
                 facts.dirty = self.pending.len();
                 facts.elapsed = now;
                 self.decide(now, facts);
@@ -445,6 +465,13 @@ impl Source {
         if !matches!(self.phase, Phase::Starting { lanes: true }) || self.answers_due > 0 {
             return;
         }
+        match self.preflight {
+            Preflight::First | Preflight::Only if self.sampled.is_none() => self.begin_probe(now),
+            _ => self.begin_move(now),
+        }
+    }
+
+    fn begin_move(&mut self, now: Duration) {
         if self.policy.mode() == Mode::PostCopy {
             self.why_now =
                 "all pages after the hand-over, as was asked for (--mode post-copy)".into();
@@ -472,8 +499,12 @@ impl Source {
     }
 
     fn begin_round(&mut self, now: Duration) {
-        self.round += 1;
         let pages = std::mem::take(&mut self.pending);
+        self.begin_round_of(now, pages);
+    }
+
+    fn begin_round_of(&mut self, now: Duration, pages: PageSet) {
+        self.round += 1;
         self.in_flight = pages.clone();
         self.tell(Progress::RoundStarted { round: self.round, pages: pages.len() });
         self.phase = Phase::Sending { began: now, pages: pages.len() };
@@ -483,19 +514,23 @@ impl Source {
     }
 
     fn decide(&mut self, now: Duration, facts: RoundFacts) {
+        let slowed = self.policy.slowed();
         let decision = self.policy.after_round(facts);
-        let (Decision::Round(words)
-        | Decision::SwitchOver(words)
-        | Decision::PostCopy(words)
-        | Decision::GiveUp(words)) = &decision;
         self.tell(Progress::RoundDone {
             facts,
             rate_bytes_per_s: self.policy.rate_bytes_per_s(),
+            bytes_per_page: self.policy.bytes_per_page(),
+            round_trip: self.policy.round_trip().unwrap_or_default(),
             expected_downtime: self.policy.expected_downtime(),
-            decision: words.clone(),
+            slowed,
+            decision: decision.clone(),
         });
         match decision {
             Decision::Round(_) => self.begin_round(now),
+            Decision::Slow(percent, _) => {
+                self.actions.push_back(SourceAction::Throttle(percent));
+                self.begin_round(now);
+            }
             Decision::GiveUp(why) => self.fail_before_commit(why),
             Decision::SwitchOver(why) => {
                 self.why_now = why;
@@ -506,6 +541,24 @@ impl Source {
                 self.post_copy = true;
                 self.hand_over_when_ready(now);
             }
+        }
+    }
+
+    /// Goes for these goals from now on; after the commit they change nothing.
+    fn tune(&mut self, now: Duration, goals: Goals) {
+        if let Some(percent) = self.policy.set_goals(goals) {
+            self.actions.push_back(SourceAction::Throttle(percent));
+        }
+        if matches!(self.phase, Phase::Sending { .. }) {
+            self.deadline = Some(goals.max_total.max(now));
+        }
+    }
+
+    /// vCPUs run as fast as they can, where they go on here.
+    fn let_go(&mut self) {
+        if self.policy.slowed() > 0 {
+            self.policy.let_go();
+            self.actions.push_back(SourceAction::Throttle(0));
         }
     }
 
@@ -672,7 +725,10 @@ impl Source {
             }
             // The destination knows of no session yet.
             Phase::Negotiating => self.fail_before_commit(why),
+            _ if self.preflight == Preflight::Only => self.fail_before_commit(why),
             _ => {
+                // What it lacks is not worth another look.
+                (self.preflight, self.probe) = (Preflight::No, None);
                 self.roll_back();
                 self.come_back(now, why);
             }
@@ -698,6 +754,7 @@ impl Source {
     }
 
     fn resume_here(&mut self) {
+        self.let_go();
         if let Some(permit) = self.permit.take() {
             self.actions.push_back(SourceAction::Resume(permit));
         }

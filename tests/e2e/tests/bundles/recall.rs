@@ -33,7 +33,11 @@ fn process(workload: &str) -> Process {
 }
 
 fn by(mode: Mode) -> SendOptions {
-    let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
+    let goals = Goals {
+        max_downtime: Duration::from_secs(2),
+        max_total: Duration::from_secs(60),
+        ..Goals::default()
+    };
     SendOptions { goals, mode, lanes: 2, ..SendOptions::default() }
 }
 

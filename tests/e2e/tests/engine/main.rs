@@ -4,6 +4,7 @@
 mod balloon;
 mod cancels;
 mod faults;
+mod goals;
 mod moves;
 mod post_copy;
 #[path = "../stage/mod.rs"]
@@ -24,7 +25,11 @@ const ARENA_PAGES: u64 = 16 * MIB / 4096;
 
 /// Goals that a busy guest on a busy computer meets, by pre-copy.
 fn options(lanes: u16) -> SendOptions {
-    let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
+    let goals = Goals {
+        max_downtime: Duration::from_secs(2),
+        max_total: Duration::from_secs(60),
+        ..Goals::default()
+    };
     SendOptions { goals, mode: Mode::PreCopy, lanes, ..SendOptions::default() }
 }
 

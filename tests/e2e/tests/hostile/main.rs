@@ -35,7 +35,11 @@ fn config() -> Config {
 
 /// Goals that a busy guest on a busy computer meets.
 fn options() -> SendOptions {
-    let goals = Goals { max_downtime: Duration::from_secs(1), max_total: Duration::from_secs(20) };
+    let goals = Goals {
+        max_downtime: Duration::from_secs(1),
+        max_total: Duration::from_secs(20),
+        ..Goals::default()
+    };
     SendOptions { goals, rejoin_for: Duration::from_millis(100), ..SendOptions::default() }
 }
 

@@ -102,7 +102,11 @@ fn a_page_called_free_is_left_out_only_if_it_was_not_written_since() {
     let claims = Claims { view: view.clone(), free, taken_back, written_later, said: said.clone() };
     let mut source = Claiming { guest, claims };
     let destination = Destination::start(Link::Memory, maker.host());
-    let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
+    let goals = Goals {
+        max_downtime: Duration::from_secs(2),
+        max_total: Duration::from_secs(60),
+        ..Goals::default()
+    };
     let options = SendOptions { goals, mode: Mode::PreCopy, lanes: 1, ..SendOptions::default() };
     let sent = migrate(&mut source, &destination.connector, &options);
     let report = &sent.report;

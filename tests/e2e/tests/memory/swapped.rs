@@ -89,7 +89,11 @@ fn moved_as_it_is<M: Maker>(
 ) -> (PageCounts, M::Subject) {
     let destination = Destination::start(Link::Memory, Swapping(maker.host(), Arc::default()));
     let (before, here) = (swap.figures(), in_memory(&source.memory()));
-    let goals = Goals { max_downtime: Duration::from_secs(2), max_total: Duration::from_secs(60) };
+    let goals = Goals {
+        max_downtime: Duration::from_secs(2),
+        max_total: Duration::from_secs(60),
+        ..Goals::default()
+    };
     let options = SendOptions { goals, mode: Mode::PreCopy, ..SendOptions::default() };
     let sent = migrate(source, &destination.connector, &options);
     let report = &sent.report;

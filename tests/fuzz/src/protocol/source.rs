@@ -59,6 +59,7 @@ impl SourceHost {
             0 => Goals {
                 max_downtime: Duration::from_millis(u.arbitrary()?),
                 max_total: Duration::from_millis(u.arbitrary()?),
+                max_slowdown: u.arbitrary()?,
             },
             _ => Goals::default(),
         };
@@ -136,6 +137,7 @@ impl SourceHost {
                 assert_eq!(pages.len(), digests.len() as u64);
             }
             SourceAction::Forget
+            | SourceAction::Throttle(_)
             | SourceAction::Sample(_)
             | SourceAction::ReturnDirty(_)
             | SourceAction::StopTracking

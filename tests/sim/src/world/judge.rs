@@ -125,6 +125,11 @@ impl World {
             let why = format!("{outcome:?}, and the source does not simply run on");
             return Err(Rule::TrueEnd.broken(why));
         }
+        if s.throttled > 0 {
+            return Err(
+                Rule::TrueEnd.broken("the source runs on, and its vCPUs are held back for ever")
+            );
+        }
         if d.machine.verdict() == Verdict::Ran {
             return Err(Rule::TrueEnd.broken("the destination believes that it ran"));
         }
@@ -134,7 +139,8 @@ impl World {
             }
             let expected = self.cut || d.dead || self.net.down_until == NEVER;
             let p = &self.plan;
-            let refused = p.refuse_load || p.refuse_paging || p.no_post_copy || d.paging_broken;
+            let refused =
+                s.tuned || p.refuse_load || p.refuse_paging || p.no_post_copy || d.paging_broken;
             if !expected && !refused {
                 return Err(
                     Rule::Progress.broken(format!("it failed, and nothing was wrong: {why}"))

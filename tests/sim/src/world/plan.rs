@@ -1,5 +1,6 @@
 //! What goes wrong in a run: drawn at its beginning, and done when its time comes.
 
+use ferry_protocol::Preflight;
 use rand::RngExt;
 
 use super::network::{Packet, Travels};
@@ -66,6 +67,8 @@ pub(crate) struct Plan {
     pub(crate) discards: bool,
     /// Pages of the old copy cannot be read.
     pub(crate) old_copy_damaged: bool,
+    /// The operator changes the goals.
+    pub(crate) tunes: bool,
     /// The way back is gone, too.
     pub(crate) round_trip: bool,
 }
@@ -97,7 +100,11 @@ impl World {
                 Strike { of, after: rng.random_range(1..most), before: rng.random_bool(0.5), fate }
             })
             .collect();
+        if rng.random_bool(0.05) {
+            self.source.machine.set_preflight(Preflight::Only);
+        }
         self.plan = Plan {
+            tunes: rng.random_bool(0.2),
             troubled: true,
             strikes,
             more_cuts: if rng.random_bool(0.4) { rng.random_range(0..5) } else { 0 },

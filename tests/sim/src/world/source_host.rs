@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use ferry_protocol::{
-    Goals, MachineSpec, Mode, Outcome, Progress, RunPermit, Source, SourceAction, SourceEvent,
-    ToDestination,
+    Goals, MachineSpec, Mode, Outcome, Preflight, Progress, RunPermit, Source, SourceAction,
+    SourceEvent, ToDestination,
 };
 use rand::RngExt;
 use rand::rngs::SmallRng;
@@ -40,6 +40,12 @@ pub(crate) struct SourceHost {
     pub(super) debt: Mask,
     pub(super) tracking: bool,
     writes_per_ms: u64,
+    /// Percent by which its vCPUs are held back.
+    pub(super) throttled: u8,
+    /// Its VMM can hold vCPUs back.
+    can_throttle: bool,
+    /// The operator changed the goals: they may be such that it fails.
+    pub(super) tuned: bool,
     /// Pages are re-armed long before they are read.
     pub(super) arms_at_once: bool,
     pub(super) runs: bool,
@@ -101,8 +107,12 @@ impl SourceHost {
             config: Vec::new(),
         };
         let rejoin_for = Duration::from_millis(rng.random_range(100..60_000));
+        let mut machine = Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for);
+        if rng.random_bool(0.2) {
+            machine.set_preflight(Preflight::First);
+        }
         Self {
-            machine: Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for),
+            machine,
             process: 0,
             began: 0,
             late_us: if rng.random_bool(0.5) { 0 } else { rng.random_range(0..3000) },
@@ -116,6 +126,9 @@ impl SourceHost {
             debt: 0,
             tracking: false,
             writes_per_ms: rng.random_range(0..4),
+            throttled: 0,
+            can_throttle: rng.random_bool(0.8),
+            tuned: false,
             arms_at_once: rng.random_bool(0.5),
             runs: true,
             dead: false,
@@ -161,7 +174,8 @@ impl SourceHost {
 
 impl World {
     pub(super) fn source_guest_writes(&mut self, us: u64) {
-        let budget = (us.min(20_000) * self.source.writes_per_ms).div_ceil(1000);
+        let speed = 100 - u64::from(self.source.throttled);
+        let budget = (us.min(20_000) * self.source.writes_per_ms * speed).div_ceil(100_000);
         for _ in 0..budget.min(100) {
             if self.source.runs {
                 self.source_writes();
@@ -258,6 +272,13 @@ impl World {
                 self.source.handed.push(resident);
                 self.later(SourceEvent::TrackingStarted(set(resident)));
             }
+            SourceAction::Throttle(0) if self.plant == Plant::HeldBack => {}
+            SourceAction::Throttle(percent) if self.source.can_throttle => {
+                self.source.throttled = percent;
+            }
+            SourceAction::Throttle(_) => {
+                self.later(SourceEvent::CannotThrottle("no way to".into()));
+            }
             SourceAction::Sample(pages) => self.source.dirty &= !mask(&pages),
             SourceAction::Harvest => self.harvest(),
             SourceAction::SendPages { round, pages } => self.begin_round(round, mask(&pages)),
@@ -340,6 +361,16 @@ impl World {
                         self.cut_link();
                     }
                 }
+            }
+            Progress::RoundStarted { .. } if self.plan.tunes && self.rng.random_bool(0.3) => {
+                self.source.tuned = true;
+                let goals = Goals {
+                    max_downtime: Duration::from_millis(self.rng.random_range(0..60)),
+                    max_total: Duration::from_millis(self.rng.random_range(0..60_000)),
+                    max_slowdown: self.rng.random_range(0..=100),
+                };
+                let at = self.soon();
+                self.net.at(at, Packet::Event(self.source.process, SourceEvent::Tune(goals)));
             }
             Progress::Running => {
                 self.source.lost_at = self.source.lost_at.map(|_| self.now);

@@ -111,6 +111,8 @@ pub(super) fn source_event(event: &SourceEvent) -> String {
         SourceEvent::MemoryDigest(_) => "memory is digested".into(),
         SourceEvent::Failed(why) => format!("failed: {why}"),
         SourceEvent::Cancel => "cancel".into(),
+        SourceEvent::Tune(goals) => format!("the operator wants {goals:?}"),
+        SourceEvent::CannotThrottle(why) => format!("cannot hold vCPUs back: {why}"),
         SourceEvent::Tick => "it is time".into(),
     }
 }
@@ -122,6 +124,7 @@ pub(super) fn source_action(action: &SourceAction) -> String {
         SourceAction::Recall { pages: old, .. } => format!("may name {}", pages(old)),
         SourceAction::Forget => "names no more pages".into(),
         SourceAction::StartTracking => "starts tracking".into(),
+        SourceAction::Throttle(percent) => format!("holds vCPUs back for {percent} %"),
         SourceAction::Sample(set) => format!("samples {}", pages(set)),
         SourceAction::Harvest => "harvests".into(),
         SourceAction::SendPages { round, pages: set } => {
@@ -146,8 +149,9 @@ pub(super) fn source_action(action: &SourceAction) -> String {
 fn told(progress: &Progress) -> String {
     match progress {
         Progress::Accepted => "accepted".into(),
+        Progress::Sampled => "it was looked at".into(),
         Progress::RoundStarted { round, pages } => format!("round {round} of {pages} pages"),
-        Progress::RoundDone { decision, .. } => decision.clone(),
+        Progress::RoundDone { decision, .. } => decision.why().to_owned(),
         Progress::Paused => "paused".into(),
         Progress::Committed => "committed".into(),
         Progress::Running => "it runs there".into(),

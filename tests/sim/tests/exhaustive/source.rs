@@ -130,7 +130,7 @@ impl Kind {
             Self::Hybrid => (Mode::Hybrid, Duration::ZERO),
             Self::PostCopy => (Mode::PostCopy, Duration::ZERO),
         };
-        (Goals { max_downtime: downtime, max_total: MAX_TOTAL }, mode)
+        (Goals { max_downtime: downtime, max_total: MAX_TOTAL, max_slowdown: 0 }, mode)
     }
 }
 
@@ -280,10 +280,12 @@ impl Machine for RealSource {
                 SourceAction::Rejoin { done, .. } => Action::Rejoin { done: small(done) },
                 SourceAction::DigestMemory => Action::DigestMemory,
                 SourceAction::Finish(outcome) => self.end(from, outcome),
-                // What whoever watches is told, and what becomes of an old copy, which there is none of.
-                SourceAction::Tell(_) | SourceAction::Recall { .. } | SourceAction::Forget => {
-                    continue;
-                }
+                // What whoever watches is told, what becomes of an old copy, which there is none of, and how fast
+                // the guest runs.
+                SourceAction::Tell(_)
+                | SourceAction::Recall { .. }
+                | SourceAction::Forget
+                | SourceAction::Throttle(_) => continue,
             });
         }
         actions

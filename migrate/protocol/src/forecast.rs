@@ -1,0 +1,283 @@
+//! What a move will take, before it begins: a sample of the link and of the guest's writes, and the real policy run
+//! over what they foretell.
+//!
+//! The guest is taken to write as it did while it was sampled, to pages that are all alike: within a time `t` it writes
+//! to `set × (1 − e^(−t ÷ turn))` different pages. Two looks tell both numbers.
+
+use std::time::Duration;
+
+use crate::policy::{Decision, Goals, Mode, OVERHEAD, Policy, RoundFacts};
+
+/// Looks that differ by less than this from steady growth say nothing of how large the set is that is written.
+const STEADY: f64 = 0.97;
+/// A forecast makes no more rounds than this.
+const MAX_ROUNDS: u32 = 10_000;
+
+/// What was measured of a machine, its guest and the link.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sampled {
+    /// Pages that hold data.
+    pub pages: u64,
+    /// What the link carries, bytes/s.
+    pub rate_bytes_per_s: f64,
+    /// Bytes that a page takes on it.
+    pub bytes_per_page: f64,
+    /// From the last page to its acknowledgement.
+    pub round_trip: Duration,
+    /// Pages that were written to at least once within each of these times, the longest last.
+    pub written: Vec<(Duration, u64)>,
+}
+
+/// What a move is expected to come to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Forecast {
+    /// How it would be moved: never `auto`.
+    pub mode: Mode,
+    /// Until the machine runs at the destination.
+    pub total: Duration,
+    /// How long it stands still.
+    pub downtime: Duration,
+    /// From then on, until the last page is there.
+    pub fetching: Duration,
+    /// Rounds while the guest runs.
+    pub rounds: u32,
+    /// Bytes on the link.
+    pub bytes: u64,
+    /// Percent of their time that vCPUs are held back at the end.
+    pub slowed: u8,
+    /// Which goals would be missed, and what would meet them, in words; none, and all are met.
+    pub misses: Option<String>,
+}
+
+impl Sampled {
+    /// Different pages that are expected to be written within `time`.
+    pub fn written_within(&self, time: Duration) -> f64 {
+        let Some(&(late, most)) = self.written.last() else { return 0.0 };
+        let (late_s, most) = (late.as_secs_f64().max(1e-9), most as f64);
+        let half = |at: &&(Duration, u64)| (at.0.as_secs_f64() - late_s / 2.0).abs();
+        let early = self.written[..self.written.len() - 1]
+            .iter()
+            .min_by(|a, b| half(a).total_cmp(&half(b)));
+        let time = time.as_secs_f64();
+        let grown = match early {
+            Some(&(early, pages)) if pages > 0 => {
+                let early_s = early.as_secs_f64().max(1e-9);
+                let growth = most / pages as f64;
+                match growth < STEADY * late_s / early_s {
+                    true => {
+                        let turn = turn(early_s, late_s, growth);
+                        let set = most / (1.0 - (-late_s / turn).exp());
+                        set * (1.0 - (-time / turn).exp())
+                    }
+                    false => most * time / late_s,
+                }
+            }
+            _ => most * time / late_s,
+        };
+        grown.min(self.pages as f64)
+    }
+
+    /// What comes of `goals` by `mode`, to a destination that takes pages after the hand-over unless it has a reason not
+    /// to.
+    pub fn forecast(&self, goals: Goals, mode: Mode, no_post_copy: Option<&str>) -> Forecast {
+        let mut policy = Policy::new(goals, mode);
+        let misses = no_post_copy.and_then(|why| policy.no_post_copy(why).err());
+        let mut told = Forecast {
+            mode: policy.mode(),
+            total: Duration::ZERO,
+            downtime: Duration::ZERO,
+            fetching: Duration::ZERO,
+            rounds: 0,
+            bytes: 0,
+            slowed: 0,
+            misses: None,
+        };
+        if misses.is_some() {
+            return Forecast { misses, ..told };
+        }
+        let least = OVERHEAD.saturating_add(self.round_trip);
+        let mut pages = self.pages as f64;
+        if policy.mode() == Mode::PostCopy {
+            (told.total, told.downtime) = (least, least);
+            return self.fetched(told, goals, pages);
+        }
+        loop {
+            let bytes = pages * self.bytes_per_page;
+            let took = seconds(bytes / self.rate_bytes_per_s).saturating_add(self.round_trip);
+            let speed = 1.0 - f64::from(policy.slowed()) / 100.0;
+            let dirty = self.written_within(seconds(took.as_secs_f64() * speed));
+            told.total = told.total.saturating_add(took);
+            told.bytes = told.bytes.saturating_add(whole(bytes));
+            told.rounds += 1;
+            let decision = policy.after_round(RoundFacts {
+                round: told.rounds,
+                took,
+                pages: whole(pages),
+                bytes: whole(bytes),
+                same: 0,
+                dirty: whole(dirty),
+                acknowledged_in: self.round_trip,
+                elapsed: told.total,
+            });
+            told.slowed = policy.slowed();
+            pages = dirty;
+            match decision {
+                Decision::Round(_) | Decision::Slow(..) if told.rounds < MAX_ROUNDS => {}
+                Decision::SwitchOver(_) => {
+                    told.mode = Mode::PreCopy;
+                    told.downtime = policy.expected_downtime();
+                    told.total = told.total.saturating_add(told.downtime);
+                    told.bytes = told.bytes.saturating_add(whole(pages * self.bytes_per_page));
+                    return told.judged(goals);
+                }
+                Decision::PostCopy(_) => {
+                    told.mode = Mode::Hybrid;
+                    told.downtime = least;
+                    told.total = told.total.saturating_add(least);
+                    return self.fetched(told, goals, pages);
+                }
+                Decision::Round(why) | Decision::Slow(_, why) | Decision::GiveUp(why) => {
+                    return Forecast { misses: Some(why), ..told };
+                }
+            }
+        }
+    }
+
+    /// The rest comes after the hand-over.
+    fn fetched(&self, told: Forecast, goals: Goals, pages: f64) -> Forecast {
+        let bytes = pages * self.bytes_per_page;
+        let fetching = seconds(bytes / self.rate_bytes_per_s).saturating_add(self.round_trip);
+        Forecast { fetching, bytes: told.bytes.saturating_add(whole(bytes)), ..told }.judged(goals)
+    }
+}
+
+impl Forecast {
+    fn judged(self, goals: Goals) -> Self {
+        let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
+        let over = |what, is: Duration, most: Duration, flag| {
+            (is > most).then(|| format!("{what} of {}, {} are allowed ({flag})", ms(is), ms(most)))
+        };
+        let missed: Vec<String> = [
+            over("a downtime", self.downtime, goals.max_downtime, "--max-downtime"),
+            over("a total", self.total, goals.max_total, "--max-total"),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let misses = (!missed.is_empty()).then(|| missed.join("; "));
+        Self { misses, ..self }
+    }
+}
+
+/// The time constant by which `late` seconds show `growth` times the pages of `early` seconds.
+fn turn(early: f64, late: f64, growth: f64) -> f64 {
+    // Less and less grows as the constant falls; far below `early`, nothing does.
+    let (mut short, mut long) = (early / 50.0, late * 1e4);
+    for _ in 0..100 {
+        let middle = f64::midpoint(short, long);
+        let grown = (1.0 - (-late / middle).exp()) / (1.0 - (-early / middle).exp());
+        if grown < growth { short = middle } else { long = middle }
+    }
+    f64::midpoint(short, long)
+}
+
+fn seconds(s: f64) -> Duration {
+    Duration::try_from_secs_f64(s).unwrap_or(Duration::MAX)
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it saturates")]
+fn whole(number: f64) -> u64 {
+    number as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    /// A GiB of pages of 2 KiB each over 1 Gbit/s and a millisecond, with these looks.
+    fn sampled(written: &[(u64, u64)]) -> Sampled {
+        Sampled {
+            pages: 1 << 18,
+            rate_bytes_per_s: 125e6,
+            bytes_per_page: 2048.0,
+            round_trip: MS(1),
+            written: written.iter().map(|&(ms, pages)| (MS(ms), pages)).collect(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_grows_steadily_until_a_look_says_otherwise() {
+        let s = sampled(&[(100, 1000), (200, 2000)]);
+        assert_eq!(s.written_within(MS(1000)), 10_000.0);
+        assert_eq!(s.written_within(MS(1_000_000)), f64::from(1 << 18), "no more than there are");
+        // 5000 pages, all of them within some 100 ms.
+        let known = |ms: u64| 5000.0 * (1.0 - (-(ms as f64) / 50.0).exp());
+        let s = sampled(&[(100, whole(known(100))), (200, whole(known(200)))]);
+        for ms in [10, 50, 100, 1000, 100_000] {
+            let (is, told) = (known(ms), s.written_within(MS(ms)));
+            assert!((is - told).abs() < 10.0, "{ms} ms: {is} pages, {told} foretold");
+        }
+        assert_eq!(sampled(&[]).written_within(MS(9)), 0.0);
+        assert_eq!(sampled(&[(50, 0), (100, 0)]).written_within(MS(9)), 0.0);
+        assert_eq!(sampled(&[(100, 50)]).written_within(MS(200)), 100.0, "one look is a rate");
+        // No more in the second half: all of it was written in the first.
+        assert!(
+            (sampled(&[(100, 700), (200, 700)]).written_within(MS(50_000)) - 700.0).abs() < 1.0
+        );
+    }
+
+    #[test]
+    fn a_quiet_guest_takes_what_its_pages_take_on_the_link() {
+        let told = sampled(&[(100, 0), (200, 0)]).forecast(Goals::default(), Mode::Auto, None);
+        // 512 MiB at 125 MB/s.
+        assert!((told.total.as_secs_f64() - 4.295).abs() < 0.01, "{told:?}");
+        assert_eq!((told.mode, told.rounds, told.misses), (Mode::PreCopy, 1, None));
+        assert!(
+            told.downtime <= MS(4) && told.bytes == 1 << 29,
+            "{:?} {}",
+            told.downtime,
+            told.bytes
+        );
+    }
+
+    #[test]
+    fn each_mode_is_told_for_itself() {
+        // 100,000 pages a second: more than the link carries.
+        let s = sampled(&[(100, 10_000), (200, 20_000)]);
+        let goals = Goals { max_total: Duration::from_secs(20), ..Goals::default() };
+        let auto = s.forecast(goals, Mode::Auto, None);
+        assert_eq!((auto.mode, auto.misses.as_deref()), (Mode::Hybrid, None));
+        assert!(auto.fetching > Duration::from_secs(1) && auto.rounds == 2, "{auto:?}");
+        let post = s.forecast(goals, Mode::PostCopy, None);
+        assert!(post.total < MS(10) && post.fetching > Duration::from_secs(4), "{post:?}");
+        let rounds = s.forecast(goals, Mode::PreCopy, None);
+        let why = rounds.misses.expect("it never ends");
+        assert!(why.contains("--max-total") && why.contains("needs a link of"), "{why}");
+        // Held back, it does.
+        let slow = Goals { max_slowdown: 90, ..goals };
+        let slow = s.forecast(slow, Mode::PreCopy, None);
+        assert!(slow.misses.is_none() && slow.slowed > 50, "{slow:?}");
+        assert!(s.forecast(goals, Mode::Hybrid, Some("no userfaultfd")).misses.is_some());
+        let none = s.forecast(goals, Mode::Auto, Some("no userfaultfd"));
+        assert!(none.mode == Mode::PreCopy && none.misses.is_some(), "{none:?}");
+    }
+
+    #[test]
+    fn goals_that_no_mode_meets_are_named() {
+        let far = Sampled { round_trip: MS(100), ..sampled(&[(100, 0), (200, 0)]) };
+        let goals = Goals { max_total: Duration::from_secs(2), ..Goals::default() };
+        let told = far.forecast(goals, Mode::Auto, None);
+        let why = told.misses.expect("too far");
+        assert!(why.contains("--max-downtime") && why.contains("--max-total"), "{why}");
+    }
+
+    #[test]
+    fn a_link_that_carries_nothing_is_told_to_take_for_ever() {
+        let dead = Sampled { rate_bytes_per_s: 0.0, ..sampled(&[(100, 10), (200, 20)]) };
+        for mode in [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid] {
+            dead.forecast(Goals::default(), mode, None);
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! Before the first round: a sample of the link and of what the guest writes.
+//!
+//! A few pages are sent as rounds of their own, spread over memory and more each time, until they say what the link
+//! carries. All pages are re-armed first, so that what is harvested meanwhile is what the guest wrote since.
+
+use std::time::Duration;
+
+use ferry_pages::{PageSet, Run};
+
+use super::{Phase, Source, SourceAction};
+use crate::forecast::Sampled;
+use crate::outcome::{Outcome, Progress};
+use crate::policy::RoundFacts;
+
+/// Pages in each sample, as far as they are needed: the first one tells the round trip.
+const SAMPLES: [u64; 3] = [16, 2048, 16_384];
+/// A sample that took so long told what the link carries.
+const TELLING: Duration = Duration::from_millis(50);
+/// How long the guest is looked at, and how often at least.
+const LOOK: Duration = Duration::from_millis(200);
+const LOOKS: u32 = 4;
+/// Neighbours that are sampled together.
+const TOGETHER: u64 = 16;
+
+/// Whether to look before the move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preflight {
+    /// Begin at once.
+    #[default]
+    No,
+    /// Look, foretell, and move.
+    First,
+    /// Look and foretell; the machine stays here.
+    Only,
+}
+
+/// A look that is under way.
+#[derive(Debug)]
+pub(super) struct Probe {
+    began: Duration,
+    samples: usize,
+    sampled: Sampled,
+    written: PageSet,
+}
+
+impl Probe {
+    /// Pages that were harvested at `now`.
+    fn wrote(&mut self, now: Duration, pages: &PageSet) {
+        self.written.union_with(pages);
+        self.sampled.written.push((now.saturating_sub(self.began), self.written.len()));
+    }
+}
+
+impl Source {
+    /// Looks before it moves the machine, or only looks.
+    pub fn set_preflight(&mut self, preflight: Preflight) {
+        self.preflight = preflight;
+    }
+
+    /// What was measured before the move, once it was.
+    pub fn sampled(&self) -> Option<&Sampled> {
+        self.sampled.as_ref()
+    }
+
+    /// Why the destination cannot take pages after the hand-over.
+    pub fn no_post_copy(&self) -> Option<&str> {
+        self.policy.why_no_post_copy()
+    }
+
+    pub(super) fn begin_probe(&mut self, now: Duration) {
+        let sampled = Sampled { pages: self.pending.len(), ..Sampled::default() };
+        self.probe = Some(Probe { began: now, samples: 0, sampled, written: PageSet::new() });
+        self.actions.push_back(SourceAction::Sample(self.pending.clone()));
+        self.send_sample(now);
+    }
+
+    fn send_sample(&mut self, now: Duration) {
+        let Some(probe) = &mut self.probe else { return };
+        let pages = spread(&self.pending, SAMPLES[probe.samples]);
+        probe.samples += 1;
+        self.pending.subtract(&pages);
+        self.begin_round_of(now, pages);
+    }
+
+    /// What a sample told, and `written` since the last harvest.
+    pub(super) fn probed(&mut self, now: Duration, facts: Option<RoundFacts>, written: &PageSet) {
+        let Some(probe) = &mut self.probe else { return };
+        probe.wrote(now, written);
+        let mut known = probe.samples == SAMPLES.len() || self.pending.is_empty();
+        if let Some(facts) = facts {
+            let s = &mut probe.sampled;
+            let first = s.round_trip.is_zero();
+            s.round_trip =
+                if first { facts.acknowledged_in } else { s.round_trip.min(facts.acknowledged_in) };
+            let took = facts.took.saturating_sub(s.round_trip).max(Duration::from_micros(1));
+            let sent = facts.pages.saturating_sub(facts.same);
+            if sent > 0 && (!first || known) {
+                s.rate_bytes_per_s = facts.bytes.max(1) as f64 / took.as_secs_f64();
+                s.bytes_per_page = facts.bytes as f64 / sent as f64;
+            }
+            known |= facts.took >= TELLING && !first;
+        }
+        if !known {
+            return self.send_sample(now);
+        }
+        let looked = now.saturating_sub(probe.began);
+        if looked < LOOK {
+            self.phase = Phase::Sampling;
+            self.deadline = Some(now + (LOOK - looked).min(LOOK / LOOKS));
+            return;
+        }
+        if let Some(probe) = self.probe.take() {
+            self.sampled = Some(probe.sampled);
+        }
+        if self.preflight == Preflight::Only {
+            self.abort("it was looked at only (ferry preflight); it has not left its host");
+            return self.finish(Outcome::Cancelled);
+        }
+        self.tell(Progress::Sampled);
+        self.begin_move(now);
+    }
+}
+
+/// About `count` of `pages`, in small runs from all over them.
+fn spread(pages: &PageSet, count: u64) -> PageSet {
+    let every = (pages.len() / count.max(1)).max(1);
+    let mut chosen = PageSet::new();
+    let mut index = 0;
+    for run in pages.runs() {
+        let mut at = run.start;
+        while at < run.end() {
+            let group = index / TOGETHER;
+            let here = (TOGETHER - index % TOGETHER).min(run.end() - at);
+            if group.is_multiple_of(every) {
+                chosen.insert_run(Run::new(at, here));
+            }
+            (at, index) = (at + here, index + here);
+        }
+    }
+    chosen
+}
