@@ -196,7 +196,8 @@ pub(crate) fn links(plan: &Plan) -> Result<(), Failure> {
 /// Whole moves by the command between two network namespaces.
 fn shaped(plan: &Plan, links: [Over; 2]) -> Result<(), Failure> {
     const RATE: &str = "1gbit";
-    const HALF: &str = "pattern=idle arena=256M fill=all fill_random=100";
+    const HALF: &str =
+        "pattern=working-set set=1M rate=500 arena=256M fill=all fill_random=100 random=100";
     println!("  256 MiB that no codec makes smaller, by the command, over {RATE}");
     let Some(network) = network::Network::new() else { return Ok(()) };
     if let Some(why) = network.shape(RATE) {
