@@ -20,14 +20,21 @@ demo: setup ## Move a busy guest between two processes here, and print the repor
 	@$(CARGO) build --release --locked -p ferry
 	@target="$${CARGO_TARGET_DIR:-target}"; "$$target/release/ferry" demo
 
+# Most of the long tests wait: two for each core. Bash reads line by line; an awk may hold back what came for minutes.
 test: setup ## Run every test; what cannot run here is listed as SKIP at the end
-	@$(CARGO) test --workspace --locked -- --show-output 2>&1 | awk ' \
-		/^successes:$$/ { quiet = 1 } \
-		/^(failures:|test result:)/ { quiet = 0 } \
-		/^---- .* stdout ----$$/ { name = $$2 } \
-		/^SKIP: / { skipped[++n] = "SKIP " name ": " substr($$0, 7) } \
-		!quiet { print; fflush() } \
-		END { for (i = 1; i <= n; i++) print skipped[i] }'
+	@export RUST_TEST_THREADS="$${RUST_TEST_THREADS:-$$((2 * $$(nproc)))}"; \
+	$(CARGO) test --workspace --locked -- --show-output 2>&1 | { \
+		quiet=; skipped=(); \
+		while IFS= read -r line || [ -n "$$line" ]; do \
+			case $$line in \
+				successes:) quiet=1;; \
+				failures: | "test result:"*) quiet=;; \
+				"---- "*" stdout ----") name=$${line#---- } name=$${name%% *};; \
+				"SKIP: "*) skipped+=("SKIP $$name: $${line#SKIP: }");; \
+			esac; \
+			[ -n "$$quiet" ] || printf '%s\n' "$$line"; \
+		done; \
+		for line in "$${skipped[@]}"; do printf '%s\n' "$$line"; done; }
 
 sim: setup ## Run the protocol in virtual time: SEEDS=100000 FROM=0; SEED=n replays one and shows all of it
 	@$(CARGO) run --release --locked --quiet -p ferry-sim -- \
@@ -37,7 +44,7 @@ faults: setup ## Run every row of docs/FAULTS.md with both guests: ten minutes, 
 	@$(CARGO) test --locked -p ferry-faults -- --include-ignored --nocapture
 
 load: setup ## Move one machine 200 times there and back, and many at once
-	@FERRY_TRIPS=200 $(CARGO) test --locked -p ferry-e2e --test load -- --nocapture --test-threads 1
+	@FERRY_TRIPS=200 $(CARGO) test --locked -p ferry-e2e --test all -- load:: --nocapture --test-threads 1
 
 bench: setup ## Run the benchmarks: ratios measured in one run
 	@$(CARGO) run --release --locked -p ferry-bench
@@ -79,8 +86,9 @@ setup:
 	@command -v $(CARGO) >/dev/null || { \
 		echo "cargo is missing: install Rust 1.95 or newer, open a new shell, and try again" >&2; exit 1; }
 	@compiler() { echo '#include <linux/userfaultfd.h>' | cc -E - >/dev/null 2>&1; }; \
-	libclang() { [ -n "$$LIBCLANG_PATH" ] || PATH="$$PATH:/sbin" ldconfig -p | grep -q 'libclang[-.0-9]*\.so' \
-		|| ls /usr/lib/llvm-*/lib/libclang*.so /usr/lib64/libclang*.so >/dev/null 2>&1; }; \
+	libclang() { [ -n "$$LIBCLANG_PATH" ] \
+		|| grep -q 'libclang[-.0-9]*\.so' <<<"$$(PATH="$$PATH:/sbin" ldconfig -p 2>/dev/null)" \
+		|| compgen -G '/usr/lib/llvm-*/lib/libclang*.so' >/dev/null || compgen -G '/usr/lib64/libclang*.so' >/dev/null; }; \
 	ready() { compiler && libclang; }; \
 	if ! ready; then \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

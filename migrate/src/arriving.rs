@@ -558,15 +558,16 @@ impl<H: Host + 'static> Arriving<H> {
         let state = StateReader::parse(state).map_err(|e| e.to_string())?;
         self.loading.begin(self.installer.clone());
         let (loading, limit) = (self.loading.clone(), self.server.options.load_timeout);
+        // Without pages that are owed, nothing of the source's can hold up loading.
         let owes = self.installer.as_ref().is_some_and(|installer| installer.is_paging());
-        let watchdog = self.runtime.spawn(async move {
-            tokio::time::sleep(limit).await;
-            if owes {
+        let watchdog = owes.then(|| {
+            self.runtime.spawn(async move {
+                tokio::time::sleep(limit).await;
                 loading.link_lost();
-            }
+            })
         });
         let loaded = guest.load(&state).map_err(|e| words(&e));
-        watchdog.abort();
+        watchdog.inspect(|watchdog| watchdog.abort());
         if self.loading.end() {
             loaded
         } else {

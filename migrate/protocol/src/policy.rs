@@ -150,8 +150,9 @@ const TELLING_BYTES: u64 = 1 << 20;
 const POLISHING_ROUNDS: u32 = 3;
 /// After so many rounds that did not pay, `auto` stops making rounds.
 const IDLE_ROUNDS: u32 = 2;
-/// After so many rounds, the shortest acknowledgement is that of the link, not of pages that were still installed.
-const ROUNDS_TO_KNOW_THE_LINK: u32 = 3;
+/// After so many rounds, the shortest acknowledgement is that of the link, not of pages that were still installed, or of
+/// a busy host.
+const ROUNDS_TO_KNOW_THE_LINK: u32 = 20;
 /// A round pays if it leaves less than this part of what it sent.
 const PAYS: f64 = 0.75;
 /// vCPUs that are held back shall leave this part.

@@ -153,6 +153,7 @@ pub(crate) fn kvm(pki: &Pki, memory_bytes: u64, workload: &str) -> Result<Machin
         memory_bytes,
         huge_pages: false,
         cpus: 1,
+        cpu: None,
         kernel: pki.kernel()?,
         initrd: None,
         cmdline: format!("tsc_khz={tsc_khz} {workload}"),

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use ferry_e2e::{Host, Hosts, kvm, path};
+use ferry_e2e::{Hosts, kvm, path};
 
 /// Two hosts, of which the source is the older version's.
 fn hosts() -> Option<Hosts> {
@@ -19,19 +19,9 @@ fn hosts() -> Option<Hosts> {
 
 /// From the older version to this one, back, and here again.
 fn goes_to_and_fro(kernel: &str) {
-    let Some(hosts) = hosts() else { return };
-    let (mut here, mut there): (&Host, &Host) = (&hosts.source, &hosts.destination);
-    let mut process = here.boot("m", kernel, &[]);
-    for _ in 0..3 {
-        let (receiver, to) = there.receive(&["--once"]);
-        here.migrate("m", to, &[]).completed();
-        there.works("m");
-        process.end().succeeded();
-        process = receiver;
-        (here, there) = (there, here);
+    if let Some(hosts) = hosts() {
+        hosts.to_and_fro(kernel, 3);
     }
-    here.run(&["vm", "stop", "m"]).succeeded();
-    process.end().succeeded();
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -22,7 +22,7 @@ pub use process::{Done, HANG, Running};
 /// hard to compress, rewritten and checked without end.
 pub const BUSY: &str = "pattern=working-set set=4M rate=2000 random=25";
 
-/// The `ferry` binary, built on first use as this test was; `FERRY_BINARY` names another one.
+/// The `ferry` binary, built on first use as this test was, unless it is new; `FERRY_BINARY` names another one.
 pub fn ferry() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
@@ -34,6 +34,10 @@ pub fn ferry() -> &'static Path {
         let folder = exe.parent().expect("it lies in a folder");
         let profile = if folder.ends_with("deps") { folder.parent() } else { Some(folder) };
         let profile = profile.expect("it lies in a target directory");
+        let binary = profile.join("ferry");
+        if is_new(&binary) {
+            return binary;
+        }
         let target = profile.parent().expect("the profile's folder lies in a target directory");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "-p", "ferry", "--manifest-path"]);
@@ -51,7 +55,29 @@ pub fn ferry() -> &'static Path {
             build.arg("--release");
         }
         assert!(build.status().expect("cargo starts").success(), "ferry does not build");
-        profile.join("ferry")
+        binary
+    })
+}
+
+/// Whether `binary` is younger than all that it is made of: built with the tests of the workspace, for one. With
+/// features of dependencies that only tests want, which cargo leaves out here, and builds all anew for it.
+fn is_new(binary: &Path) -> bool {
+    fn newest(path: PathBuf) -> std::io::Result<SystemTime> {
+        let about = path.metadata()?;
+        let mut newest_of_all = about.modified()?;
+        if about.is_dir() {
+            for entry in path.read_dir()? {
+                newest_of_all = newest_of_all.max(newest(entry?.path())?);
+            }
+        }
+        Ok(newest_of_all)
+    }
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let parts = ["Cargo.lock", "Cargo.toml", "dirtylog", "memory", "migrate", "postcopy", "tools"];
+    let written = parts.iter().chain(&["transport"]).map(|part| newest(workspace.join(part)));
+    let built = newest(binary.to_owned());
+    built.is_ok_and(|built| {
+        written.into_iter().all(|written| written.is_ok_and(|written| written < built))
     })
 }
 
@@ -114,6 +140,22 @@ impl Hosts {
     /// A path in the hosts' temporary directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// Moves a new machine from the source to the destination, back, and so on, `times` times in all.
+    pub fn to_and_fro(&self, kernel: &str, times: usize) {
+        let (mut here, mut there) = (&self.source, &self.destination);
+        let mut process = here.boot("m", kernel, &[]);
+        for _ in 0..times {
+            let (receiver, to) = there.receive(&["--once"]);
+            here.migrate("m", to, &[]).completed();
+            there.works("m");
+            process.end().succeeded();
+            process = receiver;
+            (here, there) = (there, here);
+        }
+        here.run(&["vm", "stop", "m"]).succeeded();
+        process.end().succeeded();
     }
 }
 

@@ -9,8 +9,8 @@ const QUEUE: Duration = Duration::from_millis(100);
 /// How much later a datagram comes that is overtaken by those behind it.
 const OVERTAKEN_BY: Duration = Duration::from_millis(5);
 
-/// What a cable does to datagrams. The default does nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What a cable does to datagrams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Harm {
     /// Each comes later by so many milliseconds.
     pub delay_ms: u64,
@@ -26,6 +26,19 @@ pub struct Harm {
     pub bits_per_s: u64,
     /// Nothing comes out, not even what is on its way.
     pub hole: bool,
+}
+
+impl Harm {
+    /// A good cable.
+    pub const NONE: Self = Self {
+        delay_ms: 0,
+        drop_percent: 0,
+        reorder_percent: 0,
+        corrupt_percent: 0,
+        duplicate_percent: 0,
+        bits_per_s: 0,
+        hole: false,
+    };
 }
 
 /// How many datagrams a cable harmed.
@@ -56,7 +69,7 @@ pub struct Cable<T> {
 impl<T: Copy> Cable<T> {
     /// A good cable, whose bad luck comes from `seed`.
     pub fn new(seed: u64) -> Self {
-        let harm = Harm::default();
+        let harm = Harm::NONE;
         let (under_way, busy_until) = (BTreeMap::new(), Duration::ZERO);
         Self { harm, harmed: Harmed::default(), dice: seed, under_way, came: 0, busy_until }
     }
@@ -176,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_good_cable_does_no_harm() {
-        let (out, harmed) = thousand(Harm::default());
+        let (out, harmed) = thousand(Harm::NONE);
         assert_eq!(harmed, Harmed::default());
         assert!(out.iter().zip(0..).all(|((at, b), n)| number(b) == n && *at == MS * n));
         assert_eq!(out.len(), 1000);
@@ -184,44 +197,43 @@ mod tests {
 
     #[test]
     fn each_harm_is_done_and_no_other() {
-        let none = Harm::default();
-        let (out, harmed) = thousand(Harm { delay_ms: 50, ..none });
+        let (out, harmed) = thousand(Harm { delay_ms: 50, ..Harm::NONE });
         assert!(out.iter().all(|(at, b)| *at == MS * (number(b) + 50)) && out.len() == 1000);
         assert_eq!(harmed, Harmed::default());
 
-        let (out, harmed) = thousand(Harm { drop_percent: 10, ..none });
+        let (out, harmed) = thousand(Harm { drop_percent: 10, ..Harm::NONE });
         assert!((50..200).contains(&harmed.lost), "{harmed:?}");
         assert_eq!(out.len() as u64, 1000 - harmed.lost);
 
-        let (out, harmed) = thousand(Harm { reorder_percent: 10, ..none });
+        let (out, harmed) = thousand(Harm { reorder_percent: 10, ..Harm::NONE });
         assert!(out.len() == 1000 && (50..200).contains(&harmed.overtaken), "{harmed:?}");
         assert!(!out.is_sorted_by_key(|(_, b)| number(b)));
 
-        let (out, harmed) = thousand(Harm { corrupt_percent: 10, ..none });
+        let (out, harmed) = thousand(Harm { corrupt_percent: 10, ..Harm::NONE });
         let good = |(b, n): (&Vec<u8>, u32)| number(b) == n && b[4..].iter().all(|b| *b == 0);
         let bad = out.iter().map(|(_, b)| b).zip(0..).filter(|p| !good((p.0, p.1))).count();
         assert!(out.len() == 1000 && bad as u64 == harmed.corrupted && bad > 50, "{harmed:?}");
 
-        let (out, harmed) = thousand(Harm { duplicate_percent: 10, ..none });
+        let (out, harmed) = thousand(Harm { duplicate_percent: 10, ..Harm::NONE });
         assert!(out.len() as u64 == 1000 + harmed.doubled && harmed.doubled > 50, "{harmed:?}");
 
         // Half of what comes: 8 kbit each millisecond.
-        let (out, harmed) = thousand(Harm { bits_per_s: 4_000_000, ..none });
+        let (out, harmed) = thousand(Harm { bits_per_s: 4_000_000, ..Harm::NONE });
         assert!((540..570).contains(&out.len()), "{}", out.len());
         assert_eq!(out.len() as u64, 1000 - harmed.lost);
 
-        let (out, harmed) = thousand(Harm { hole: true, ..none });
+        let (out, harmed) = thousand(Harm { hole: true, ..Harm::NONE });
         assert!(out.is_empty() && harmed.lost == 1000);
     }
 
     #[test]
     fn a_hole_swallows_what_is_on_its_way_and_nothing_after_it_was_closed() {
         let mut cable = Cable::new(1);
-        cable.set(Harm { delay_ms: 10, ..Harm::default() });
+        cable.set(Harm { delay_ms: 10, ..Harm::NONE });
         cable.put(Duration::ZERO, 1, vec![1]);
-        cable.set(Harm { hole: true, ..Harm::default() });
+        cable.set(Harm { hole: true, ..Harm::NONE });
         assert_eq!(cable.take(MS * 10), None);
-        cable.set(Harm::default());
+        cable.set(Harm::NONE);
         cable.put(MS * 11, 2, vec![2]);
         assert_eq!(cable.take(MS * 11), Some((2, vec![2])));
     }

@@ -74,15 +74,7 @@ const FEW: &str =
 const ALL: &str = "pattern=random arena=16M fill=all fill_random=60 random=60 rate=2000";
 const FETCHED: [&str; 4] = ["--mode", "post-copy", "--bandwidth", "16Mbit"];
 /// A word on its way is on its way for so long.
-const LATE: Harm = Harm {
-    delay_ms: 400,
-    drop_percent: 0,
-    reorder_percent: 0,
-    corrupt_percent: 0,
-    duplicate_percent: 0,
-    bits_per_s: 0,
-    hole: false,
-};
+const LATE: Harm = Harm { delay_ms: 400, ..Harm::NONE };
 
 impl Phase {
     /// For the table.
@@ -187,7 +179,7 @@ impl Stage {
 
     /// Starts the destination anew, if it was killed, and joins the cable.
     pub fn mend(&mut self) {
-        self.relay.set(Harm::default(), Harm::default());
+        self.relay.set(Harm::NONE, Harm::NONE);
         if self.receiver.is_none() {
             let listens = self.listens.to_string();
             self.receiver = Some(self.hosts.destination.receive_on(&listens, &[]).0);

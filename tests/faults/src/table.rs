@@ -169,16 +169,7 @@ use Phase::{
     Verification,
 };
 
-const GOOD: Harm = Harm {
-    delay_ms: 0,
-    drop_percent: 0,
-    reorder_percent: 0,
-    corrupt_percent: 0,
-    duplicate_percent: 0,
-    bits_per_s: 0,
-    hole: false,
-};
-const HOLE: Harm = Harm { hole: true, ..GOOD };
+const HOLE: Harm = Harm { hole: true, ..Harm::NONE };
 const WHOLE: &[Phase] = &[PreCopy, PostCopy];
 const BEFORE_COMMIT: &[Phase] = &[Negotiation, FirstRound, LaterRound, LastPages];
 const ROUNDS: &[Phase] = &[FirstRound, LaterRound, LastPages];
@@ -193,8 +184,8 @@ const fn bad(words: &'static str, harm: Harm, chosen: &'static [(Guest, Phase)])
 
 const fn hole(way: Way, lasts_s: Option<u64>) -> Fault {
     let (words, harm) = match way {
-        Way::ToDestination => ("black hole towards the destination", [HOLE, GOOD]),
-        Way::ToSource => ("black hole towards the source", [GOOD, HOLE]),
+        Way::ToDestination => ("black hole towards the destination", [HOLE, Harm::NONE]),
+        Way::ToSource => ("black hole towards the source", [Harm::NONE, HOLE]),
     };
     Fault::Cable { words, harm, lasts_s }
 }
@@ -220,14 +211,14 @@ use Who::{Both, Destination, Source};
 /// Faults in moves.
 #[rustfmt::skip]
 pub const MOVES: &[Row] = &[
-    bad("50 ms of delay each way", Harm { delay_ms: 50, ..GOOD }, &[(Kvm, PostCopy)]),
-    bad("1 % of packets lost", Harm { drop_percent: 1, ..GOOD }, &[(Process, PostCopy)]),
-    bad("10 % of packets lost", Harm { drop_percent: 10, ..GOOD }, &[(Process, PreCopy)]),
-    bad("10 % of packets overtaken by those of 5 ms", Harm { reorder_percent: 10, ..GOOD }, &[(Process, PostCopy)]),
-    bad("1 % of packets corrupted", Harm { corrupt_percent: 1, ..GOOD }, &[(Process, PreCopy), (Kvm, PostCopy)]),
-    bad("10 % of packets twice", Harm { duplicate_percent: 10, ..GOOD }, &[(Kvm, PreCopy)]),
-    bad("10 Mbit/s", Harm { bits_per_s: 10_000_000, ..GOOD }, &[(Process, PostCopy)]),
-    row(Fault::Cable { words: "20 kbit/s towards the destination", harm: [Harm { bits_per_s: 20_000, ..GOOD }, GOOD], lasts_s: None },
+    bad("50 ms of delay each way", Harm { delay_ms: 50, ..Harm::NONE }, &[(Kvm, PostCopy)]),
+    bad("1 % of packets lost", Harm { drop_percent: 1, ..Harm::NONE }, &[(Process, PostCopy)]),
+    bad("10 % of packets lost", Harm { drop_percent: 10, ..Harm::NONE }, &[(Process, PreCopy)]),
+    bad("10 % of packets overtaken by those of 5 ms", Harm { reorder_percent: 10, ..Harm::NONE }, &[(Process, PostCopy)]),
+    bad("1 % of packets corrupted", Harm { corrupt_percent: 1, ..Harm::NONE }, &[(Process, PreCopy), (Kvm, PostCopy)]),
+    bad("10 % of packets twice", Harm { duplicate_percent: 10, ..Harm::NONE }, &[(Kvm, PreCopy)]),
+    bad("10 Mbit/s", Harm { bits_per_s: 10_000_000, ..Harm::NONE }, &[(Process, PostCopy)]),
+    row(Fault::Cable { words: "20 kbit/s towards the destination", harm: [Harm { bits_per_s: 20_000, ..Harm::NONE }, Harm::NONE], lasts_s: None },
         &[LastPages], Stays, [STOOD, KEPT], BRIEF_S, &[(Process, LastPages)]),
 
     row(hole(ToDestination, Some(2)), ALL, Moves, [BY_THE_MOVE; 2], LONG_S, &[(Process, Commit)]),
@@ -378,7 +369,7 @@ fn strike(row: &Row, stage: &mut Stage) -> Knew {
     };
     if !matches!(row.fault, Fault::Cable { .. }) {
         // What is late stays so.
-        stage.relay.set(GOOD, GOOD);
+        stage.relay.set(Harm::NONE, Harm::NONE);
     }
     let lasts_s = match row.fault {
         Fault::Cable { harm: [there, back], lasts_s, .. } => {
@@ -404,7 +395,7 @@ fn strike(row: &Row, stage: &mut Stage) -> Knew {
         }
     };
     let mend = |stage: &Stage| match row.fault {
-        Fault::Cable { .. } => stage.relay.set(GOOD, GOOD),
+        Fault::Cable { .. } => stage.relay.set(Harm::NONE, Harm::NONE),
         Fault::Freeze(who, _) => signal(stage, who, Signal::CONT),
         Fault::Kill(_) | Fault::KillClient => {}
     };

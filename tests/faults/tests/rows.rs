@@ -12,7 +12,7 @@ use ferry_faults::ends::Knew;
 use ferry_faults::table::{Trial, markdown, trials};
 
 /// Most of them wait for time-outs most of the time.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 16;
 
 /// By the line of the table, the first guest that it is run with.
 type Measured = BTreeMap<usize, Knew>;

@@ -33,6 +33,9 @@ pub(crate) enum Command {
     /// Run and control machines on this host.
     #[command(subcommand)]
     Vm(Vm),
+    /// Show what hosts can show guests of their processors, and what several have in common.
+    #[command(subcommand)]
+    Cpu(Cpu),
     /// Take in machines, and go on running them.
     #[command(
         after_help = "Example:\n  ferry receive --listen 0.0.0.0:7000 --identity pki/host2 --serial console.log\n  \
@@ -171,10 +174,11 @@ pub(crate) enum Vm {
     /// Boot a machine and host it until it ends or moves away.
     #[command(after_help = "Examples:\n  \
         ferry vm run web1 --kernel vmlinux --initrd initrd.gz --cmdline console=ttyS0 --memory 1G --cpus 2\n  \
-        ferry vm run test1 --kernel :guest --cmdline 'pattern=random rate=10000' --memory 512M --cpus 2\n\n\
+        ferry vm run test1 --kernel :guest --cmdline 'pattern=random rate=10000' --memory 512M --cpus 2\n  \
+        ferry vm run web2 --kernel vmlinux --cpu fleet.json    (see `ferry cpu baseline --help`)\n\n\
         Instead of a file, --kernel takes `:guest`, the test guest that checks its own memory, or \
         `:process`, the same as a process without KVM; --cmdline is then their workload.")]
-    Run(Run),
+    Run(Box<Run>),
     /// List the machines of this host.
     #[command(after_help = "Example:\n  ferry vm list --json")]
     List {
@@ -216,6 +220,36 @@ pub(crate) enum Vm {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum Cpu {
+    /// Print what this host can show guests of its processor, as JSON.
+    #[command(
+        after_help = "Example:\n  ferry cpu show > host-a.json\n  ferry cpu show | jq -r '.features[]'\n  \
+                            ferry cpu show --of web1\n\n\
+                            Features have the names of /proc/cpuinfo, those of IA32_ARCH_CAPABILITIES the names that QEMU gives them; \
+                            one without a name is cpuid.LEAF.SUBLEAF.REGISTER.BIT."
+    )]
+    Show {
+        /// Of this machine: what it was shown, and needs wherever it goes.
+        #[arg(long, value_name = "NAME")]
+        of: Option<String>,
+    },
+    /// Print what all of these hosts can show, as JSON: a machine that is shown no more can move between all of them.
+    #[command(
+        after_help = "Example:\n  ferry cpu baseline host-a.json host-b.json > fleet.json\n  \
+                            ferry vm run web1 --cpu fleet.json --kernel vmlinux --memory 1G\n\n\
+                            Features that not all have are left out, and named. Of numbers, such as bits of an address, it is the \
+                            least, and the oldest model. What XSAVE writes to another place on some is left out, too.\n\n\
+                            Exit status: 0 printed; 1 there is none (another vendor; rates of time-stamp counters that differ, and \
+                            that a host cannot scale), or a file is none."
+    )]
+    Baseline {
+        /// What `ferry cpu show` or `ferry cpu baseline` printed.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Run {
     /// The machine's name: letters, digits, `.`, `_`, `-`.
@@ -238,6 +272,10 @@ pub(crate) struct Run {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) cpus: u32,
+    /// Show the guest no more of the processor than this file says, which `ferry cpu` made [default: all that this host
+    /// can show].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cpu: Option<PathBuf>,
     /// Append the serial console to FILE instead of standard output.
     #[arg(long, value_name = "FILE")]
     pub(crate) serial: Option<PathBuf>,
@@ -321,6 +359,10 @@ pub(crate) struct Receive {
     /// Most memory of machines that are on their way in at once [default: what is available].
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) max_memory: Option<u64>,
+    /// Take in no machine that was shown more of a processor than this file says, which `ferry cpu` made: it could not
+    /// move on to where that is missing.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cpu: Option<PathBuf>,
     /// Take in one machine, and exit when it ends.
     #[arg(long)]
     pub(crate) once: bool,

@@ -170,6 +170,7 @@ impl Hosted {
         let mut ending = None;
         let reply = match request {
             Request::Show => Ok(Reply::Machine(Box::new(self.info()))),
+            Request::Cpu => self.machine.cpu().map(|cpu| Reply::Cpu(Box::new(cpu))),
             Request::Pause => self.pause(),
             Request::Resume { destination_is_dead } => self.resume(destination_is_dead),
             Request::Stop => self.stop().inspect(|_| ending = Some(Ending::Stopped)),

@@ -8,6 +8,7 @@ mod balloon;
 mod bundle;
 mod cgroup;
 mod confine;
+mod cpu;
 mod demo;
 pub mod fuzzing;
 mod hosted;
@@ -89,6 +90,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Pki(Pki::Init { dir, hosts, days }) => pki_init(&dir, &hosts, days)?,
         Command::Pki(Pki::Renew { dir, hosts, days }) => pki_renew(&dir, &hosts, days)?,
         Command::Vm(command) => vm::main(&runtime()?, command)?,
+        Command::Cpu(command) => cpu::main(runtime, &command)?,
         Command::Receive(args) => receive::main(runtime()?, &args)?,
         Command::Migrate(args) => return migrate::main(&runtime()?, &args),
         Command::ServeSpool(args) => return migrate::serve_spool(&args),

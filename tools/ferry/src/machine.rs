@@ -11,7 +11,7 @@ use ferry_migrate::{
     StateWriter,
 };
 use ferry_process_guest::{ProcessGuest, Tracker};
-use ferry_refvmm::{Machine, MachineStatus};
+use ferry_refvmm::{Cpu, Machine, MachineStatus};
 
 /// Clones are handles to the same machine.
 #[derive(Clone, Debug)]
@@ -45,6 +45,14 @@ impl AnyMachine {
                     (None, _) => "handing over".into(),
                 }
             }
+        }
+    }
+
+    /// What it was shown of the processor.
+    pub(crate) fn cpu(&self) -> Result<Cpu, String> {
+        match self {
+            Self::Kvm(m) => Ok(m.cpu()),
+            Self::Process(_) => Err("a process guest is shown no processor: it runs on any".into()),
         }
     }
 

@@ -20,6 +20,7 @@ const MAX_LINE_BYTES: u64 = 1 << 24;
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Request {
     Show,
+    Cpu,
     Pause,
     Resume { destination_is_dead: bool },
     Stop,
@@ -106,6 +107,7 @@ pub(crate) struct MigrateRequest {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Reply {
     Machine(Box<MachineInfo>),
+    Cpu(Box<ferry_refvmm::Cpu>),
     Done(String),
     Error(String),
     Progress(Progress),

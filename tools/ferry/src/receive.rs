@@ -7,8 +7,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ferry_migrate::{
-    Arrival, Guest, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, is_machine_name,
-    receive, words,
+    Arrival, Guest, Host, MachineSpec, ReceiveEvent, ReceiveOptions, Refusal, receive, words,
 };
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::{RefHost, SerialSink};
@@ -17,6 +16,7 @@ use ferry_transport::{Listener, Sockets};
 
 use crate::Failure;
 use crate::args::Receive;
+use crate::cpu;
 use crate::hosted::{Ending, Hosted};
 use crate::machine::AnyMachine;
 use crate::runtime_dir::{Reservation, RuntimeDir};
@@ -55,12 +55,6 @@ impl Host for AnyHost {
 
     fn prepare(&self, spec: &MachineSpec) -> Result<AnyMachine, Vec<Refusal>> {
         let name = self.name.as_deref().unwrap_or(&spec.name);
-        if !is_machine_name(&spec.name) {
-            return Err(vec![Refusal::new(
-                "name",
-                format!("`{:.64}` cannot name a machine", spec.name),
-            )]);
-        }
         let reservation =
             self.runtime.reserve(name).map_err(|e| vec![Refusal::new("name", e.to_string())])?;
         let machine = match spec.vmm.as_str() {
@@ -115,6 +109,13 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             Failure::words(format!("cannot read bundles in {} (--bundles): {e}", place.display()))
         })?;
     }
+    let cpu = args.cpu.as_deref().map(cpu::read).transpose()?;
+    if let (Some(file), Some(cpu)) = (&args.cpu, &cpu) {
+        let lacks = RefHost::cpu()?.lacks(cpu).join(", ");
+        if !lacks.is_empty() {
+            return Err(Failure::words(format!("this host lacks, of {}: {lacks}", file.display())));
+        }
+    }
     // Before: a confined process makes no socket for TCP.
     let sockets = Sockets::bind(args.listen.addr, args.listen.link)?;
     let confined = crate::confine::receiver(&runtime, args)?;
@@ -125,6 +126,7 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             arrival: ferry_refvmm::Arrival {
                 name: args.name.clone(),
                 huge_pages: args.huge_pages,
+                cpu,
                 dirty_log: args.dirty_log.into(),
                 serial: args.serial.clone().map_or(SerialSink::Stdout, SerialSink::File),
             },

@@ -36,6 +36,7 @@ pub(crate) fn main(runtime: &RuntimeDir, args: &Restore) -> Result<(), Failure> 
         let arrival = Arrival {
             name: Some(args.name.clone()),
             huge_pages: args.huge_pages,
+            cpu: None,
             dirty_log: args.dirty_log.into(),
             serial: args.serial.clone().map_or(SerialSink::Stdout, SerialSink::File),
         };

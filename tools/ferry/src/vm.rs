@@ -10,6 +10,7 @@ use ferry_refvmm::{Machine, MachineConfig, RefHost, SerialSink};
 use crate::Failure;
 use crate::args::{DirtyLogArg, Run, Vm};
 use crate::balloon;
+use crate::cpu;
 use crate::hosted::{Ending, Hosted};
 use crate::machine::AnyMachine;
 use crate::memory;
@@ -48,6 +49,11 @@ fn process(run: &Run) -> Result<AnyMachine, Failure> {
             "a process guest has no KVM to log its writes: --dirty-log can be write-protect or auto",
         ));
     }
+    if run.cpu.is_some() {
+        return Err(Failure::words(
+            "a process guest is shown no processor, and runs on any: --cpu is not for it",
+        ));
+    }
     let guest = ProcessGuest::new(Config {
         name: run.name.clone(),
         memory_bytes: run.memory,
@@ -60,6 +66,7 @@ fn process(run: &Run) -> Result<AnyMachine, Failure> {
 }
 
 fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
+    let cpu = run.cpu.as_deref().map(cpu::read).transpose()?;
     let builtin = run.kernel == Path::new(":guest");
     let (image, cmdline) = if builtin {
         // The guest would say so on its console, and halt.
@@ -67,7 +74,7 @@ fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
         let mut image = tempfile::NamedTempFile::new()?;
         image.write_all(ferry_guest::ELF)?;
         // Later words win: what the operator says counts.
-        let tsc_khz = RefHost::tsc_khz()?;
+        let tsc_khz = cpu.as_ref().map_or_else(RefHost::tsc_khz, |cpu| Ok(cpu.tsc_khz))?;
         (Some(image), format!("cpus={} tsc_khz={tsc_khz} {}", run.cpus, run.cmdline))
     } else {
         (None, run.cmdline.clone())
@@ -77,6 +84,7 @@ fn kvm(run: &Run) -> Result<AnyMachine, Failure> {
         memory_bytes: run.memory,
         huge_pages: run.huge_pages,
         cpus: run.cpus,
+        cpu,
         kernel: image.as_ref().map_or_else(|| run.kernel.clone(), |i| i.path().to_owned()),
         initrd: run.initrd.clone(),
         cmdline: cmdline.trim().to_owned(),

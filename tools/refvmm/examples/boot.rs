@@ -33,6 +33,7 @@ fn parse() -> Result<Asked, String> {
             memory_bytes: 256 << 20,
             huge_pages: false,
             cpus: 1,
+            cpu: None,
             kernel: kernel.into(),
             initrd: None,
             cmdline: String::new(),

@@ -1,5 +1,6 @@
 //! Building a machine from KVM's parts: VM, interrupt controllers, timer, memory, vCPUs.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -10,12 +11,13 @@ use ferry_dirtylog::{KvmBitmap, KvmRings, SoftwareBitmap, TrackError, UffdWriteP
 use ferry_memory::GuestView;
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_msr_entry, kvm_pit_config,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_msr_entry, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
-use crate::arch::cpuid;
+use crate::arch::cpu::same_rate;
 use crate::arch::registers::Entry;
+use crate::arch::{cpuid, features};
 use crate::balloon::BalloonDevice;
 use crate::config::{MAX_CPUS, Shape};
 use crate::console::Console;
@@ -144,6 +146,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) serial: &'a SerialSink,
     /// What each vCPU is shown.
     pub(crate) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+    /// Features that it must not be shown.
+    pub(crate) hidden: BTreeSet<String>,
     /// The TSC's rate in kHz; this host's if `None`.
     pub(crate) tsc_khz: Option<u32>,
 }
@@ -183,6 +187,7 @@ impl Board {
         for (index, shown) in (0u32..).zip(&plan.cpuid) {
             let mut fd = vm.create_vcpu(index.into()).asked(|| format!("create vCPU {index}"))?;
             set_cpuid(&fd, index, shown)?;
+            check_hidden(&fd, index, &plan.hidden)?;
             set_tsc_khz(&vm, &fd, index, plan.tsc_khz)?;
             if let Tracking::Ring(rings) = &tracking {
                 rings
@@ -191,6 +196,7 @@ impl Board {
             }
             if let Some(entry) = entry {
                 set_boot_state(&mut fd, index, entry)?;
+                set_arch_capabilities(&fd, index, cpuid::arch_capabilities(shown))?;
             }
             fds.push(fd);
         }
@@ -255,7 +261,11 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
     }
 }
 
-fn set_cpuid(fd: &VcpuFd, index: u32, shown: &[kvm_cpuid_entry2]) -> Result<(), VmmError> {
+pub(crate) fn set_cpuid(
+    fd: &VcpuFd,
+    index: u32,
+    shown: &[kvm_cpuid_entry2],
+) -> Result<(), VmmError> {
     let what = || format!("show {} CPUID entries to vCPU {index}", shown.len());
     let list = cpuid::to_kvm(shown).ok_or_else(|| VmmError::Ioctl {
         what: what(),
@@ -264,11 +274,37 @@ fn set_cpuid(fd: &VcpuFd, index: u32, shown: &[kvm_cpuid_entry2]) -> Result<(), 
     fd.set_cpuid2(&list).asked(what)
 }
 
-/// Sets the TSC's rate where it differs from the host's by more than its accuracy (QEMU: 250 ppm).
+/// Some KVMs show guests what they cannot keep them from using: those without hardware virtualization.
+fn check_hidden(fd: &VcpuFd, index: u32, hidden: &BTreeSet<String>) -> Result<(), VmmError> {
+    if hidden.is_empty() {
+        return Ok(());
+    }
+    let told = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES);
+    let told = told.asked(|| format!("tell the CPUID of vCPU {index}"))?;
+    let shown = features::all_names(told.as_slice());
+    let shown: Vec<_> = shown.intersection(hidden).cloned().collect();
+    if shown.is_empty() { Ok(()) } else { Err(VmmError::NotHidden(shown)) }
+}
+
+/// Shows `value` where the guest can read it.
+fn set_arch_capabilities(fd: &VcpuFd, index: u32, value: Option<u64>) -> Result<(), VmmError> {
+    let msr = cpuid::ARCH_CAPABILITIES;
+    let Some(data) = value.filter(|v| state::read_msr(fd, msr) != Some(*v)) else { return Ok(()) };
+    let msr = kvm_msr_entry { index: msr, data, ..Default::default() };
+    if state::write_msrs(fd, &[msr])?.is_empty() {
+        return Ok(());
+    }
+    Err(VmmError::Ioctl {
+        what: format!("show IA32_ARCH_CAPABILITIES {data:#x} to vCPU {index}"),
+        source: io::Error::from(io::ErrorKind::InvalidInput),
+    })
+}
+
+/// Sets the TSC's rate where it differs from the host's by more than its accuracy.
 fn set_tsc_khz(vm: &VmFd, fd: &VcpuFd, index: u32, wanted: Option<u32>) -> Result<(), VmmError> {
     let Some(machine_khz) = wanted else { return Ok(()) };
     let host_khz = fd.get_tsc_khz().asked(|| "tell the TSC's rate".into())?;
-    if u64::from(machine_khz.abs_diff(host_khz)) * 1_000_000 <= u64::from(host_khz) * 250 {
+    if same_rate(machine_khz, host_khz) {
         return Ok(());
     }
     // Without the capability KVM accepts a faster rate nevertheless, and then falls behind in leaps.
@@ -314,4 +350,83 @@ pub(crate) fn random_id() -> Result<u128, VmmError> {
         VmmError::File { action: "read", what: "random numbers", path: path.into(), source }
     })?;
     Ok(u128::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::cpu::Cpu;
+    use crate::host::Here;
+
+    /// What the second vCPU of a machine of `cpu` is shown, as KVM has it.
+    fn shown(kvm: &Kvm, here: &Here, cpu: &Cpu) -> Result<Vec<kvm_cpuid_entry2>, VmmError> {
+        let base = cpu.only(&here.shows);
+        let plan = Plan {
+            name: "shown",
+            shape: Shape { memory_bytes: 8 << 20, cpus: 2 },
+            huge_pages: false,
+            dirty_log: DirtyLog::Auto,
+            serial: &SerialSink::Discard,
+            cpuid: (0..2).map(|i| cpuid::of_vcpu(&base, i, 2)).collect(),
+            hidden: here.hidden_in(&base),
+            tsc_khz: None,
+        };
+        let entry = Entry::Pvh { rip: 0x10_0000, start_info: 0x6000 };
+        let (board, threads) = Board::build(kvm, plan, |_| Ok(Some(entry)))?;
+        let (mut found, msr) = board.vcpus.with(1, |fd| {
+            let found = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap().as_slice().to_vec();
+            (found, state::read_msr(fd, cpuid::ARCH_CAPABILITIES))
+        });
+        board.vcpus.exit();
+        threads.into_iter().for_each(|t| t.join().unwrap());
+        found.push(cpuid::arch_capabilities_leaf(msr.unwrap_or(0)));
+        Ok(found)
+    }
+
+    #[test]
+    fn a_feature_that_is_taken_away_is_not_shown_by_kvm_or_the_machine_is_not_made() {
+        let Ok(kvm) = open_kvm() else { return eprintln!("SKIP: no KVM") };
+        let here = Here::of(&kvm).unwrap();
+        let all = here.cpu();
+        let (mut hidden, mut forced) = (Vec::new(), Vec::new());
+        for name in &all.features {
+            let mut less = all.clone();
+            less.features.remove(name);
+            match shown(&kvm, &here, &less) {
+                Ok(shown) => {
+                    let shown = Cpu::of(&shown, 1, false).features;
+                    assert!(!shown.contains(name), "{name}: {shown:?}");
+                    hidden.push(name);
+                }
+                Err(VmmError::NotHidden(names)) => {
+                    assert!(names.contains(name), "{name}: {names:?}");
+                    forced.push(name);
+                }
+                Err(e) => assert!(e.to_string().contains("ARCH_CAPABILITIES"), "{name}: {e}"),
+            }
+        }
+        println!("can be hidden: {hidden:?}\ncannot: {forced:?}");
+        assert!(hidden.len() > 10, "{hidden:?}");
+    }
+
+    #[test]
+    fn what_is_not_taken_away_is_shown_as_before() {
+        let Ok(kvm) = open_kvm() else { return eprintln!("SKIP: no KVM") };
+        let here = Here::of(&kvm).unwrap();
+        let all = here.cpu();
+        let plain = Cpu::of(&shown(&kvm, &here, &all).unwrap(), 1, false);
+        assert_eq!(plain.limits, all.limits);
+        assert_eq!(
+            (plain.family, plain.model, &plain.vendor),
+            (all.family, all.model, &all.vendor)
+        );
+        let mut less = all.clone();
+        less.limits.phys_bits -= 1;
+        less.model = 1;
+        less.features.remove("kvm_steal_time");
+        let masked = Cpu::of(&shown(&kvm, &here, &less).unwrap(), 1, false);
+        let mut expected = Cpu { limits: less.limits, model: 1, ..plain };
+        expected.features.remove("kvm_steal_time");
+        assert_eq!(masked, expected);
+    }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{VmmError, balloon, memory};
+use crate::{Cpu, VmmError, balloon, memory};
 
 /// The longest kernel command line: Linux's `COMMAND_LINE_SIZE`, without its NUL and the words that tell of the
 /// balloon.
@@ -53,6 +53,9 @@ pub struct MachineConfig {
     pub huge_pages: bool,
     /// vCPUs.
     pub cpus: u32,
+    /// What the guest is shown of the processor; all that the host can show if `None`.
+    #[serde(default)]
+    pub cpu: Option<Cpu>,
     /// A PVH ELF (such as `vmlinux`) or a `bzImage`.
     pub kernel: PathBuf,
     /// The initial ramdisk.
@@ -73,6 +76,9 @@ pub struct Arrival {
     /// Its memory here is in huge pages.
     #[serde(default)]
     pub huge_pages: bool,
+    /// It is refused if it was shown more than this, which it would need wherever it moves on to.
+    #[serde(default)]
+    pub cpu: Option<Cpu>,
     /// How writes are tracked when it moves on.
     pub dirty_log: DirtyLog,
     /// Where the console goes.

@@ -130,6 +130,15 @@ pub enum VmmError {
         /// The host's rate in kHz.
         host_khz: u32,
     },
+    /// This host cannot show what it was told to show.
+    #[error("this host's CPU lacks what the machine shall be shown: {}", .0.join(", "))]
+    Cpu(Vec<String>),
+    /// This host cannot keep a guest from seeing what it shall not see.
+    #[error(
+        "this host's KVM shows every guest {}, whatever it is told: use another host for this machine, or a baseline with it",
+        .0.join(", ")
+    )]
+    NotHidden(Vec<String>),
     /// A thread could not be started.
     #[error("cannot start the thread of vCPU {index}: {source}")]
     Thread {

@@ -23,6 +23,7 @@ mod state;
 mod vcpu;
 mod virtio_mmio;
 
+pub use arch::cpu::{Cpu, CpuError, ExtendedState, Limits};
 pub use config::{Arrival, DirtyLog, MAX_CMDLINE_BYTES, MAX_CPUS, MachineConfig, SerialSink};
 pub use error::VmmError;
 pub use host::RefHost;

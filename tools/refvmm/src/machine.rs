@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 use crate::arch::cpuid;
 use crate::board::{self, Board, Plan};
 use crate::config::Shape;
+use crate::host::Here;
 use crate::vcpu::Ended;
-use crate::{MachineConfig, VmmError, boot};
+use crate::{Cpu, MachineConfig, VmmError, boot};
 
 /// A virtual machine. Clones are handles to the same one; the last one that goes stops it.
 ///
@@ -108,15 +109,25 @@ impl Machine {
     pub fn boot(config: &MachineConfig) -> Result<Self, VmmError> {
         let kvm = board::open_kvm()?;
         let shape = Shape::new(config.memory_bytes, config.cpus, board::max_cpus(&kvm))?;
-        let base = cpuid::supported(&kvm)?;
+        let here = Here::of(&kvm)?;
+        let mut base = cpuid::of_new_machine(&here.shows);
+        if let Some(cpu) = &config.cpu {
+            let cpu = cpu.clone().without_orphans();
+            let lacks = here.cpu().lacks(&cpu);
+            if !lacks.is_empty() {
+                return Err(VmmError::Cpu(lacks));
+            }
+            base = cpu.only(&base);
+        }
         let plan = Plan {
             name: &config.name,
             shape,
             huge_pages: config.huge_pages,
             dirty_log: config.dirty_log,
             serial: &config.serial,
+            hidden: here.hidden_in(&base),
             cpuid: (0..shape.cpus).map(|i| cpuid::of_vcpu(&base, i, shape.cpus)).collect(),
-            tsc_khz: None,
+            tsc_khz: config.cpu.as_ref().map(|cpu| cpu.tsc_khz),
         };
         let id = board::random_id()?;
         let parts = Board::build(&kvm, plan, |ram| boot::prepare(ram, config).map(Some))?;
@@ -157,6 +168,12 @@ impl Machine {
     /// Number of vCPUs.
     pub fn cpus(&self) -> u32 {
         self.0.shape.cpus
+    }
+
+    /// What it was shown of the processor.
+    pub fn cpu(&self) -> Cpu {
+        let first = self.0.cpuid().first().map_or(&[][..], Vec::as_slice);
+        Cpu::of(first, self.0.board.tsc_khz, false)
     }
 
     /// How writes are tracked: `bitmap`, `ring` or `write-protect`.

@@ -333,6 +333,11 @@ fn read_msrs(
     Ok((entries, unreadable))
 }
 
+/// An MSR, if it can be read.
+pub(crate) fn read_msr(vcpu: &VcpuFd, index: u32) -> Option<u64> {
+    Some(read_msrs(vcpu, &mut vec![index]).ok()?.0.first()?.data)
+}
+
 /// Writes MSRs; returns those that KVM refused.
 pub(crate) fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<Vec<u32>, VmmError> {
     let mut refused = Vec::new();

@@ -5,12 +5,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use ferry_dirtylog::DirtySource;
 use ferry_migrate::{
-    Admission, Guest, GuestError, GuestView, Host, MachineSpec, OutcomeKind, ReceiveEvent,
-    ReceiveOptions, Refusal, RunPermit, StateReader, StateWriter,
+    Admission, Guest, Host, MachineSpec, OutcomeKind, ReceiveEvent, ReceiveOptions, Refusal,
+    StateWriter,
 };
-use ferry_pages::{PAGE_BYTES, Run};
+use ferry_pages::Run;
 use ferry_process_guest::{ProcessGuest, ProcessHost};
 use ferry_protocol::{Hello, PackedPages, ToDestination, ToSource, Verdict, wire};
 use ferry_transport::memory::{self, MemoryConnector};
@@ -18,7 +17,7 @@ use ferry_transport::{Connector, FrameReader, send_message};
 
 use crate::frames::data_frame;
 use crate::source::{Session, permit, word_of};
-use crate::stage::{Destination, Links, Maker, Subject, eventually, goes_on, migrate};
+use crate::stage::{Destination, Links, Maker, Reader, Subject, eventually, goes_on, migrate};
 use crate::{assert_unharmed, maker, message, options, panics, spec};
 
 /// A host, and what leads to it in anybody's name.
@@ -344,50 +343,11 @@ fn a_source_that_ends_the_move_behind_the_loss_of_a_lane_is_not_waited_for() {
     assert_unharmed(&host);
 }
 
-/// A machine that looks into its memory when its state is loaded.
-struct Looks(ProcessGuest);
-
-impl Guest for Looks {
-    fn spec(&self) -> MachineSpec {
-        self.0.spec()
-    }
-    fn memory(&self) -> GuestView {
-        self.0.memory()
-    }
-    fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
-        self.0.dirty_sources()
-    }
-    fn pause(&mut self) -> Result<RunPermit, GuestError> {
-        self.0.pause()
-    }
-    fn resume(&mut self, permit: RunPermit) -> Result<(), (RunPermit, GuestError)> {
-        self.0.resume(permit)
-    }
-    fn save(&mut self, out: &mut StateWriter) -> Result<(), GuestError> {
-        self.0.save(out)
-    }
-    fn load(&mut self, state: &StateReader) -> Result<(), GuestError> {
-        let read = self.0.memory().read(5, &mut [0; PAGE_BYTES]);
-        read.map_err(|e| GuestError::with("page 5 cannot be read", e))?;
-        self.0.load(state)
-    }
-}
-
-struct LooksHost;
-
-impl Host for LooksHost {
-    type Guest = Looks;
-
-    fn prepare(&self, spec: &MachineSpec) -> Result<Looks, Vec<Refusal>> {
-        ProcessHost::default().prepare(spec).map(Looks)
-    }
-}
-
 #[test]
 fn a_source_that_hands_over_and_never_brings_what_loading_needs_keeps_its_machine() {
     let load_timeout = Duration::from_millis(300);
     let options = ReceiveOptions { load_timeout, ..ReceiveOptions::default() };
-    let (host, connector) = host_with(LooksHost, options);
+    let (host, connector) = host_with(Reader(5), options);
     let one = named(&connector, "one");
     let mut source = maker().busy_guest();
     let permit = source.pause().unwrap();

@@ -154,6 +154,7 @@ impl Kvm {
             memory_bytes: self.memory_bytes,
             huge_pages,
             cpus: 2,
+            cpu: None,
             kernel: image.path().to_owned(),
             initrd: None,
             cmdline: format!("cpus=2 tsc_khz={tsc_khz} {}", self.workload),

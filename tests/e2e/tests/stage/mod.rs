@@ -8,6 +8,7 @@ mod field;
 mod guests;
 #[path = "../../../../memory/tests/host/huge_pages.rs"]
 mod huge_pages;
+mod reads;
 mod relay;
 mod shared;
 mod watched;
@@ -16,6 +17,7 @@ pub use balloon::Ballooned;
 pub use field::{Destination, Link, Links, migrate};
 pub use guests::{Huge, Kind, Kvm, Maker, Process, Subject, has_kvm};
 pub(crate) use huge_pages::HugePages;
+pub use reads::Reader;
 pub use relay::{Deal, Relay, Word, pass};
 pub use shared::SharedMemory;
 pub use watched::{DRAINED_BY_SAVE, Debts, Faults, Watched, WatchedHost, Witness};

@@ -8,8 +8,12 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm};
 
+use super::features::ARCH_CAPABILITIES_LEAF;
 use crate::VmmError;
 use crate::error::Asked;
+
+/// Tells guests which weaknesses the processor does not have.
+pub(crate) const ARCH_CAPABILITIES: u32 = 0x10a;
 
 /// Extended topology enumeration: the kernel lists them without content.
 const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
@@ -39,6 +43,38 @@ pub(crate) fn supported(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, VmmError> {
         }
     }
     Ok(entries)
+}
+
+/// `base` for a machine that begins here: without nested machines, whose state is not saved. One that was shown them by an
+/// earlier version is still taken in where there are some.
+pub(crate) fn of_new_machine(base: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+    let mut entries = base.to_vec();
+    for e in &mut entries {
+        match e.function {
+            0x1 => e.ecx &= !(1 << 5),         // VMX
+            0x8000_0001 => e.ecx &= !(1 << 2), // SVM
+            0x8000_000a => (e.eax, e.ebx, e.ecx, e.edx) = (0, 0, 0, 0),
+            _ => {}
+        }
+    }
+    entries
+}
+
+/// `IA32_ARCH_CAPABILITIES` as a leaf, for a guest that is shown `value`.
+pub(crate) fn arch_capabilities_leaf(value: u64) -> kvm_cpuid_entry2 {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    kvm_cpuid_entry2 {
+        function: ARCH_CAPABILITIES_LEAF,
+        eax: u32::from_le_bytes([a, b, c, d]),
+        edx: u32::from_le_bytes([e, f, g, h]),
+        ..Default::default()
+    }
+}
+
+/// `IA32_ARCH_CAPABILITIES` as a guest is shown it, if it is.
+pub(crate) fn arch_capabilities(shown: &[kvm_cpuid_entry2]) -> Option<u64> {
+    let leaf = shown.iter().find(|e| e.function == ARCH_CAPABILITIES_LEAF)?;
+    Some(u64::from(leaf.eax) | u64::from(leaf.edx) << 32)
 }
 
 /// `base` as vCPU `index` of `cpus` sees it.
@@ -87,7 +123,9 @@ pub(crate) fn of_vcpu(base: &[kvm_cpuid_entry2], index: u32, cpus: u32) -> Vec<k
 
 /// `entries` as the kernel takes them.
 pub(crate) fn to_kvm(entries: &[kvm_cpuid_entry2]) -> Option<CpuId> {
-    CpuId::from_entries(entries).ok()
+    let leaves: Vec<_> =
+        entries.iter().filter(|e| e.function != ARCH_CAPABILITIES_LEAF).copied().collect();
+    CpuId::from_entries(&leaves).ok()
 }
 
 fn set_bit(register: &mut u32, bit: u32, on: bool) {
@@ -100,6 +138,16 @@ mod tests {
 
     fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, index, ..Default::default() }
+    }
+
+    #[test]
+    fn a_new_machine_is_not_shown_nested_machines_whose_state_would_not_move() {
+        let vmx = kvm_cpuid_entry2 { ecx: 1 << 5 | 1 << 28, ..entry(1, 0) };
+        let svm = kvm_cpuid_entry2 { ecx: 1 << 2 | 1, ..entry(0x8000_0001, 0) };
+        let revision = kvm_cpuid_entry2 { eax: 1, ebx: 8, edx: 0xff, ..entry(0x8000_000a, 0) };
+        let shown = of_new_machine(&[vmx, svm, revision]);
+        assert_eq!([shown[0].ecx, shown[1].ecx], [1 << 28, 1]);
+        assert_eq!(shown[2], entry(0x8000_000a, 0));
     }
 
     #[test]

@@ -1,29 +1,45 @@
 //! CPU features by name, so that hosts can be compared and an operator can read the difference.
 //!
-//! Names are those of Linux' `/proc/cpuinfo`; a bit without one is `cpuid.LEAF.SUBLEAF.REGISTER.BIT`
-//! (leaf and subleaf in hex). Bits that follow what the guest or the machine does (OSXSAVE, OSPKE, HTT, APIC,
-//! hypervisor, CmpLegacy) are no features.
+//! Names are those of Linux' `/proc/cpuinfo`, of bits of `IA32_ARCH_CAPABILITIES` those of QEMU; a bit without one is
+//! `cpuid.LEAF.SUBLEAF.REGISTER.BIT` (leaf and subleaf in hex) or `msr.10a.BIT`. Bits that follow what the guest or the
+//! machine does (OSXSAVE, OSPKE, HTT, APIC, hypervisor, CmpLegacy) are no features.
 
 use std::collections::BTreeSet;
 
 use kvm_bindings::kvm_cpuid_entry2;
 
+/// `IA32_ARCH_CAPABILITIES`, EAX its low and EDX its high half, in a leaf of ours: so it is compared, masked and carried
+/// as CPUID is, by earlier versions too. No guest looks there: no hypervisor's leaves begin within 0x100 of others.
+pub(crate) const ARCH_CAPABILITIES_LEAF: u32 = 0x4000_00fe;
+/// Its bits that tell of a weakness: a guest that was not told must not come to where they are set. So they are features
+/// where they are not: `rsba-no`, `rrsba-no`.
+const WEAKNESSES: u32 = 1 << 2 | 1 << 19;
+
 #[derive(Clone, Copy)]
-enum Register {
+pub(crate) enum Register {
     Eax,
     Ebx,
     Ecx,
     Edx,
 }
-use Register::{Eax, Ebx, Ecx, Edx};
+pub(crate) use Register::{Eax, Ebx, Ecx, Edx};
 
 impl Register {
-    fn of(self, e: &kvm_cpuid_entry2) -> u32 {
+    pub(crate) fn of(self, e: &kvm_cpuid_entry2) -> u32 {
         match self {
             Eax => e.eax,
             Ebx => e.ebx,
             Ecx => e.ecx,
             Edx => e.edx,
+        }
+    }
+
+    pub(crate) fn in_mut(self, e: &mut kvm_cpuid_entry2) -> &mut u32 {
+        match self {
+            Eax => &mut e.eax,
+            Ebx => &mut e.ebx,
+            Ecx => &mut e.ecx,
+            Edx => &mut e.edx,
         }
     }
 
@@ -40,6 +56,7 @@ impl Register {
 /// Leaf, subleaf, register, bits that are no features, and names from bit 0 on (`-`: none).
 type Word = (u32, u32, Register, u32, &'static str);
 
+/// What an offer names. It is fixed: a host of an earlier version refuses names that it does not know.
 const WORDS: &[Word] = &[
     (
         0x1,
@@ -132,22 +149,94 @@ const WORDS: &[Word] = &[
     ),
 ];
 
-/// The features that `entries` show, by name, sorted.
+/// What is compared besides, by hosts of this version, as they read it in the CPUID that comes with the offer.
+const MORE_WORDS: &[Word] = &[
+    (0x6, 0, Eax, 0, "- - arat"),
+    (0x7, 1, Ebx, 0, ""),
+    (0x7, 1, Ecx, 0, ""),
+    (0xd, 0, Edx, 0, ""),
+    (0xd, 1, Ecx, 0, ""),
+    (0xd, 1, Edx, 0, ""),
+    (0x24, 0, Ebx, 0xff, ""), // below: a number
+    (0x8000_0021, 0, Ecx, 0, ""),
+    (0xc000_0001, 0, Edx, 0, ""),
+    (
+        ARCH_CAPABILITIES_LEAF,
+        0,
+        Eax,
+        0,
+        "rdctl-no ibrs-all rsba-no skip-l1dfl-vmentry ssb-no mds-no pschange-mc-no tsx-ctrl taa-no - - - - sbdr-ssdp-no \
+      fbsdp-no psdp-no - fb-clear - rrsba-no bhi-no - - - pbrsb-no - gds-no rfds-no rfds-clear",
+    ),
+    (
+        ARCH_CAPABILITIES_LEAF,
+        0,
+        Edx,
+        0,
+        "- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - its-no",
+    ),
+];
+
+/// The features that `entries` show, by the names that an offer has.
 pub(crate) fn names(entries: &[kvm_cpuid_entry2]) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for &(leaf, subleaf, register, none, words) in WORDS {
-        let Some(e) = entries.iter().find(|e| e.function == leaf && e.index == subleaf) else {
-            continue;
-        };
-        let bits = register.of(e) & !none;
-        for bit in (0..32u16).filter(|b| bits >> b & 1 == 1) {
-            found.insert(match words.split_whitespace().nth(bit.into()) {
-                Some(name) if name != "-" => name.to_owned(),
-                _ => format!("cpuid.{leaf:x}.{subleaf:x}.{}.{bit}", register.name()),
-            });
-        }
+    entries.iter().flat_map(|e| features(e, WORDS)).map(|(_, _, name)| name).collect()
+}
+
+/// All features that `entries` show, by name.
+pub(crate) fn all_names(entries: &[kvm_cpuid_entry2]) -> BTreeSet<String> {
+    entries.iter().flat_map(all).map(|(_, _, name)| name).collect()
+}
+
+/// `e` without the features that `keep` denies. What is neither a feature nor in a register with features is 0.
+pub(crate) fn only(e: &kvm_cpuid_entry2, keep: impl Fn(&str) -> bool) -> kvm_cpuid_entry2 {
+    let blank = kvm_cpuid_entry2 { eax: 0, ebx: 0, ecx: 0, edx: 0, ..*e };
+    let mut kept = words_of(e, WORDS).chain(words_of(e, MORE_WORDS)).fold(
+        blank,
+        |mut kept, &(leaf, _, register, none, _)| {
+            *register.in_mut(&mut kept) = register.of(e) & none | weaknesses(leaf, register);
+            kept
+        },
+    );
+    for (register, bit, _) in all(e).filter(|(_, _, name)| keep(name)) {
+        *register.in_mut(&mut kept) ^= 1 << bit;
     }
-    found
+    kept
+}
+
+/// The bits of a register that are features where they are 0.
+fn weaknesses(leaf: u32, register: Register) -> u32 {
+    if leaf == ARCH_CAPABILITIES_LEAF && matches!(register, Eax) { WEAKNESSES } else { 0 }
+}
+
+fn words_of<'a>(
+    e: &kvm_cpuid_entry2,
+    words: &'a [Word],
+) -> impl Iterator<Item = &'a Word> + use<'a> {
+    let (leaf, subleaf) = (e.function, e.index);
+    words.iter().filter(move |w| (w.0, w.1) == (leaf, subleaf))
+}
+
+fn all(e: &kvm_cpuid_entry2) -> impl Iterator<Item = (Register, u16, String)> {
+    features(e, WORDS).chain(features(e, MORE_WORDS))
+}
+
+/// Register, bit and name of each feature that `e` shows.
+fn features(
+    e: &kvm_cpuid_entry2,
+    words: &'static [Word],
+) -> impl Iterator<Item = (Register, u16, String)> + use<> {
+    let e = *e;
+    words_of(&e, words).flat_map(move |&(leaf, subleaf, register, none, names)| {
+        let bits = (register.of(&e) ^ weaknesses(leaf, register)) & !none;
+        let name = move |bit: u16| match names.split_whitespace().nth(bit.into()) {
+            Some(name) if name != "-" => name.to_owned(),
+            _ if leaf == ARCH_CAPABILITIES_LEAF => {
+                format!("msr.10a.{}", if matches!(register, Eax) { bit } else { 32 + bit })
+            }
+            _ => format!("cpuid.{leaf:x}.{subleaf:x}.{}.{bit}", register.name()),
+        };
+        (0..32).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| (register, bit, name(bit)))
+    })
 }
 
 #[cfg(test)]
@@ -180,7 +269,7 @@ mod tests {
 
     #[test]
     fn no_word_has_more_names_than_bits() {
-        for (leaf, _, register, _, words) in WORDS {
+        for (leaf, _, register, _, words) in WORDS.iter().chain(MORE_WORDS) {
             assert!(words.split_whitespace().count() <= 32, "{leaf:x} {}", register.name());
         }
     }

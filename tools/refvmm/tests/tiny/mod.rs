@@ -57,6 +57,16 @@ pub(crate) const MAGIC: &[u8] = &[
     0xee, 0xeb, 0xfe, //                    out dx, al; jmp $
 ];
 
+/// Prints ECX of CPUID's leaf 0x80000001, byte by byte, then `.` over and over.
+pub(crate) const FEATURES: &[u8] = &[
+    0xb8, 0x01, 0x00, 0x00, 0x80, 0x0f, 0xa2, // mov eax, 0x80000001; cpuid
+    0xba, 0xf8, 0x03, 0x00, 0x00, 0x89, 0xc8, // mov edx, 0x3f8; mov eax, ecx
+    0xee, 0xc1, 0xe8, 0x08, //                   out dx, al; shr eax, 8
+    0xee, 0xc1, 0xe8, 0x08, //                   out dx, al; shr eax, 8
+    0xee, 0xc1, 0xe8, 0x08, 0xee, //             out dx, al; shr eax, 8; out dx, al
+    0xb0, 0x2e, 0xee, 0xeb, 0xfd, //             mov al, '.'; out dx, al; jmp $ - 1
+];
+
 /// Echoes what is typed, plus one.
 pub(crate) const ECHO: &[u8] = &[
     0xba, 0xfd, 0x03, 0x00, 0x00, //  wait: mov edx, 0x3fd
@@ -158,6 +168,7 @@ pub(crate) fn config(dir: &Path, file: &[u8]) -> MachineConfig {
         memory_bytes: 8 << 20,
         huge_pages: false,
         cpus: 1,
+        cpu: None,
         kernel,
         initrd: None,
         cmdline: "hello".into(),

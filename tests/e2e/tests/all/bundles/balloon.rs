@@ -8,7 +8,7 @@ use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 use tempfile::TempDir;
 
-use crate::engine::{MIB, kvm_machine, process, saved};
+use super::engine::{MIB, kvm_machine, process, saved};
 use crate::stage::{Ballooned, Kvm, Maker, Process, eventually, goes_on, has_kvm};
 
 const MEMORY: u64 = 128 * MIB;

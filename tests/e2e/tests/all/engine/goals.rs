@@ -8,8 +8,8 @@ use ferry_migrate::{
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 use crate::stage::{Destination, Kvm, Link, Maker, Process, Subject, goes_on, has_kvm, migrate};
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 
 /// Less than the guest writes, by far.
 const NARROW: u64 = 20_000_000;

@@ -12,11 +12,11 @@ use ferry_migrate::{
 use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
 use ferry_protocol::{ToDestination, ToSource};
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 use crate::stage::{
     Deal, Destination, Dice, Link, Maker, Process, Relay, Subject, Watched, WatchedHost, Witness,
     Word, eventually, goes_on, migrate, pass,
 };
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 
 struct Stage {
     witness: Arc<Witness>,

@@ -7,14 +7,13 @@ mod faults;
 mod goals;
 mod moves;
 mod post_copy;
-#[path = "../stage/mod.rs"]
-mod stage;
 mod trouble;
 
 use std::time::Duration;
 
 use ferry_migrate::{Goals, Left, Mode, OutcomeKind, SendOptions, Sent, Whereabouts};
-use stage::{Subject, goes_on};
+
+use crate::stage::{Subject, goes_on};
 
 const MIB: u64 = 1 << 20;
 

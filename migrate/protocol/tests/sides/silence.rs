@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use ferry_pages::Run;
 use ferry_protocol::limits::{HELLO_TIMEOUT, MAX_KEEP, SILENCE};
+
+use crate::spec;
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent as Event, Fetched,
-    MachineSpec, PackedPages, RunPermit, ToDestination as Say, ToSource, Verdict,
+    PackedPages, RunPermit, ToDestination as Say, ToSource, Verdict,
 };
 
 const S: Duration = Duration::from_secs(1);
@@ -19,16 +21,7 @@ fn accepted() -> Destination {
 /// `keep`: what the source asks for.
 fn accepted_for(keep: Duration) -> Destination {
     let mut machine = Destination::new(7, 1);
-    let spec = MachineSpec {
-        name: "m".into(),
-        vmm: "x".into(),
-        extents: vec![(0, 64)],
-        vcpus: 1,
-        cpu_features: Vec::new(),
-        devices: Vec::new(),
-        config: Vec::new(),
-    };
-    let offer = Say::Offer { spec, codecs: 1, lanes: 1, keep, machine: None };
+    let offer = Say::Offer { spec: spec(), codecs: 1, lanes: 1, keep, machine: None };
     machine.handle(S, Event::Message(offer));
     assert_eq!(machine.deadline(), None, "it is this host's turn");
     machine.handle(100 * S, Event::Built(Ok(Built::default())));

@@ -36,8 +36,10 @@ fn eight_machines_come_in_while_eight_others_go_out() {
     let (_in_there, to_there) = there.receive(&[]);
     let moves = |host: &Host, names: &[String], to: SocketAddr| -> Vec<Running> {
         let mode = MODES.iter().cycle();
-        let start =
-            |(name, mode): (&String, _)| host.start_migrate(name, to, &["--json", "--mode", mode]);
+        // So many at once make round trips long.
+        let start = |(name, mode): (&String, _)| {
+            host.start_migrate(name, to, &["--json", "--mode", mode, "--max-downtime", "2s"])
+        };
         names.iter().zip(mode.copied()).map(start).collect()
     };
     let mut under_way = moves(here, &leaving, to_there);

@@ -2,37 +2,21 @@
 
 use std::time::Duration;
 
-use ferry_pages::{PageSet, Run};
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction as Action, DestinationEvent as Event, Fetched,
-    MachineSpec, PackedPages, Refusal, RunPermit, ToDestination, ToSource, Verdict,
+    PackedPages, Refusal, RunPermit, ToDestination, ToSource, Verdict,
 };
 
+use crate::{ms, pages, spec};
+
 const CODECS: u8 = 0b0110;
-
-fn ms(ms: u64) -> Duration {
-    Duration::from_millis(ms)
-}
-
-fn pages(first: u64, pages: u64) -> PageSet {
-    std::iter::once(Run::new(first, pages)).collect()
-}
 
 fn packed(first: u64, number: u64) -> PackedPages {
     PackedPages::pack(&pages(first, number))
 }
 
 fn offer(codecs: u8, lanes: u16, keep: Duration) -> Event {
-    let spec = MachineSpec {
-        name: "m".into(),
-        vmm: "test".into(),
-        extents: vec![(0, 64)],
-        vcpus: 1,
-        cpu_features: Vec::new(),
-        devices: Vec::new(),
-        config: Vec::new(),
-    };
-    Event::Message(ToDestination::Offer { spec, codecs, lanes, keep, machine: None })
+    Event::Message(ToDestination::Offer { spec: spec(), codecs, lanes, keep, machine: None })
 }
 
 fn commit(rounds: &[(u32, u64)], owed: PackedPages) -> Event {

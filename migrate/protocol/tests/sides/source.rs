@@ -1,21 +1,13 @@
 //! The source, step by step: what it asks for, and what becomes of the guest and of its dirty pages when the
 //! migration ends at any of its steps.
 
-use std::time::Duration;
-
-use ferry_pages::{PageSet, Run};
+use ferry_pages::PageSet;
 use ferry_protocol::{
-    Goals, MachineSpec, Mode, Outcome, PackedPages, Progress, RunPermit, Source,
-    SourceAction as Action, SourceEvent as Event, ToDestination, ToSource, Verdict,
+    Goals, Mode, Outcome, PackedPages, Progress, RunPermit, Source, SourceAction as Action,
+    SourceEvent as Event, ToDestination, ToSource, Verdict,
 };
 
-fn ms(ms: u64) -> Duration {
-    Duration::from_millis(ms)
-}
-
-fn pages(first: u64, pages: u64) -> PageSet {
-    std::iter::once(Run::new(first, pages)).collect()
-}
+use crate::{ms, pages, spec};
 
 fn union<const N: usize>(sets: [PageSet; N]) -> PageSet {
     sets.iter().flat_map(PageSet::runs).collect()
@@ -23,18 +15,6 @@ fn union<const N: usize>(sets: [PageSet; N]) -> PageSet {
 
 fn new() -> Source {
     Source::new(spec(), None, 0b0110, 1, (Goals::default(), Mode::PreCopy), ms(60_000))
-}
-
-fn spec() -> MachineSpec {
-    MachineSpec {
-        name: "m".into(),
-        vmm: "test".into(),
-        extents: vec![(0, 64)],
-        vcpus: 1,
-        cpu_features: Vec::new(),
-        devices: Vec::new(),
-        config: Vec::new(),
-    }
 }
 
 fn feed(source: &mut Source, at_ms: u64, event: Event) -> Vec<Action> {

@@ -14,9 +14,9 @@ use ferry_migrate::{
 use ferry_process_guest::Tracker;
 use tempfile::TempDir;
 
-use crate::command::PROCESS;
-use crate::engine::{ARENA_PAGES, MIB, saved};
-use crate::lazy::{flip, victim};
+use super::command::PROCESS;
+use super::engine::{ARENA_PAGES, MIB, saved};
+use super::lazy::{flip, victim};
 use crate::stage::{
     Deal, Destination, Kind, Kvm, Link, Maker, Process, Relay, Subject, Watched, WatchedHost,
     Witness, Word, goes_on, has_kvm, migrate,

@@ -3,34 +3,20 @@
 
 use std::time::Duration;
 
-use ferry_pages::{PageSet, Run};
+use ferry_pages::PageSet;
 use ferry_protocol::{
-    Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, MachineSpec, Mode,
-    Outcome, PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
-    SourceEvent, ToDestination, ToSource, Verdict,
+    Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, Mode, Outcome,
+    PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction, SourceEvent,
+    ToDestination, ToSource, Verdict,
 };
 
-const RUNNING: ToSource = ToSource::Running { pages_us: 0, load_us: 0, resume_us: 0 };
+use crate::{pages, spec};
 
-fn pages(first: u64, pages: u64) -> PageSet {
-    std::iter::once(Run::new(first, pages)).collect()
-}
+const RUNNING: ToSource = ToSource::Running { pages_us: 0, load_us: 0, resume_us: 0 };
 
 fn feed(source: &mut Source, at_ms: u64, event: SourceEvent) -> Vec<SourceAction> {
     source.handle(Duration::from_millis(at_ms), event);
     std::iter::from_fn(|| source.poll()).collect()
-}
-
-fn spec() -> MachineSpec {
-    MachineSpec {
-        name: "m".into(),
-        vmm: "test".into(),
-        extents: vec![(0, 64)],
-        vcpus: 1,
-        cpu_features: Vec::new(),
-        devices: Vec::new(),
-        config: Vec::new(),
-    }
 }
 
 /// A source whose commit is on its way.

@@ -1,14 +1,12 @@
 //! The command as people and scripts use it: machines run, are looked at, and move.
 
-#[path = "../../../memory/tests/host/huge_pages.rs"]
-mod huge_pages;
-
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ferry_e2e::{Host, Hosts, Moved, Running, kvm, path, wait_for};
-use huge_pages::HugePages;
+use ferry_e2e::{Hosts, Moved, Running, kvm, path, wait_for};
 use serde_json::Value;
+
+use crate::stage::HugePages;
 
 const PROCESS: &str = ":process";
 const KVM: &str = ":guest";
@@ -111,32 +109,15 @@ fn every_dirty_log_carries_a_busy_kvm_machine() {
     }
 }
 
-/// Eight moves: there and back, four times.
-fn goes_there_and_back(kernel: &str) {
-    let hosts = Hosts::new();
-    let (mut here, mut there): (&Host, &Host) = (&hosts.source, &hosts.destination);
-    let mut process = here.boot("m", kernel, &[]);
-    for _ in 0..8 {
-        let (receiver, to) = there.receive(&["--once"]);
-        here.migrate("m", to, &[]).completed();
-        there.works("m");
-        process.end().succeeded();
-        process = receiver;
-        (here, there) = (there, here);
-    }
-    here.run(&["vm", "stop", "m"]).succeeded();
-    process.end().succeeded();
-}
-
 #[test]
 fn a_process_guest_goes_there_and_back_four_times() {
-    goes_there_and_back(PROCESS);
+    Hosts::new().to_and_fro(PROCESS, 8);
 }
 
 #[test]
 fn a_kvm_machine_goes_there_and_back_four_times() {
     if kvm() {
-        goes_there_and_back(KVM);
+        Hosts::new().to_and_fro(KVM, 8);
     }
 }
 

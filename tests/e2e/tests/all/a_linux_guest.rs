@@ -84,6 +84,7 @@ fn write_bundle(dir: &Path, kernel: PathBuf, initrd: PathBuf) {
         memory_bytes: MEMORY_BYTES,
         huge_pages: false,
         cpus: 1,
+        cpu: None,
         kernel,
         initrd: Some(initrd),
         cmdline: CMDLINE.into(),

@@ -7,11 +7,11 @@ use ferry_migrate::{Arrival, Guest, OutcomeKind, ReceiveOptions, SendOptions};
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 use crate::stage::{
     Destination, Kind, Kvm, Link, Maker, Process, Subject, Watched, WatchedHost, Witness, goes_on,
     has_kvm, migrate,
 };
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 
 fn process(tracker: Tracker, workload: &str) -> Process {
     Process { tracker, memory_bytes: 256 * MIB, workload: workload.into() }
@@ -197,9 +197,11 @@ fn goals_that_cannot_be_met_end_in_words_and_the_machine_goes_on_at_its_source()
     hard.goals.max_total = Duration::from_millis(700);
     let sent = migrate(&mut source, &destination.connector, &hard);
     assert_eq!(sent.report.outcome, OutcomeKind::Failed);
-    for word in ["--max-total", "--max-downtime", "pages/s", "MB/s"] {
-        assert!(sent.report.reason.contains(word), "{}", sent.report.reason);
-    }
+    // On a busy computer the round trip alone takes longer, and that is said before any page is sent.
+    let by_the_link: &[&str] = &["its round trip is", "--max-downtime"];
+    let by_the_guest: &[&str] = &["--max-total", "--max-downtime", "pages/s", "MB/s"];
+    let says = |words: &[&str]| words.iter().all(|word| sent.report.reason.contains(word));
+    assert!(says(by_the_link) || says(by_the_guest), "{}", sent.report.reason);
     assert!(sent.report.total_ms < 20_000.0, "{} ms", sent.report.total_ms);
     assert_goes_on_at_source(&sent, &source);
     destination.void();

@@ -7,11 +7,11 @@ use ferry_migrate::{Canceller, Guest, OutcomeKind, Progress, SendEvent, SendOpti
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 use crate::stage::{
     Destination, Dice, Kvm, Link, Maker, Process, Subject, Watched, WatchedHost, Witness, goes_on,
     has_kvm,
 };
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 
 /// When to cancel.
 #[derive(Clone, Copy, Debug)]

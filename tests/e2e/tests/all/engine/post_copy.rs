@@ -7,19 +7,19 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ferry_migrate::{
-    Arrival, Canceller, Guest, Left, Mode, OutcomeKind, ReceiveEvent, SendOptions, Sent, Spool,
-    Whereabouts, serve_spool,
+    Arrival, Canceller, Guest, Left, Mode, OutcomeKind, Progress, ReceiveEvent, SendEvent,
+    SendOptions, Sent, Spool, Whereabouts, serve_spool,
 };
 use ferry_pages::Run;
 use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
 use ferry_protocol::{ToDestination, ToSource};
 use ferry_refvmm::DirtyLog;
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, options};
 use crate::stage::{
     Deal, Destination, Dice, Huge, HugePages, Kvm, Link, Maker, Process, Relay, SharedMemory,
     Subject, Watched, WatchedHost, Witness, Word, eventually, goes_on, has_kvm, migrate,
 };
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, options};
 
 fn process() -> Process {
     let (tracker, memory_bytes) = (Tracker::UffdWriteProtect, 64 * MIB);
@@ -300,27 +300,31 @@ fn a_destination_that_cannot_be_reached_waits_and_is_served_later() {
     assert_eq!(at.witness.times_started(), 2, "once at each side");
 }
 
+/// Moves `source` until the link is lost, which has to happen; then its operator cancels.
+#[track_caller]
+fn given_up_when_the_link_is_lost(
+    source: &mut dyn Guest,
+    relay: &Relay,
+    options: &SendOptions,
+) -> Sent {
+    let canceller = Canceller::default();
+    let (mut lost, connector) = (false, relay.connector());
+    let sent = ferry_migrate::send(source, connector, options, &canceller, &mut |event| {
+        if let SendEvent::Progress(Progress::LinkLost(_)) = event {
+            lost = true;
+            canceller.cancel();
+        }
+    });
+    assert!(lost);
+    sent
+}
+
 #[test]
 fn an_operator_ends_the_attempts_to_come_back() {
     let mut at = stage(Link::Memory);
     let relay = after_the_hand_over(&at, false, || Deal::Cut);
-    let canceller = Canceller::default();
-    let (mut lost, operator) = (false, canceller.clone());
     let options = SendOptions { rejoin_for: Duration::from_secs(1000), ..by(Mode::PostCopy) };
-    let sent = ferry_migrate::send(
-        &mut at.source,
-        relay.connector(),
-        &options,
-        &canceller,
-        &mut |event| {
-            use ferry_migrate::{Progress, SendEvent};
-            if let SendEvent::Progress(Progress::LinkLost(_)) = event {
-                lost = true;
-                operator.cancel();
-            }
-        },
-    );
-    assert!(lost);
+    let sent = given_up_when_the_link_is_lost(&mut at.source, &relay, &options);
     assert_eq!(sent.report.machine, Whereabouts::LacksPages, "{}", sent.report.reason);
     assert!(matches!(sent.left, Left::Detached(_)));
     assert_eq!(at.witness.running(), 1);
@@ -354,21 +358,8 @@ fn a_spool_is_of_the_commit_by_which_the_machine_runs_and_of_none_before() {
     };
     let relay = Relay::new(&at.destination.connector, at.destination.handle(), true, tamper);
     let dir = tempfile::tempdir().expect("a directory");
-    let canceller = Canceller::default();
-    let operator = canceller.clone();
     let options = SendOptions { spool: Some(dir.path().to_owned()), ..by(Mode::PostCopy) };
-    let sent = ferry_migrate::send(
-        &mut at.source,
-        relay.connector(),
-        &options,
-        &canceller,
-        &mut |event| {
-            use ferry_migrate::{Progress, SendEvent};
-            if let SendEvent::Progress(Progress::LinkLost(_)) = event {
-                operator.cancel();
-            }
-        },
-    );
+    let sent = given_up_when_the_link_is_lost(&mut at.source, &relay, &options);
     assert_eq!(sent.report.machine, Whereabouts::LacksPages, "{}", sent.report.reason);
     assert!(sent.report.links_lost >= 2, "{}", sent.report.links_lost);
     // Its process is gone; only the spool is left.

@@ -10,23 +10,18 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use ferry_bundle::{Chain, Draft};
-use ferry_dirtylog::DirtySource;
 use ferry_e2e::{Hosts, kvm, path, wait_for};
-use ferry_memory::GuestView;
-use ferry_migrate::{
-    Fetching, Guest, GuestError, Host, LazyEvent, MachineSpec, Paging, Refusal, Restored,
-    RunPermit, StateReader, StateWriter, restore_lazily,
-};
+use ferry_migrate::{Fetching, Guest, Host, LazyEvent, Paging, Restored, restore_lazily};
 use ferry_pages::{PAGE_BYTES, Run};
-use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
+use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 use tempfile::TempDir;
 
-use crate::command::{PROCESS, restore};
-use crate::engine::{
+use super::command::{PROCESS, restore};
+use super::engine::{
     ARENA_PAGES, Check, MIB, digest, kvm_machine, process, saved, with_every_kind,
 };
-use crate::stage::{Dice, Huge, HugePages, Maker, Subject, eventually, goes_on, has_kvm};
+use crate::stage::{Dice, Huge, HugePages, Maker, Reader, Subject, eventually, goes_on, has_kvm};
 use crate::town::{Lender, open_for};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -296,44 +291,6 @@ fn a_host_that_is_away_for_longer_than_a_read_is_tried_is_no_damage() {
     let refused = restore_lazily(&Reader(gfn), chain, "again", |event| panic!("{event:?}"));
     let why = refused.err().expect("no machine").to_string();
     assert!(why.contains("ferry://"), "{why}");
-}
-
-/// A guest whose state cannot be loaded without a page of its memory.
-struct Reads(ProcessGuest, u64);
-
-impl Guest for Reads {
-    fn spec(&self) -> MachineSpec {
-        self.0.spec()
-    }
-    fn memory(&self) -> GuestView {
-        self.0.memory()
-    }
-    fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
-        self.0.dirty_sources()
-    }
-    fn pause(&mut self) -> Result<RunPermit, GuestError> {
-        self.0.pause()
-    }
-    fn resume(&mut self, permit: RunPermit) -> Result<(), (RunPermit, GuestError)> {
-        self.0.resume(permit)
-    }
-    fn save(&mut self, out: &mut StateWriter) -> Result<(), GuestError> {
-        self.0.save(out)
-    }
-    fn load(&mut self, state: &StateReader) -> Result<(), GuestError> {
-        let mut page = vec![0; PAGE_BYTES];
-        self.memory().read(self.1, &mut page).unwrap();
-        self.0.load(state)
-    }
-}
-
-struct Reader(u64);
-
-impl Host for Reader {
-    type Guest = Reads;
-    fn prepare(&self, spec: &MachineSpec) -> Result<Reads, Vec<Refusal>> {
-        ProcessHost::default().prepare(spec).map(|guest| Reads(guest, self.0))
-    }
 }
 
 #[test]

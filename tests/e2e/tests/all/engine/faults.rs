@@ -10,11 +10,11 @@ use ferry_pages::{PAGE_BYTES, Run};
 use ferry_process_guest::{ProcessHost, Tracker};
 use ferry_refvmm::DirtyLog;
 
+use super::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 use crate::stage::{
     DRAINED_BY_SAVE, Deal, Destination, Faults, Kind, Kvm, Link, Maker, Process, Relay, Subject,
     Watched, WatchedHost, Witness, Word, goes_on, has_kvm, migrate, pass,
 };
-use crate::{ARENA_PAGES, BUSY, MIB, assert_completed, assert_goes_on_at_source, options};
 
 /// Moves a busy guest with `faults`: the report, the guest at the destination, and the bytes of its last
 /// page there.

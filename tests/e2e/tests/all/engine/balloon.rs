@@ -7,11 +7,11 @@ use ferry_migrate::{Arrival, Guest, Mode, OutcomeKind, SendOptions};
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 
+use super::{MIB, assert_completed, options};
 use crate::stage::{
     Ballooned, Destination, Dice, Huge, HugePages, Kvm, Link, Maker, Process, Subject, eventually,
     goes_on, has_kvm, migrate,
 };
-use crate::{MIB, assert_completed, options};
 
 const MEMORY: u64 = 64 * MIB;
 /// All of memory, by two workers.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ferry_e2e::{Host, Hosts, path};
 
-use crate::command::{PROCESS, restore};
+use super::command::{PROCESS, restore};
 use crate::stage::Dice;
 
 /// 128 MiB that cannot be compressed: a save takes a while.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use ferry_e2e::network::{ADDRESSES, Network};
 use ferry_e2e::{Host, Hosts, Running, path};
 
-use crate::command::{PROCESS, restore};
+use super::command::{PROCESS, restore};
 
 /// 256 MiB that cannot be compressed: they take a while.
 const LARGE: [&str; 4] = [

@@ -6,8 +6,4 @@ mod engine;
 mod lazy;
 mod lent;
 mod recall;
-#[path = "../stage/mod.rs"]
-mod stage;
-#[path = "../../../../migrate/depot/tests/town/mod.rs"]
-mod town;
 mod trouble;
