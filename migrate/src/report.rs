@@ -360,6 +360,9 @@ pub struct Report {
     pub verify_ms: f64,
     /// Bytes of page frames handed to the link.
     pub bytes_sent: u64,
+    /// What the link went over, where to, and why over that.
+    #[serde(default)]
+    pub link: String,
     /// Times that the link was lost and the source came back, or tried to.
     pub links_lost: u32,
     /// Bytes of vCPU and device state.
@@ -401,6 +404,7 @@ impl Report {
             downtime_parts_ms: DowntimeParts::default(),
             verify_ms: 0.0,
             bytes_sent: 0,
+            link: String::new(),
             links_lost: 0,
             state_bytes: 0,
             rounds: 0,

@@ -806,6 +806,7 @@ impl<'a> Engine<'a> {
             downtime_parts_ms,
             verify_ms: ran_at.map_or(0.0, |at| report::ms(total.saturating_sub(at + fetching))),
             bytes_sent: self.bytes_before,
+            link: self.connector.describe(),
             links_lost: self.links_lost,
             state_bytes: self.state_bytes,
             // What is served after the hand-over goes under a number of its own.

@@ -1,15 +1,47 @@
 //! Why a link failed, in words for the person who operates it.
 
+use std::fmt;
+use std::io;
 use std::net::SocketAddr;
+
+/// Over what a link goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    /// QUIC, and so UDP.
+    Quic,
+    /// TLS over TCP.
+    Tls,
+}
+
+impl Over {
+    /// What carries it.
+    fn below(self) -> &'static str {
+        match self {
+            Self::Quic => "UDP",
+            Self::Tls => "TCP",
+        }
+    }
+}
+
+impl fmt::Display for Over {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Quic => "QUIC",
+            Self::Tls => "TLS",
+        })
+    }
+}
 
 /// Why a link could not be made, or ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkError {
     /// Nobody answered a connection attempt.
     #[error(
-        "nothing speaks QUIC at {remote}: no answer within {seconds} s; check the address, that `ferry receive` or `ferry bundle serve` listens there, and that UDP passes"
+        "nothing speaks {over} at {remote}: no answer within {seconds} s; check the address, that `ferry receive` or `ferry bundle serve` listens there, and that {} passes", .over.below()
     )]
     NoAnswer {
+        /// What was tried.
+        over: Over,
         /// The address.
         remote: String,
         /// How long it was waited.
@@ -21,11 +53,13 @@ pub enum LinkError {
         /// The peer.
         remote: String,
     },
-    /// The peer speaks QUIC and something else than Ferry.
+    /// The peer speaks something else than Ferry.
     #[error(
-        "{remote} speaks QUIC but not Ferry's protocol; check the address and the versions on both sides"
+        "{remote} speaks {over} but not Ferry's protocol; check the address and the versions on both sides"
     )]
     NotFerry {
+        /// What was tried.
+        over: Over,
         /// The peer.
         remote: String,
     },
@@ -89,19 +123,29 @@ pub enum LinkError {
     },
     /// The address to listen on is taken.
     #[error(
-        "cannot listen on {addr}: the address is in use; stop the process that has it (`ss -ulpn` shows it) or choose another port"
+        "cannot listen on {addr}: the address is in use; stop the process that has it (`ss -tulpn` shows it) or choose another port"
     )]
     AddressInUse {
         /// The address.
         addr: SocketAddr,
     },
     /// The address to listen on, or a socket to connect with, is not to be had.
-    #[error("cannot open a UDP socket on {addr}: {why}")]
+    #[error("cannot open a {} socket on {addr}: {why}", .over.below())]
     Socket {
+        /// For what.
+        over: Over,
         /// The address.
         addr: SocketAddr,
         /// The system's word.
         why: String,
+    },
+    /// Neither link could be made.
+    #[error("{quic}; and over TCP: {tls}")]
+    Neither {
+        /// Over QUIC.
+        quic: Box<LinkError>,
+        /// Over TLS.
+        tls: Box<LinkError>,
     },
     /// TLS cannot be set up with this identity.
     #[error("cannot set up TLS: {why}")]
@@ -125,6 +169,15 @@ pub enum LinkError {
         /// Bytes that came.
         found: usize,
     },
+}
+
+impl LinkError {
+    pub(crate) fn socket(over: Over, addr: SocketAddr, e: &io::Error) -> Self {
+        match e.kind() {
+            io::ErrorKind::AddrInUse => Self::AddressInUse { addr },
+            _ => Self::Socket { over, addr, why: e.to_string() },
+        }
+    }
 }
 
 /// Whose certificate was not accepted.

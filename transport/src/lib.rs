@@ -1,4 +1,4 @@
-//! How frames travel: QUIC with mutual TLS, an in-memory link, identities, allow lists, pacing.
+//! How frames travel: QUIC or TCP with mutual TLS, an in-memory link, identities, allow lists, pacing.
 //!
 //! A [`Connector`] makes [`Channel`]s to one address and a [`Listener`] takes them in. A channel is one
 //! connection with one stream of bytes in each direction: a [`ByteSink`] and a [`ByteSource`], whose
@@ -9,13 +9,19 @@
 //! is for.
 
 mod allow;
+mod door;
+mod either;
 mod error;
 mod frames;
+mod fresh;
+mod gate;
 pub mod memory;
 mod pacing;
 mod peer;
 pub mod pki;
 pub mod quic;
+mod secure;
+mod tls;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -23,12 +29,15 @@ use std::pin::Pin;
 use bytes::Bytes;
 
 pub use allow::{Admission, AllowList};
-pub use error::{CertificateOf, CertificateProblem, LinkError};
+pub use either::{EitherConnector, EitherListener, LinkChoice, Sockets};
+pub use error::{CertificateOf, CertificateProblem, LinkError, Over};
 pub use frames::{FrameReader, send_message};
 pub use pacing::Pacer;
 pub use peer::{Fingerprint, Peer, PeerRule};
 pub use pki::{Identity, PkiError};
 pub use quic::{QuicConnector, QuicListener};
+pub use secure::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT};
+pub use tls::{TlsConnector, TlsListener};
 
 /// A future in a box, so that links can be chosen while running.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -71,6 +80,18 @@ pub struct Channel {
     pub sink: Box<dyn ByteSink>,
     /// From the peer.
     pub source: Box<dyn ByteSource>,
+}
+
+impl Channel {
+    /// This channel, if its peer is `wanted`; None: any peer is.
+    pub(crate) async fn to(mut self, wanted: Option<&PeerRule>) -> Result<Self, LinkError> {
+        let Some(wanted) = wanted.filter(|wanted| !wanted.fits(&self.peer)) else {
+            return Ok(self);
+        };
+        self.sink.close("this host is not the one that was wanted").await;
+        let (found, wanted) = (self.peer.to_string(), wanted.to_string());
+        Err(LinkError::OtherPeer { remote: self.remote, found, wanted })
+    }
 }
 
 impl std::fmt::Debug for Channel {

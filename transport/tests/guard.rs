@@ -9,8 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use ferry_transport::pki::{Validity, init, init_for, renew};
 use ferry_transport::{
-    Channel, Connector, Fingerprint, Identity, LinkError, Listener, PeerRule, QuicConnector,
-    QuicListener,
+    Channel, Connector, EitherConnector, EitherListener, Fingerprint, Identity, LinkChoice,
+    LinkError, Listener, Over, PeerRule, Sockets,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tempfile::TempDir;
@@ -30,16 +30,21 @@ fn load(dir: &Path) -> Identity {
     Identity::load(dir).unwrap()
 }
 
-fn listen(dir: &Path) -> (QuicListener, SocketAddr) {
-    let listener = QuicListener::bind(&load(dir), LOOPBACK).unwrap();
+fn listen(over: Over, dir: &Path) -> (EitherListener, SocketAddr) {
+    let sockets = Sockets::bind(LOOPBACK, LinkChoice::Only(over)).unwrap();
+    let listener = sockets.listen(&load(dir)).unwrap();
     let addr = listener.local_addr().unwrap();
     (listener, addr)
 }
 
+fn leading(over: Over, identity: &Identity, to: SocketAddr) -> EitherConnector {
+    EitherConnector::new(identity, to, LinkChoice::Only(over)).unwrap()
+}
+
 /// A channel, or why there is none, seen from the connecting side.
 async fn meet(
-    connector: &QuicConnector,
-    listener: &mut QuicListener,
+    connector: &EitherConnector,
+    listener: &mut EitherListener,
 ) -> Result<(Channel, Channel), LinkError> {
     let (out, in_) = tokio::join!(connector.connect(), listener.accept());
     Ok((out?, in_.unwrap()?))
@@ -47,16 +52,20 @@ async fn meet(
 
 #[tokio::test]
 async fn a_host_of_the_same_authority_is_not_taken_for_the_one_that_is_wanted() {
+    tokio::join!(not_taken_for_another(Over::Quic), not_taken_for_another(Over::Tls));
+}
+
+async fn not_taken_for_another(over: Over) {
     let dir = pki(&["left", "right", "thief"]);
     let at = |name: &str| dir.path().join(name);
-    let (mut listener, addr) = listen(&at("thief"));
+    let (mut listener, addr) = listen(over, &at("thief"));
     let thief = load(&at("thief")).fingerprint();
     let right = load(&at("right")).fingerprint();
     let of_file =
         Fingerprint::of(&CertificateDer::from_pem_file(at("thief").join("cert.pem")).unwrap());
     assert_eq!(thief, of_file);
     let mut connect = async |wanted: Option<PeerRule>| {
-        let connector = QuicConnector::new(&load(&at("left")), addr).unwrap().to_peer(wanted);
+        let connector = leading(over, &load(&at("left")), addr).to_peer(wanted);
         meet(&connector, &mut listener).await
     };
     for wanted in [PeerRule::Name("right".into()), PeerRule::Fingerprint(right)] {
@@ -74,18 +83,22 @@ async fn a_host_of_the_same_authority_is_not_taken_for_the_one_that_is_wanted() 
 
 #[tokio::test]
 async fn a_channel_outlives_its_certificate_and_no_new_one_is_made_with_it() {
+    tokio::join!(outlives_its_certificate(Over::Quic), outlives_its_certificate(Over::Tls));
+}
+
+async fn outlives_its_certificate(over: Over) {
     let dir = pki(&["right"]);
     let left = dir.path().join("left");
     let from = SystemTime::now() - Duration::from_secs(60);
     let validity = Validity { from, host: Duration::from_secs(63), ..Validity::default() };
     init_for(dir.path(), &["left".to_owned()], &validity).unwrap();
-    let (mut listener, addr) = listen(&dir.path().join("right"));
+    let (mut listener, addr) = listen(over, &dir.path().join("right"));
     let identity = load(&left);
     let said = identity.expires_soon(SystemTime::now()).unwrap();
     assert!(said.contains("`left`") && said.contains("ferry pki renew"), "{said}");
     let right = load(&dir.path().join("right"));
     assert_eq!(right.expires_soon(SystemTime::now()), None);
-    let connector = QuicConnector::new(&identity, addr).unwrap();
+    let connector = leading(over, &identity, addr);
     let (mut out, mut in_) = meet(&connector, &mut listener).await.unwrap();
     tokio::time::sleep(Duration::from_secs(5)).await;
     let said = meet(&connector, &mut listener).await.unwrap_err();
@@ -104,10 +117,14 @@ async fn a_channel_outlives_its_certificate_and_no_new_one_is_made_with_it() {
 
 #[tokio::test]
 async fn files_that_are_replaced_count_for_new_channels_and_half_of_them_for_none() {
+    tokio::join!(counts_for_new_channels(Over::Quic), counts_for_new_channels(Over::Tls));
+}
+
+async fn counts_for_new_channels(over: Over) {
     let dir = pki(&["left", "right"]);
     let right = dir.path().join("right");
-    let (mut listener, addr) = listen(&right);
-    let connector = QuicConnector::new(&load(&dir.path().join("left")), addr).unwrap();
+    let (mut listener, addr) = listen(over, &right);
+    let connector = leading(over, &load(&dir.path().join("left")), addr);
     let (first, _keep) = meet(&connector, &mut listener).await.unwrap();
     // The new key is there, the new certificate is not.
     let old_key = fs::read(right.join("key.pem")).unwrap();
@@ -126,12 +143,19 @@ async fn files_that_are_replaced_count_for_new_channels_and_half_of_them_for_non
 
 #[tokio::test]
 async fn hosts_go_over_to_another_authority_one_by_one_without_a_stop() {
+    tokio::join!(
+        goes_over_to_another_authority(Over::Quic),
+        goes_over_to_another_authority(Over::Tls)
+    );
+}
+
+async fn goes_over_to_another_authority(over: Over) {
     let (old, new) = (pki(&["left", "right"]), pki(&["left", "right"]));
     let at = |dir: &TempDir, name: &str| dir.path().join(name);
     let (left, right) = (at(&old, "left"), at(&old, "right"));
-    let (mut listener, addr) = listen(&right);
-    let connector = QuicConnector::new(&load(&left), addr).unwrap();
-    let strange = QuicConnector::new(&load(&at(&new, "left")), addr).unwrap();
+    let (mut listener, addr) = listen(over, &right);
+    let connector = leading(over, &load(&left), addr);
+    let strange = leading(over, &load(&at(&new, "left")), addr);
     meet(&connector, &mut listener).await.unwrap();
     meet(&strange, &mut listener).await.unwrap_err();
     // Both hosts trust both; then one has the new identity, then the other.
@@ -160,7 +184,7 @@ async fn hosts_go_over_to_another_authority_one_by_one_without_a_stop() {
         }),
     )
     .unwrap();
-    let strange = QuicConnector::new(&load(&at(&last, "left")), addr).unwrap();
+    let strange = leading(over, &load(&at(&last, "left")), addr);
     let said = meet(&strange, &mut listener).await.unwrap_err();
     assert!(said.to_string().contains("another authority"), "{said}");
 }
@@ -242,7 +266,7 @@ fn stranger(dir: &TempDir, from: Ipv4Addr) -> quinn::Endpoint {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_that_connects_in_a_loop_is_slowed_down_and_others_are_served_meanwhile() {
     let dir = pki(&["left", "right"]);
-    let (mut listener, addr) = listen(&dir.path().join("right"));
+    let (mut listener, addr) = listen(Over::Quic, &dir.path().join("right"));
     let endpoint = stranger(&dir, Ipv4Addr::new(127, 0, 0, 2));
     let began = Instant::now();
     let looping = tokio::spawn(async move {
@@ -262,7 +286,7 @@ async fn a_peer_that_connects_in_a_loop_is_slowed_down_and_others_are_served_mea
         }
         (served, began.elapsed())
     });
-    let connector = QuicConnector::new(&load(&dir.path().join("left")), addr).unwrap();
+    let connector = leading(Over::Quic, &load(&dir.path().join("left")), addr);
     let (mut honest, mut told) = (0, false);
     while !looping.is_finished() {
         let connect = connector.connect();
@@ -294,7 +318,7 @@ async fn a_peer_that_connects_in_a_loop_is_slowed_down_and_others_are_served_mea
 #[tokio::test]
 async fn a_peer_opens_one_stream_and_takes_little_until_it_is_known_what_for() {
     let dir = pki(&["left", "right"]);
-    let (mut listener, addr) = listen(&dir.path().join("right"));
+    let (mut listener, addr) = listen(Over::Quic, &dir.path().join("right"));
     let endpoint = stranger(&dir, Ipv4Addr::LOCALHOST);
     let connection = endpoint.connect(addr, "ferry").unwrap().await.unwrap();
     let (mut send, _recv) = connection.open_bi().await.unwrap();

@@ -2,7 +2,7 @@
 //!
 //! Everything that is compared is run in turn, so that a busy machine is busy for both; figures are
 //! medians, with the least and the most beside them. Both hosts live in this process (for `fetch`: in two
-//! network namespaces), and the link is QUIC: one machine does the work of two.
+//! network namespaces), and the link is QUIC unless said otherwise: one machine does the work of two.
 
 mod balloon;
 mod downtime;
@@ -47,6 +47,8 @@ struct Args {
 enum What {
     /// Rate of a migration beside that of a plain copy.
     Rate,
+    /// QUIC beside TLS over TCP.
+    Links,
     /// Cost of untouched and of zero pages.
     Pages,
     /// Downtime of an idle and of a busy guest.
@@ -109,6 +111,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     let wanted = |what| args.what.is_empty() || args.what.contains(&what);
     if wanted(What::Rate) {
         rate::measure(&plan)?;
+    }
+    if wanted(What::Links) {
+        rate::links(&plan)?;
     }
     if wanted(What::Pages) {
         page_cost::measure(&plan)?;

@@ -15,7 +15,9 @@ use ferry_migrate::{
 use ferry_pages::PAGE_BYTES;
 use ferry_process_guest::{Config, ProcessGuest, Tracker};
 use ferry_refvmm::{DirtyLog, Machine, MachineConfig, RefHost, SerialSink};
-use ferry_transport::{Identity, Listener, QuicConnector, QuicListener, pki};
+use ferry_transport::{
+    Connector, EitherConnector, Identity, LinkChoice, Listener, Over, Sockets, pki,
+};
 use tokio::runtime::Runtime;
 
 use crate::Failure;
@@ -37,9 +39,8 @@ impl Pki {
         Ok(Identity::load(&self.dir.path().join("destination"))?)
     }
 
-    pub(crate) fn connector(&self, to: SocketAddr) -> Result<QuicConnector, Failure> {
-        let identity = Identity::load(&self.dir.path().join("source"))?;
-        Ok(QuicConnector::new(&identity, to)?)
+    pub(crate) fn source(&self) -> Result<Identity, Failure> {
+        Ok(Identity::load(&self.dir.path().join("source"))?)
     }
 
     /// Loopback, any port.
@@ -62,22 +63,33 @@ pub(crate) fn runtime(name: &str) -> Result<Runtime, Failure> {
 /// A host that takes guests in.
 pub(crate) struct Destination<G> {
     _runtime: Runtime,
-    connector: Arc<QuicConnector>,
+    connector: Arc<dyn Connector>,
     events: Receiver<ReceiveEvent<G>>,
 }
 
 impl<G: Guest + 'static> Destination<G> {
     pub(crate) fn new<H: Host<Guest = G> + 'static>(pki: &Pki, host: H) -> Result<Self, Failure> {
+        Self::on(pki, host, LinkChoice::Only(Over::Quic))
+    }
+
+    /// One that is reached over this link.
+    pub(crate) fn on<H: Host<Guest = G> + 'static>(
+        pki: &Pki,
+        host: H,
+        link: LinkChoice,
+    ) -> Result<Self, Failure> {
         let runtime = runtime("destination")?;
         let identity = pki.destination()?;
-        let listener = runtime.block_on(async { QuicListener::bind(&identity, Pki::any()) })?;
+        let listener =
+            runtime.block_on(async { Sockets::bind(Pki::any(), link)?.listen(&identity) })?;
         let to = listener.local_addr().ok_or("no address")?;
         let (sender, events) = channel();
         let tell = move |event| {
             let _ = sender.send(event);
         };
         runtime.spawn(receive(Box::new(listener), Arc::new(host), ReceiveOptions::default(), tell));
-        Ok(Self { _runtime: runtime, connector: Arc::new(pki.connector(to)?), events })
+        let connector = Arc::new(EitherConnector::new(&pki.source()?, to, link)?);
+        Ok(Self { _runtime: runtime, connector, events })
     }
 
     /// Moves `guest` here; only a move with the right memory at the end counts. Also tells the CPU time

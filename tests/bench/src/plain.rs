@@ -2,29 +2,38 @@
 
 use std::sync::{Arc, Barrier};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use ferry_transport::{Channel, Connector, Listener, QuicListener};
+use ferry_transport::{Channel, Connector, EitherConnector, LinkChoice, Listener, Over, Sockets};
 
 use crate::Failure;
-use crate::figures::{Cost, cpu_time};
+use crate::figures::{Cost, cpu_time, thread_cpu_time};
 use crate::moves::{Pki, runtime};
 
-/// Sends `bytes` over `connections` connections, each from a thread with a runtime of its own, as the
+/// What a copy took, and how much of its CPU time was the source's.
+pub(crate) struct Copied {
+    pub(crate) cost: Cost,
+    pub(crate) source_cpu: Duration,
+}
+
+/// Sends `bytes` over `connections` connections of `link`, each from a thread with a runtime of its own, as the
 /// engine's lanes do. The receiver counts and drops them, or keeps them in memory that it touches for the
 /// first time, as a machine's destination must. Connecting is left out.
 pub(crate) fn copy(
     pki: &Pki,
+    link: Over,
     bytes: &Bytes,
     connections: u16,
     keep: bool,
-) -> Result<Cost, Failure> {
+) -> Result<Copied, Failure> {
     let share = bytes.len().div_ceil(usize::from(connections));
     let connections = usize::from(connections);
     let destination = runtime("plain")?;
     let identity = pki.destination()?;
-    let mut listener = destination.block_on(async { QuicListener::bind(&identity, Pki::any()) })?;
+    let only = LinkChoice::Only(link);
+    let mut listener =
+        destination.block_on(async { Sockets::bind(Pki::any(), only)?.listen(&identity) })?;
     let to = listener.local_addr().ok_or("no address")?;
     let receiver = destination.spawn(async move {
         let mut channels = Vec::new();
@@ -45,7 +54,7 @@ pub(crate) fn copy(
     let barrier = Arc::new(Barrier::new(connections + 1));
     let lanes: Vec<_> = (0..connections)
         .map(|lane| {
-            let connector = pki.connector(to)?;
+            let connector = EitherConnector::new(&pki.source()?, to, only)?;
             let part = bytes.slice(lane * share..bytes.len().min((lane + 1) * share));
             let barrier = barrier.clone();
             let lane = thread::Builder::new().name("plain-lane".into());
@@ -54,30 +63,37 @@ pub(crate) fn copy(
         .collect::<Result<_, Failure>>()?;
     barrier.wait();
     let (began, cpu_before) = (Instant::now(), cpu_time());
+    let mut source_cpu = Duration::ZERO;
     for lane in lanes {
-        lane.join().map_err(|_| "a lane panicked")??;
+        source_cpu += lane.join().map_err(|_| "a lane panicked")??;
     }
     let (received, _kept) = destination.block_on(receiver)??;
     let cost = Cost { took: began.elapsed(), cpu: cpu_time().saturating_sub(cpu_before) };
     if received != bytes.len() {
         return Err(format!("{received} bytes came, {} were sent", bytes.len()).into());
     }
-    Ok(cost)
+    Ok(Copied { cost, source_cpu })
 }
 
-fn send(connector: &dyn Connector, mut part: Bytes, barrier: &Barrier) -> Result<(), Failure> {
+/// Returns the CPU time of this thread meanwhile.
+fn send(
+    connector: &dyn Connector,
+    mut part: Bytes,
+    barrier: &Barrier,
+) -> Result<Duration, Failure> {
     const PIECE_BYTES: usize = 1 << 20;
     let lane = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     lane.block_on(async {
         let connected = connector.connect().await;
         barrier.wait();
         let mut channel = connected?;
+        let began = thread_cpu_time();
         while !part.is_empty() {
             let piece = part.split_to(PIECE_BYTES.min(part.len()));
             channel.sink.send(piece).await?;
         }
         channel.sink.finish().await?;
-        Ok(())
+        Ok(thread_cpu_time().saturating_sub(began))
     })
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use ferry_protocol::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
-use ferry_transport::quic::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT};
+use ferry_transport::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT};
 use rustix::process::Signal;
 
 use crate::cable::Harm;

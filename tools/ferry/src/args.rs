@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ferry_migrate::{Mode, Tuning};
 use ferry_refvmm::DirtyLog;
-use ferry_transport::PeerRule;
+use ferry_transport::{LinkChoice, PeerRule};
 use serde::{Deserialize, Serialize};
 
 /// Live migration of KVM machines.
@@ -327,9 +327,8 @@ pub(crate) enum SandboxArg {
 
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
-    /// UDP address to listen on, such as 0.0.0.0:7000.
-    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
-    pub(crate) listen: SocketAddr,
+    #[command(flatten)]
+    pub(crate) listen: ListenArg,
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
@@ -452,13 +451,27 @@ impl Tune {
     }
 }
 
-/// Who has to be at the other end.
+/// Who has to be at the other end, and how it is reached.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct PeerArg {
     /// The other host must be this one: its name, or `sha256:` and its certificate's fingerprint [default: any host with
     /// an identity of the same authority].
     #[arg(long, value_name = "HOST")]
     pub(crate) peer: Option<PeerRule>,
+    /// Connect over `quic` (UDP), over `tls` (TCP), or over TLS where it is answered, as it costs less, and else QUIC.
+    #[arg(long, value_name = "auto|quic|tls", default_value_t)]
+    pub(crate) link: LinkChoice,
+}
+
+/// Where others come in.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ListenArg {
+    /// Address to listen on, such as 0.0.0.0:7000: for QUIC its UDP port, for TLS its TCP port.
+    #[arg(long = "listen", value_name = "ADDR", value_parser = parse_addr)]
+    pub(crate) addr: SocketAddr,
+    /// Take others in over `quic` only, over `tls` only, or both (`auto`).
+    #[arg(long, value_name = "auto|quic|tls", default_value_t)]
+    pub(crate) link: LinkChoice,
 }
 
 #[derive(Debug, Args)]
@@ -582,9 +595,8 @@ pub(crate) enum Bundle {
 pub(crate) struct BundleServe {
     /// A bundle, or a directory of bundles.
     pub(crate) dir: PathBuf,
-    /// UDP address to listen on, such as 0.0.0.0:7001.
-    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
-    pub(crate) listen: SocketAddr,
+    #[command(flatten)]
+    pub(crate) listen: ListenArg,
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use ferry_sandbox::{Beyond, Demand, Needs, confine, in_force};
 use ferry_sharing::Ksm;
+use ferry_transport::{LinkChoice, Over};
 
 use crate::Failure;
 use crate::args::{BundleServe, Receive, SandboxArg};
@@ -74,6 +75,19 @@ pub(crate) fn may_read(path: &Path) -> Result<(), String> {
 /// Whether this process may make files at `path`, and if not, what to do.
 pub(crate) fn may_write(path: &Path) -> Result<(), String> {
     in_force().map_or(Ok(()), |confined| confined.may_write(path)).map_err(|e| advice(&e))
+}
+
+/// What this process may connect over, where `wanted` is asked for, and if not, what to do.
+pub(crate) fn link(wanted: LinkChoice) -> Result<LinkChoice, String> {
+    match (wanted, in_force()) {
+        (LinkChoice::Auto, Some(_)) => Ok(LinkChoice::Only(Over::Quic)),
+        (LinkChoice::Only(Over::Tls), Some(_)) => Err(
+            "this process was confined when it began to listen, and connects to nobody over TCP: move the machine with \
+             --link quic, or to a `ferry receive` that was started with --sandbox off"
+                .into(),
+        ),
+        (wanted, _) => Ok(wanted),
+    }
 }
 
 fn advice(beyond: &Beyond) -> String {

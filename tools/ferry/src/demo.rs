@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use ferry_transport::{PeerRule, pki};
+use ferry_transport::{LinkChoice, PeerRule, pki};
 
 use crate::args::{Demo, DemoGuest, Migrate, ModeArg, PeerArg};
 use crate::protocol::{MachineInfo, Request};
@@ -81,7 +81,10 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
             name: NAME.into(),
             to,
             identity: dir.join("pki/source"),
-            peer: PeerArg { peer: Some(PeerRule::Name("destination".into())) },
+            peer: PeerArg {
+                peer: Some(PeerRule::Name("destination".into())),
+                link: LinkChoice::Auto,
+            },
             mode: ModeArg::Auto,
             resume: false,
             rejoin: Duration::from_secs(120),

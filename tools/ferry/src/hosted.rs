@@ -14,7 +14,7 @@ use ferry_migrate::{
     Whereabouts, reattach, save, send, words,
 };
 use ferry_swap::Swap;
-use ferry_transport::{Identity, PeerRule, QuicConnector};
+use ferry_transport::{EitherConnector, Identity, LinkChoice, PeerRule};
 
 use crate::confine;
 use crate::machine::{AnyMachine, PAGE_BYTES};
@@ -490,7 +490,9 @@ impl Hosted {
             ferry_migrate::check_spool(dir).map_err(|e| words(&e))?;
         }
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
-        let connector = QuicConnector::new(&identity, how.to).map_err(|e| e.to_string())?;
+        let link = how.link.as_deref().map(str::parse::<LinkChoice>).transpose()?;
+        let link = confine::link(link.unwrap_or_default())?;
+        let connector = EitherConnector::new(&identity, how.to, link).map_err(|e| e.to_string())?;
         let peer = how.peer.as_deref().map(str::parse::<PeerRule>).transpose()?;
         let connector = connector.to_peer(peer);
         let canceller = Canceller::default();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migrate::{Canceller, OutcomeKind, Report, SendOptions, Spool, Whereabouts};
-use ferry_transport::QuicConnector;
+use ferry_transport::EitherConnector;
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
@@ -47,6 +47,7 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
         to: args.to,
         identity,
         peer: args.peer.peer.as_ref().map(ToString::to_string),
+        link: Some(args.peer.link.to_string()),
         max_downtime_us: micros(args.max_downtime),
         max_total_us: micros(args.max_total),
         max_slowdown: args.max_slowdown,
@@ -86,7 +87,8 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
 /// Serves the pages of a spool, showing progress unless `args.json`.
 pub(crate) fn serve_spool(args: &ServeSpool) -> Result<ExitCode, Failure> {
     let identity = crate::load_identity(&args.identity)?;
-    let connector = QuicConnector::new(&identity, args.to)?.to_peer(args.peer.peer.clone());
+    let connector = EitherConnector::new(&identity, args.to, args.peer.link)?;
+    let connector = connector.to_peer(args.peer.peer.clone());
     let connector = Arc::new(connector);
     let spool = Spool::open(&args.dir)?;
     let name = spool.machine().to_owned();
@@ -253,9 +255,11 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
         "  guest     dirtied {} pages/s meanwhile",
         HumanCount(whole(r.dirty_pages_per_s))
     );
-    if r.links_lost > 0 {
-        let _ = writeln!(out, "  link      lost {} times on the way", r.links_lost);
-    }
+    let lost = match r.links_lost {
+        0 => String::new(),
+        times => format!("; lost {times} times on the way"),
+    };
+    let _ = writeln!(out, "  link      {}{lost}", r.link);
     let n = |count| HumanCount(count).to_string();
     if r.pages.same > 0 {
         let _ = writeln!(

@@ -8,15 +8,15 @@ use std::sync::Arc;
 use ferry_bundle::Chain;
 use ferry_depot::{Depot, DepotEvent, Network, PATIENCE, serve};
 use ferry_migrate::words;
-use ferry_transport::{Connector, Identity, Listener, PeerRule, QuicConnector, QuicListener};
+use ferry_transport::{Connector, EitherConnector, Identity, Listener, Sockets};
 
 use crate::Failure;
-use crate::args::{BundleServe, Places};
+use crate::args::{BundleServe, PeerArg, Places};
 
 /// Opens the bundle at `dir`, wherever it and its bases lie.
 pub(crate) fn open(dir: &Path, places: &Places) -> Result<Chain, Failure> {
-    let (identity, peer) = (places.identity.clone(), places.peer.peer.clone());
-    let connect = move |address: &str| connector(address, identity.as_ref(), peer.clone());
+    let (identity, peer) = (places.identity.clone(), places.peer.clone());
+    let connect = move |address: &str| connector(address, identity.as_ref(), &peer);
     let network = Network::new(connect, PATIENCE);
     Ok(Chain::open_on(&network, dir, &places.bases)?)
 }
@@ -24,7 +24,7 @@ pub(crate) fn open(dir: &Path, places: &Places) -> Result<Chain, Failure> {
 fn connector(
     address: &str,
     identity: Option<&PathBuf>,
-    peer: Option<PeerRule>,
+    peer: &PeerArg,
 ) -> io::Result<Arc<dyn Connector>> {
     let identity = identity.ok_or_else(|| {
         io::Error::other("another host wants to know who reads: say --identity DIR")
@@ -37,8 +37,9 @@ fn connector(
     };
     let mut found = address.to_socket_addrs().map_err(|e| wrong(e.to_string()))?;
     let to = found.next().ok_or_else(|| wrong("the name has no address".into()))?;
-    let connector = QuicConnector::new(&identity, to).map_err(|e| io::Error::other(words(&e)))?;
-    Ok(Arc::new(connector.to_peer(peer)))
+    let connector =
+        EitherConnector::new(&identity, to, peer.link).map_err(|e| io::Error::other(words(&e)))?;
+    Ok(Arc::new(connector.to_peer(peer.peer.clone())))
 }
 
 pub(crate) fn lend(args: &BundleServe) -> Result<(), Failure> {
@@ -48,11 +49,13 @@ pub(crate) fn lend(args: &BundleServe) -> Result<(), Failure> {
         Failure::words(format!("cannot lend bundles of {}: {e}", args.dir.display()))
     })?;
     let depot = depot.lend_to(admission);
+    // Before: a confined process makes no socket for TCP.
+    let sockets = Sockets::bind(args.listen.addr, args.listen.link)?;
     let confined = crate::confine::lender(args)?;
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     tokio.block_on(async {
-        let listener = QuicListener::bind(&identity, args.listen)?;
-        let addr = listener.local_addr().unwrap_or(args.listen);
+        let listener = sockets.listen(&identity)?;
+        let addr = listener.local_addr().unwrap_or(args.listen.addr);
         let dir = args.dir.display();
         let name = identity.name();
         eprintln!("ferry: lending the bundles of {dir} on {addr} as `{name}`, {confined}");

@@ -86,6 +86,8 @@ pub(crate) struct MigrateRequest {
     pub(crate) identity: PathBuf,
     /// Who has to be there, as on the command line.
     pub(crate) peer: Option<String>,
+    /// Over what, as on the command line; none: as it is best.
+    pub(crate) link: Option<String>,
     pub(crate) max_downtime_us: u64,
     pub(crate) max_total_us: u64,
     /// Percent.

@@ -12,7 +12,7 @@ use ferry_migrate::{
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::{RefHost, SerialSink};
 use ferry_swap::Swap;
-use ferry_transport::{Listener, QuicListener};
+use ferry_transport::{Listener, Sockets};
 
 use crate::Failure;
 use crate::args::Receive;
@@ -116,6 +116,8 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
             return Err(Failure::words(format!("this host lacks, of {}: {lacks}", file.display())));
         }
     }
+    // Before: a confined process makes no socket for TCP.
+    let sockets = Sockets::bind(args.listen.addr, args.listen.link)?;
     let confined = crate::confine::receiver(&runtime, args)?;
     let host = Arc::new(AnyHost {
         runtime,
@@ -137,9 +139,9 @@ pub(crate) fn main(runtime: RuntimeDir, args: &Receive) -> Result<(), Failure> {
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let listener = {
         let _context = tokio.enter();
-        QuicListener::bind(&identity, args.listen)?
+        sockets.listen(&identity)?
     };
-    let addr = listener.local_addr().unwrap_or(args.listen);
+    let addr = listener.local_addr().unwrap_or(args.listen.addr);
     eprintln!("ferry: receiving on {addr} as `{}`, {confined}", identity.name());
     let (notices, noticed) = channel();
     let tell = {

@@ -26,7 +26,7 @@ pub(crate) fn restrict(needs: &Needs) -> Result<bool, ConfineError> {
         | AccessFs::RemoveDir;
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
-        // There is no rule for these: TCP is not spoken.
+        // There is no rule for these: TCP is spoken on sockets that are there before.
         .handle_access(AccessNet::BindTcp | AccessNet::ConnectTcp)?
         .scope(Scope::from_all(NEWEST))?
         .create()?;

@@ -1,7 +1,7 @@
 //! A process gives up what it does not need, for good, before it listens to anybody ([`confine`]).
 //!
 //! Three walls, each of which stands without the others:
-//! - files (`files`, landlock): what can be opened is what [`Needs`] names, and no TCP is spoken;
+//! - files (`files`, landlock): what can be opened is what [`Needs`] names, and no TCP is spoken but on sockets that are there before;
 //! - capabilities: those that nothing here uses are dropped, of a process that runs as root;
 //! - system calls (`calls`, seccomp): what is not on the list is refused as if the kernel did not have it. No
 //!   program is started, no process forked, signalled or traced, no socket connected or made but of UDP and local

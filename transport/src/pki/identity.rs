@@ -19,7 +19,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::private::check_private;
 use super::{AUTHORITY_CERT, HOST_CERT, HOST_KEY, PkiError};
 use crate::Fingerprint;
-use crate::quic::crypto_provider;
+use crate::secure::crypto_provider;
 
 /// A certificate whose time ends sooner than this is worth a word.
 const EXPIRES_SOON: Duration = Duration::from_secs(30 * 86_400);

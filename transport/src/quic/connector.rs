@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use quinn::ClientConfig;
 use quinn::crypto::rustls::QuicClientConfig;
-use rustls::client::Resumption;
 
 use super::errors::{self, Phase};
-use super::fresh::Fresh;
-use super::socket::endpoint;
+use super::socket::{bind, endpoint};
 use super::stream::greet;
-use super::{ALPN, HANDSHAKE_TIMEOUT, WINDOW_BYTES, crypto_provider, transport_config};
+use super::transport_config;
+use crate::fresh::Fresh;
 use crate::pki::{Identity, SERVICE_NAME};
+use crate::secure::{self, HANDSHAKE_TIMEOUT, WINDOW_BYTES};
 use crate::{BoxFuture, Channel, Connector, LinkError, PeerRule};
 
 /// Makes QUIC connections to one address, each with a UDP socket of its own.
@@ -41,18 +41,8 @@ impl QuicConnector {
 }
 
 fn client_config(identity: &Identity) -> Result<ClientConfig, LinkError> {
-    let tls = |e: &dyn std::fmt::Display| LinkError::Tls { why: e.to_string() };
-    let mut config = rustls::ClientConfig::builder_with_provider(crypto_provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| tls(&e))?
-        .with_root_certificates(identity.authority.clone())
-        .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(
-            identity.certified.clone(),
-        )));
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    // Every connection shows its certificate.
-    config.resumption = Resumption::disabled();
-    let crypto = QuicClientConfig::try_from(config).map_err(|e| tls(&e))?;
+    let tls = secure::client_config(identity)?;
+    let crypto = QuicClientConfig::try_from(tls).map_err(secure::cannot)?;
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(transport_config(WINDOW_BYTES));
     Ok(config)
@@ -66,7 +56,7 @@ impl Connector for QuicConnector {
                 SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
                 SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
             };
-            let endpoint = endpoint(local, None)?;
+            let endpoint = endpoint(bind(local)?, None)?;
             let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).config();
             let connecting = endpoint
                 .connect_with(config, self.to, SERVICE_NAME)
@@ -75,13 +65,7 @@ impl Connector for QuicConnector {
                 Ok(done) => done.map_err(|e| errors::connection(&e, &remote, Phase::Connecting))?,
                 Err(_) => return Err(errors::no_answer(&remote)),
             };
-            let mut channel = greet(connection, true, Some(endpoint)).await?;
-            if let Some(wanted) = self.peer.as_ref().filter(|wanted| !wanted.fits(&channel.peer)) {
-                channel.sink.close("this host is not the one that was wanted").await;
-                let (found, wanted) = (channel.peer.to_string(), wanted.to_string());
-                return Err(LinkError::OtherPeer { remote, found, wanted });
-            }
-            Ok(channel)
+            greet(connection, true, Some(endpoint)).await?.to(self.peer.as_ref()).await
         })
     }
 

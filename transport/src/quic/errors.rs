@@ -2,8 +2,8 @@
 
 use quinn::{ConnectionError, ReadError, TransportErrorCode, WriteError};
 
-use super::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT};
-use crate::{CertificateOf, CertificateProblem, LinkError};
+use crate::secure::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, plain, refused};
+use crate::{CertificateOf, LinkError, Over};
 
 /// How far a connection had come when it failed.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -15,7 +15,8 @@ pub(super) enum Phase {
 }
 
 pub(super) fn no_answer(remote: &str) -> LinkError {
-    LinkError::NoAnswer { remote: remote.to_owned(), seconds: HANDSHAKE_TIMEOUT.as_secs() }
+    let seconds = HANDSHAKE_TIMEOUT.as_secs();
+    LinkError::NoAnswer { over: Over::Quic, remote: remote.to_owned(), seconds }
 }
 
 pub(super) fn lost(remote: &str, why: impl Into<String>) -> LinkError {
@@ -29,7 +30,9 @@ pub(super) fn connection(error: &ConnectionError, remote: &str, phase: Phase) ->
         ConnectionError::TimedOut => {
             LinkError::TimedOut { remote: remote_name, seconds: IDLE_TIMEOUT.as_secs() }
         }
-        ConnectionError::VersionMismatch => LinkError::NotFerry { remote: remote_name },
+        ConnectionError::VersionMismatch => {
+            LinkError::NotFerry { over: Over::Quic, remote: remote_name }
+        }
         // We did not like what the peer sent.
         ConnectionError::TransportError(e) => {
             by_code(e.code, CertificateOf::Peer, &e.reason, remote)
@@ -50,37 +53,21 @@ pub(super) fn connection(error: &ConnectionError, remote: &str, phase: Phase) ->
     }
 }
 
-/// A peer's words go to the operator's terminal; they fit into a packet.
-fn plain(words: &[u8]) -> String {
-    String::from_utf8_lossy(words).replace(char::is_control, " ")
-}
-
-/// `refused`: whose certificate it is, where the code is about one.
+/// `whose`: whose certificate it is, where the code is about one.
 fn by_code(
     code: TransportErrorCode,
-    refused: CertificateOf,
+    whose: CertificateOf,
     reason: &str,
     remote: &str,
 ) -> LinkError {
-    use CertificateProblem::{Missing, NotInItsTime, Other, OtherAuthority};
     if code == TransportErrorCode::CONNECTION_REFUSED {
         return LinkError::Refused { remote: remote.to_owned() };
     }
-    // RFC 9001, 4.8: QUIC carries a TLS alert as 0x100 + the alert's number (RFC 8446, 6).
+    // RFC 9001, 4.8: QUIC carries a TLS alert as 0x100 + the alert's number.
     let alert = u64::from(code).checked_sub(0x100).and_then(|alert| u8::try_from(alert).ok());
-    let problem = match alert {
-        Some(120) => return LinkError::NotFerry { remote: remote.to_owned() },
-        // unknown_ca; decrypt_error is how a signature by a key of another authority looks.
-        Some(48 | 51) => OtherAuthority,
-        Some(45) => NotInItsTime,
-        Some(116) => Missing,
-        Some(42) => Other(format!("bad certificate ({reason})")),
-        Some(43) => Other(format!("unsupported certificate ({reason})")),
-        Some(44) => Other(format!("revoked ({reason})")),
-        Some(46) => Other(format!("certificate unknown ({reason})")),
-        _ => return lost(remote, format!("{code} ({reason})")),
-    };
-    LinkError::Certificate { whose: refused, remote: remote.to_owned(), problem }
+    alert
+        .and_then(|alert| refused(alert, whose, reason, Over::Quic, remote))
+        .unwrap_or_else(|| lost(remote, format!("{code} ({reason})")))
 }
 
 pub(super) fn write(error: WriteError, remote: &str) -> LinkError {

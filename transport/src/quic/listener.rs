@@ -1,27 +1,22 @@
 //! The listening side. Handshakes run beside each other: a slow or hostile peer holds up no other.
 
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
 
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, Incoming, ServerConfig};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio::sync::mpsc;
 
 use super::errors::{self, Phase};
-use super::fresh::Fresh;
-use super::gate::{Gate, MAX_HANDSHAKES, Pass};
-use super::socket::endpoint;
+use super::socket::{bind, endpoint};
 use super::stream::greet;
-use super::{
-    ALL_EARLY_BYTES, ALPN, EARLY_BYTES, HANDSHAKE_TIMEOUT, UNKNOWN_WINDOW_BYTES, crypto_provider,
-    transport_config,
-};
+use super::{ALL_EARLY_BYTES, EARLY_BYTES, transport_config};
+use crate::door::{Accepted, Door};
+use crate::fresh::Fresh;
+use crate::gate::{MAX_HANDSHAKES, Pass};
 use crate::pki::Identity;
-use crate::{BoxFuture, Channel, LinkError, Listener};
-
-type Accepted = Result<Channel, LinkError>;
+use crate::secure::{self, HANDSHAKE_TIMEOUT, UNKNOWN_WINDOW_BYTES};
+use crate::{BoxFuture, LinkError, Listener};
 
 /// Takes QUIC connections in, of peers that have a certificate of our authority.
 ///
@@ -40,12 +35,20 @@ impl QuicListener {
     /// # Errors
     /// The address is in use or not this host's, or TLS does not take the identity.
     pub fn bind(identity: &Identity, addr: SocketAddr) -> Result<Self, LinkError> {
+        Self::on(bind(addr)?, identity, Door::new())
+    }
+
+    /// Listens on `socket`; who comes in there passes `door`.
+    pub(crate) fn on(
+        socket: UdpSocket,
+        identity: &Identity,
+        door: Arc<Door>,
+    ) -> Result<Self, LinkError> {
         let mut config = Fresh::new(identity, server_config)?;
-        let endpoint = endpoint(addr, Some(config.config().as_ref().clone()))?;
-        let local =
-            endpoint.local_addr().map_err(|e| LinkError::Socket { addr, why: e.to_string() })?;
+        let endpoint = endpoint(socket, Some(config.config().as_ref().clone()))?;
+        let local = endpoint.local_addr().map_err(secure::cannot)?;
         let (to, accepted) = mpsc::channel(MAX_HANDSHAKES);
-        tokio::spawn(take_in(endpoint, config, to));
+        tokio::spawn(take_in(endpoint, config, door, to));
         Ok(Self { local, accepted })
     }
 }
@@ -61,26 +64,8 @@ impl Listener for QuicListener {
 }
 
 fn server_config(identity: &Identity) -> Result<Arc<ServerConfig>, LinkError> {
-    let tls = |e: &dyn std::fmt::Display| LinkError::Tls { why: e.to_string() };
-    let provider = crypto_provider();
-    let verifier =
-        WebPkiClientVerifier::builder_with_provider(identity.authority.clone(), provider.clone())
-            // A stranger need not learn the authority's name.
-            .clear_root_hint_subjects()
-            .build()
-            .map_err(|e| tls(&e))?;
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| tls(&e))?
-        .with_client_cert_verifier(verifier)
-        .with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(
-            identity.certified.clone(),
-        )));
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    // Every connection shows its certificate.
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.send_tls13_tickets = 0;
-    let crypto = QuicServerConfig::try_from(config).map_err(|e| tls(&e))?;
+    let tls = secure::server_config(identity)?;
+    let crypto = QuicServerConfig::try_from(tls).map_err(secure::cannot)?;
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
     // Hosts do not move between addresses within seconds.
     config
@@ -92,72 +77,37 @@ fn server_config(identity: &Identity) -> Result<Arc<ServerConfig>, LinkError> {
     Ok(Arc::new(config))
 }
 
-/// A place in the gate, until it is dropped.
-struct Place {
-    gate: Arc<Mutex<Gate>>,
-    from: IpAddr,
-    proven: bool,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        lock(&self.gate).done(self.from, self.proven);
-    }
-}
-
-fn lock(gate: &Mutex<Gate>) -> MutexGuard<'_, Gate> {
-    gate.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 async fn take_in(
     endpoint: Endpoint,
     mut config: Fresh<Arc<ServerConfig>>,
+    door: Arc<Door>,
     to: mpsc::Sender<Accepted>,
 ) {
-    let (gate, began) = (Arc::new(Mutex::new(Gate::new())), Instant::now());
     loop {
         let incoming = tokio::select! {
             incoming = endpoint.accept() => incoming,
             () = to.closed() => break,
         };
         let Some(incoming) = incoming else { break };
-        let (from, proven) = (incoming.remote_address().ip(), incoming.remote_address_validated());
-        let pass = lock(&gate).ask(began.elapsed(), from, proven);
-        match pass {
-            Pass::Accept => {}
-            Pass::Prove => {
+        let from = incoming.remote_address().ip();
+        let place = match door.ask(from, incoming.remote_address_validated(), &to) {
+            Ok(place) => place,
+            Err(Pass::Prove) => {
                 // It is not proven, so this cannot fail; and if it did, the peer would try again.
                 let _ = incoming.retry();
                 continue;
             }
-            Pass::Later { first } => {
-                let per_s = Gate::PER_ADDRESS_PER_S;
-                let remote = from.to_string();
+            Err(Pass::Later { .. }) => {
                 incoming.ignore();
-                if first {
-                    drop(to.try_send(Err(LinkError::TooOften { remote, per_s })));
-                }
                 continue;
             }
-            Pass::Busy => {
+            Err(Pass::Busy | Pass::Accept) => {
                 incoming.refuse();
                 continue;
             }
-        }
-        let place = Place { gate: gate.clone(), from, proven };
+        };
         let (to, config) = (to.clone(), config.config());
-        tokio::spawn(async move {
-            match handshake(incoming, config).await {
-                // The listener may be gone by now, and the channel is dropped with it.
-                Ok(channel) => drop(to.send(Ok(channel)).await),
-                Err(e) => {
-                    tracing::debug!("a peer did not get in: {e}");
-                    // Failures that nobody asks for must not keep out others.
-                    drop(to.try_send(Err(e)));
-                }
-            }
-            drop(place);
-        });
+        tokio::spawn(async move { place.hand_over(handshake(incoming, config).await, &to).await });
     }
     loop {
         tokio::select! {

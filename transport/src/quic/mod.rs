@@ -7,8 +7,6 @@
 
 mod connector;
 mod errors;
-mod fresh;
-mod gate;
 mod listener;
 mod socket;
 mod stream;
@@ -18,28 +16,15 @@ use std::time::Duration;
 
 use quinn::congestion::CubicConfig;
 use quinn::{AckFrequencyConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
-use rustls::crypto::CryptoProvider;
-use rustls::crypto::ring::{self, cipher_suite};
 
 pub use connector::QuicConnector;
 pub use listener::QuicListener;
+pub(crate) use socket::bind;
 
-/// A silent peer is given up after this long.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
-/// A handshake that takes longer fails.
-pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-const KEEP_ALIVE: Duration = Duration::from_secs(1);
+use crate::secure::{KEEP_ALIVE, WINDOW_BYTES};
 
-const ALPN: &[u8] = b"ferry/1";
 const GREETING: [u8; 8] = *b"ferry/1\n";
 
-/// Bytes on their way, at most, per connection: 10 Gbit/s over 6 ms. Each side keeps up to this
-/// much: the sender what is not acknowledged, the receiver what is not read.
-const WINDOW_BYTES: u32 = 8 << 20;
-/// The same for a connection that was accepted, until it is known what for ([`ByteSource::widen`]).
-///
-/// [`ByteSource::widen`]: crate::ByteSource::widen
-const UNKNOWN_WINDOW_BYTES: u32 = 64 << 10;
 /// Early packets of peers whose handshake has not begun: for one, and for all.
 const EARLY_BYTES: u64 = 16 << 10;
 const ALL_EARLY_BYTES: u64 = 1 << 20;
@@ -52,19 +37,6 @@ const MAX_ACK_DELAY: Duration = Duration::from_millis(1);
 /// The largest UDP payload that is tried. Ten segments, which is how many quinn hands to the kernel at
 /// once, must stay below 64 KiB.
 const MAX_UDP_PAYLOAD_BYTES: u16 = 6500;
-/// For the bursts of a fast link; the kernel may grant less.
-const SOCKET_BUFFER_BYTES: usize = 16 << 20;
-
-/// The cryptography that TLS uses: ring, with the fastest cipher first.
-pub(crate) fn crypto_provider() -> Arc<CryptoProvider> {
-    let mut provider = ring::default_provider();
-    provider.cipher_suites = vec![
-        cipher_suite::TLS13_AES_128_GCM_SHA256,
-        cipher_suite::TLS13_AES_256_GCM_SHA384,
-        cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
-    ];
-    Arc::new(provider)
-}
 
 /// `window`: bytes that are not read yet, at first.
 fn transport_config(window: u32) -> Arc<TransportConfig> {

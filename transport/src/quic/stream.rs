@@ -1,20 +1,17 @@
 //! The two halves of a QUIC channel.
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{Connection, Endpoint, ReadError, ReadExactError, RecvStream, SendStream, VarInt};
 
+use super::GREETING;
 use super::errors::{self, Phase};
-use super::{GREETING, HANDSHAKE_TIMEOUT, WINDOW_BYTES};
-use crate::pki::peer_name;
-use crate::{BoxFuture, ByteSink, ByteSource, Channel, Fingerprint, LinkError, Peer};
+use crate::secure::{self, CLOSE_WAIT, HANDSHAKE_TIMEOUT, WINDOW_BYTES};
+use crate::{BoxFuture, ByteSink, ByteSource, Channel, LinkError, Over, Peer};
 
 /// Pieces that are taken from quinn at once.
 const PIECES: usize = 32;
-/// How long the close of a connection may take to leave.
-const CLOSE_WAIT: Duration = Duration::from_secs(1);
 /// The application's error code: only the reason matters.
 const CODE: VarInt = VarInt::from_u32(1);
 
@@ -40,7 +37,7 @@ pub(super) async fn greet(
         match recv.read_exact(&mut theirs).await {
             Ok(()) if theirs == GREETING => {}
             Ok(()) | Err(ReadExactError::FinishedEarly(_)) => {
-                return Err(LinkError::NotFerry { remote: remote.clone() });
+                return Err(LinkError::NotFerry { over: Over::Quic, remote: remote.clone() });
             }
             Err(ReadExactError::ReadError(e)) => return Err(errors::read(e, &remote)),
         }
@@ -56,8 +53,7 @@ pub(super) async fn greet(
             return Err(LinkError::TimedOut { remote, seconds: HANDSHAKE_TIMEOUT.as_secs() });
         }
     };
-    let peer = peer_of(&connection)
-        .ok_or_else(|| errors::lost(&remote, "the peer's certificate has no host name"))?;
+    let peer = peer_of(&connection).ok_or_else(|| errors::lost(&remote, secure::NAMELESS))?;
     Ok(Channel {
         peer,
         remote: remote.clone(),
@@ -75,8 +71,7 @@ pub(super) async fn greet(
 fn peer_of(connection: &Connection) -> Option<Peer> {
     let identity = connection.peer_identity()?;
     let chain = identity.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok()?;
-    let der = chain.first()?;
-    Some(Peer { name: peer_name(der)?, fingerprint: Fingerprint::of(der) })
+    secure::peer_of(&chain)
 }
 
 struct QuicSink {

@@ -15,6 +15,7 @@ mod engine;
 mod failures;
 mod fetching;
 mod footprint;
+mod links;
 mod load;
 mod memory;
 mod overcommit;

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use ferry_migrate::{
     Arrival, Canceller, Guest, Host, ReceiveEvent, ReceiveOptions, SendOptions, Sent,
 };
-use ferry_transport::{Connector, Identity, Listener, QuicConnector, QuicListener, memory, pki};
+use ferry_transport::{
+    Connector, EitherConnector, Identity, LinkChoice, Listener, Over, Sockets, memory, pki,
+};
 use tokio::runtime::{Handle, Runtime};
 
 /// How two hosts are connected.
@@ -16,6 +18,7 @@ use tokio::runtime::{Handle, Runtime};
 pub enum Link {
     Memory,
     Quic,
+    Tls,
 }
 
 /// A connector and its listener.
@@ -31,15 +34,18 @@ impl Links {
                 let (connector, listener) = memory::pair(4);
                 Self { connector: Arc::new(connector), listener: Box::new(listener) }
             }
-            Link::Quic => {
+            Link::Quic | Link::Tls => {
                 let dir = tempfile::tempdir().unwrap();
                 pki::init(dir.path(), &["left".to_owned(), "right".to_owned()]).unwrap();
                 let identity = |name| Identity::load(&dir.path().join(name)).unwrap();
                 let _inside = handle.enter();
                 let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-                let listener = QuicListener::bind(&identity("right"), any).unwrap();
+                let over = if link == Link::Quic { Over::Quic } else { Over::Tls };
+                let only = LinkChoice::Only(over);
+                let listener = Sockets::bind(any, only).unwrap().listen(&identity("right"));
+                let listener = listener.unwrap();
                 let to = listener.local_addr().unwrap();
-                let connector = QuicConnector::new(&identity("left"), to).unwrap();
+                let connector = EitherConnector::new(&identity("left"), to, only).unwrap();
                 Self { connector: Arc::new(connector), listener: Box::new(listener) }
             }
         }

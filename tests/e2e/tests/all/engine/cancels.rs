@@ -133,8 +133,10 @@ fn cancelled_at_any_moment_the_machine_goes_on_and_nothing_is_lost() {
         workload: BUSY.into(),
     };
     let mut dice = Dice(1);
-    let whens = (0..25).map(|_| When::After(Duration::from_micros(dice.below(400_000))));
-    cancels_anywhere(&maker, Link::Quic, whens);
+    for (link, times) in [(Link::Quic, 15), (Link::Tls, 15)] {
+        let whens = (0..times).map(|_| When::After(Duration::from_micros(dice.below(400_000))));
+        cancels_anywhere(&maker, link, whens);
+    }
 }
 
 #[test]

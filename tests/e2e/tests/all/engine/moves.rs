@@ -73,6 +73,11 @@ fn every_backend_and_guest_moves_under_load_over_quic_and_three_lanes() {
     every_kind(Link::Quic, 3);
 }
 
+#[test]
+fn every_backend_and_guest_moves_under_load_over_tls_and_three_lanes() {
+    every_kind(Link::Tls, 3);
+}
+
 /// Moves a guest that rewrites 1 MiB of its 16: the other pages travel once.
 fn sends_no_more_than_was_written<M: Maker>(maker: &M) {
     let mut source = maker.busy_guest();
@@ -208,7 +213,7 @@ fn goals_that_cannot_be_met_end_in_words_and_the_machine_goes_on_at_its_source()
 #[test]
 fn a_machine_moves_on_from_where_it_arrived_again_and_again() {
     let maker = process(Tracker::UffdWriteProtect, BUSY);
-    let destination = Destination::start(Link::Quic, maker.host());
+    let destination = Destination::start(Link::Tls, maker.host());
     let mut guest = maker.busy_guest();
     for _ in 0..5 {
         let sent = migrate(&mut guest, &destination.connector, &options(2));

@@ -80,7 +80,8 @@ fn moves<M: Maker>(maker: &M, link: Link, mode: Mode, times: u32) {
 #[test]
 fn a_busy_process_guest_moves_ten_times_by_post_copy_and_by_hybrid() {
     for mode in [Mode::PostCopy, Mode::Hybrid] {
-        moves(&process(), Link::Quic, mode, 10);
+        moves(&process(), Link::Quic, mode, 5);
+        moves(&process(), Link::Tls, mode, 5);
         moves(&process(), Link::Memory, mode, 2);
     }
 }
@@ -91,7 +92,8 @@ fn a_busy_kvm_machine_moves_ten_times_by_post_copy_and_by_hybrid() {
         return;
     }
     for mode in [Mode::PostCopy, Mode::Hybrid] {
-        moves(&kvm(), Link::Quic, mode, 10);
+        moves(&kvm(), Link::Quic, mode, 5);
+        moves(&kvm(), Link::Tls, mode, 5);
     }
 }
 
@@ -197,7 +199,7 @@ const CUTS: [u64; 2] = [6, 44];
 
 #[test]
 fn a_link_cut_fifty_times_in_rounds_and_after_the_hand_over_is_taken_up_again_each_time() {
-    for (link, seed) in [(Link::Memory, 5), (Link::Quic, 6)] {
+    for (link, seed) in [(Link::Memory, 5), (Link::Quic, 6), (Link::Tls, 7)] {
         let mut at = stage(link);
         let dice = Mutex::new(Dice(seed));
         let (runs, cuts) =

@@ -114,6 +114,11 @@ fn a_quic_link_cut_after_any_byte_leaves_one_machine_that_runs() {
 }
 
 #[test]
+fn a_tls_link_cut_after_any_byte_leaves_one_machine_that_runs() {
+    cut_anywhere(Link::Tls, 13, 8);
+}
+
+#[test]
 fn a_destination_that_ran_says_so_when_its_word_was_lost() {
     let mut at = stage(Link::Memory);
     let relay = at.relay(true, |word, _| match word {

@@ -9,7 +9,7 @@ use crate::pki::Identity;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A configuration that is as new as the identity's files.
-pub(super) struct Fresh<C> {
+pub(crate) struct Fresh<C> {
     identity: Identity,
     config: C,
     make: fn(&Identity) -> Result<C, LinkError>,
@@ -19,7 +19,7 @@ pub(super) struct Fresh<C> {
 }
 
 impl<C: Clone> Fresh<C> {
-    pub(super) fn new(
+    pub(crate) fn new(
         identity: &Identity,
         make: fn(&Identity) -> Result<C, LinkError>,
     ) -> Result<Self, LinkError> {
@@ -28,7 +28,7 @@ impl<C: Clone> Fresh<C> {
     }
 
     /// For a connection that is made now. Files that cannot be used change nothing: they may be half replaced.
-    pub(super) fn config(&mut self) -> C {
+    pub(crate) fn config(&mut self) -> C {
         if self.looked.elapsed() >= LOOK_EVERY {
             self.looked = Instant::now();
             self.renew();

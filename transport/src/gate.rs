@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 /// Handshakes that run at the same time, with those that wait to be accepted; others are refused.
-pub(super) const MAX_HANDSHAKES: usize = 64;
+pub(crate) const MAX_HANDSHAKES: usize = 64;
 /// From this many on, a peer must prove that it is at the address that it claims.
 const UNPROVEN_HANDSHAKES: usize = MAX_HANDSHAKES / 2;
 /// Handshakes with unproven addresses: so many at once, and a second.
@@ -23,7 +23,7 @@ const MAX_ADDRESSES: usize = 1024;
 
 /// What becomes of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pass {
+pub(crate) enum Pass {
     /// It gets its handshake; [`Gate::done`] follows.
     Accept,
     /// It has to prove its address, and come again.
@@ -83,7 +83,7 @@ struct Address {
     held: bool,
 }
 
-pub(super) struct Gate {
+pub(crate) struct Gate {
     unproven: Bucket,
     addresses: HashMap<IpAddr, Address>,
     running: usize,
@@ -91,15 +91,15 @@ pub(super) struct Gate {
 
 impl Gate {
     /// Handshakes with one address in a second.
-    pub(super) const PER_ADDRESS_PER_S: u32 = PER_S;
+    pub(crate) const PER_ADDRESS_PER_S: u32 = PER_S;
 
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let unproven = Bucket::new(UNPROVEN, Duration::ZERO);
         Self { unproven, addresses: HashMap::new(), running: 0 }
     }
 
     /// An attempt from `from`, at `now` since the start.
-    pub(super) fn ask(&mut self, now: Duration, from: IpAddr, proven: bool) -> Pass {
+    pub(crate) fn ask(&mut self, now: Duration, from: IpAddr, proven: bool) -> Pass {
         if self.running >= MAX_HANDSHAKES {
             return Pass::Busy;
         }
@@ -131,7 +131,7 @@ impl Gate {
     }
 
     /// A handshake with `from` is over.
-    pub(super) fn done(&mut self, from: IpAddr, proven: bool) {
+    pub(crate) fn done(&mut self, from: IpAddr, proven: bool) {
         self.running = self.running.saturating_sub(1);
         if proven && let Some(address) = self.addresses.get_mut(&network(from)) {
             address.running = address.running.saturating_sub(1);
