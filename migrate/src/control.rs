@@ -22,7 +22,8 @@ type Tell = Arc<dyn Fn(ControlEvent) + Send + Sync>;
 
 enum Order {
     Send(Vec<u8>),
-    Finish,
+    /// Whether to stay until the peer has hung up.
+    Finish(bool),
 }
 
 /// The engine's hold on the control thread.
@@ -45,7 +46,13 @@ impl Control {
 
     /// Nothing more will be sent: close once the peer has it.
     pub(crate) fn finish(&self) {
-        let _ = self.orders.send(Order::Finish);
+        let _ = self.orders.send(Order::Finish(false));
+    }
+
+    /// As [`finish`](Self::finish), and wait until the peer hangs up: a machine that does not come is gone there then,
+    /// and its name is free.
+    pub(crate) fn part(&self) {
+        let _ = self.orders.send(Order::Finish(true));
     }
 
     /// Leaves the thread to itself: it ends soon.
@@ -110,7 +117,8 @@ async fn talk(
         Err(e) => return tell(ControlEvent::Lost(e.to_string())),
     };
     tell(ControlEvent::Connected);
-    tokio::spawn(read(source, max_message, tell.clone()));
+    let reading = tokio::spawn(read(source, max_message, tell.clone()));
+    let mut waits = false;
     while let Some(order) = orders.recv().await {
         match order {
             Order::Send(bytes) => {
@@ -118,11 +126,17 @@ async fn talk(
                     return tell(ControlEvent::Lost(e.to_string()));
                 }
             }
-            Order::Finish => break,
+            Order::Finish(wait) => {
+                waits = wait;
+                break;
+            }
         }
     }
     // Returns when the peer has it all, or is gone.
     let _ = sink.finish().await;
+    if waits {
+        let _ = reading.await;
+    }
 }
 
 async fn read(source: Box<dyn ByteSource>, max_message: usize, tell: Tell) {

@@ -432,12 +432,12 @@ impl<'a> Engine<'a> {
     fn act(&mut self, action: SourceAction) -> Option<SourceEvent> {
         match action {
             SourceAction::Send(message) => {
-                let last =
-                    matches!(message, ToDestination::Abort { .. } | ToDestination::Verified { .. });
                 if let Some(control) = &self.control {
                     control.send(&message);
-                    if last {
-                        control.finish();
+                    match message {
+                        ToDestination::Abort { .. } => control.part(),
+                        ToDestination::Verified { .. } => control.finish(),
+                        _ => {}
                     }
                 }
                 None

@@ -26,6 +26,10 @@ use crate::serve::{self, Serving};
 /// How long a peer that is alive may take to acknowledge the end.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(5);
 
+/// What the link is taken for until it was seen, bytes/s: 1 Gbit/s. Its buffers take the first MiBs at once, and pages
+/// that went raw then are missed on a slow link; on a fast one the same pages cost little to compress.
+const FIRST_LINK_BYTES_PER_S: f64 = 125e6;
+
 /// What all lanes of a migration share.
 pub(crate) struct Shared {
     pub(crate) connector: Arc<dyn Connector>,
@@ -181,11 +185,13 @@ pub(crate) struct Sender<'a> {
 
 impl<'a> Sender<'a> {
     fn new(shared: &'a Shared) -> Self {
+        let mut chooser = CodecChooser::new(shared.codecs);
+        chooser.set_link_rate(FIRST_LINK_BYTES_PER_S);
         Self {
             shared,
             builder: BatchBuilder::new(),
             packed: PackedBuilder::default(),
-            chooser: CodecChooser::new(shared.codecs),
+            chooser,
             zeros: Vec::new(),
             done: LaneRound::default(),
             waited: Duration::ZERO,

@@ -55,6 +55,14 @@ pub(crate) enum Command {
                       2 the command line is wrong; 3 it runs there, but its memory is not the same."
     )]
     Migrate(Migrate),
+    /// Say what a move would come to, without moving the machine.
+    #[command(
+        after_help = "Example:\n  ferry preflight web1 --to 10.0.0.2:7000 --identity pki/host1 --max-downtime 20ms\n\n\
+                      The destination is asked for everything, as for a move; for a fifth of a second some pages are sent, and the guest's \
+                      writes are counted.\n\n\
+                      Exit status: 0 a move would meet its goals; 1 it would not, or is refused; 2 the command line is wrong."
+    )]
+    Preflight(PreflightArgs),
     /// Save a machine to a bundle: a directory that can be copied, and started elsewhere.
     #[command(after_help = "Example:\n  ferry save web1 /backup/web1-monday\n  \
                       ferry save web1 /backup/web1-tuesday --base /backup/web1-monday\n\n\
@@ -375,10 +383,9 @@ pub(crate) struct Receive {
     pub(crate) dirty_log: DirtyLogArg,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct Migrate {
-    /// The machine.
-    pub(crate) name: String,
+/// Where a machine goes, how, and what is asked of it.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Way {
     /// Where `ferry receive` listens.
     #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
     pub(crate) to: SocketAddr,
@@ -404,6 +411,17 @@ pub(crate) struct Migrate {
     /// Most that page data may take of the link, such as 1Gbit or 100Mbit.
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Migrate {
+    /// The machine.
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) way: Way,
+    /// Look at link and guest for a fifth of a second first: what was foretold is in the report beside what came.
+    #[arg(long, conflicts_with = "resume")]
+    pub(crate) preflight: bool,
     /// Go on where a move was left that lost its destination after the hand-over, perhaps at another
     /// address.
     #[arg(long)]
@@ -415,6 +433,17 @@ pub(crate) struct Migrate {
     /// `ferry serve-spool` can finish the move if this host's process ends. Removed when all have arrived.
     #[arg(long, value_name = "DIR")]
     pub(crate) spool: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PreflightArgs {
+    /// The machine.
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) way: Way,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,

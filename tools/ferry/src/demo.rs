@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ferry_transport::{LinkChoice, PeerRule, pki};
 
-use crate::args::{Demo, DemoGuest, Migrate, ModeArg, PeerArg};
+use crate::args::{Demo, DemoGuest, Migrate, ModeArg, PeerArg, Way};
 use crate::protocol::{MachineInfo, Request};
 use crate::runtime_dir::RuntimeDir;
 use crate::{Failure, machine, migrate, vm};
@@ -79,20 +79,23 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
         &source,
         &Migrate {
             name: NAME.into(),
-            to,
-            identity: dir.join("pki/source"),
-            peer: PeerArg {
-                peer: Some(PeerRule::Name("destination".into())),
-                link: LinkChoice::Auto,
+            way: Way {
+                to,
+                identity: dir.join("pki/source"),
+                peer: PeerArg {
+                    peer: Some(PeerRule::Name("destination".into())),
+                    link: LinkChoice::Auto,
+                },
+                mode: ModeArg::Auto,
+                max_downtime: Duration::from_millis(50),
+                max_total: Duration::from_secs(300),
+                max_slowdown: 0,
+                bandwidth: None,
             },
-            mode: ModeArg::Auto,
+            preflight: false,
             resume: false,
             rejoin: Duration::from_secs(120),
             spool: None,
-            max_downtime: Duration::from_millis(50),
-            max_total: Duration::from_secs(300),
-            max_slowdown: 0,
-            bandwidth: None,
             json: args.json,
         },
     )?;

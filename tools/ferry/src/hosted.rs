@@ -513,6 +513,7 @@ impl Hosted {
             },
             bandwidth_bytes_per_s: how.bandwidth_bytes_per_s,
             mode: how.mode.into(),
+            preflight: how.preflight,
             rejoin_for: Duration::from_millis(how.rejoin_ms),
             spool: how.spool.clone(),
             ..SendOptions::default()

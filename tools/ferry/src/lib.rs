@@ -18,6 +18,7 @@ mod merged;
 mod migrate;
 mod pager;
 mod places;
+mod preflight;
 mod protocol;
 mod receive;
 mod restore;
@@ -92,6 +93,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Vm(command) => vm::main(&runtime()?, command)?,
         Command::Cpu(command) => cpu::main(runtime, &command)?,
         Command::Receive(args) => receive::main(runtime()?, &args)?,
+        Command::Preflight(args) => return preflight::main(&runtime()?, &args),
         Command::Migrate(args) => return migrate::main(&runtime()?, &args),
         Command::ServeSpool(args) => return migrate::serve_spool(&args),
         Command::Save(args) => save::main(&runtime()?, &args)?,

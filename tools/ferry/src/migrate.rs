@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry_migrate::{Canceller, OutcomeKind, Report, SendOptions, Spool, Whereabouts};
+use ferry_migrate::{Canceller, OutcomeKind, Preflight, Report, SendOptions, Spool, Whereabouts};
 use ferry_transport::EitherConnector;
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
-use crate::args::{Migrate, ServeSpool};
+use crate::args::{Migrate, PreflightArgs, ServeSpool, Way};
 use crate::machine::PAGE_BYTES;
 use crate::protocol::{Conversation, MigrateRequest, Progress, Reply, Request};
 use crate::runtime_dir::RuntimeDir;
@@ -24,7 +24,7 @@ pub(crate) fn main(runtime: &RuntimeDir, args: &Migrate) -> Result<ExitCode, Fai
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", words(&report, &args.name, &args.to.to_string()));
+        print!("{}", words(&report, &args.name, &args.way.to.to_string()));
     }
     Ok(exit_code(&report))
 }
@@ -40,26 +40,49 @@ pub(crate) fn exit_code(report: &Report) -> ExitCode {
 
 /// Moves the machine, showing progress unless `args.json`.
 pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Failure> {
-    let identity = std::path::absolute(&args.identity)?;
-    let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
-    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
-    let request = Request::Migrate(MigrateRequest {
-        to: args.to,
-        identity,
-        peer: args.peer.peer.as_ref().map(ToString::to_string),
-        link: Some(args.peer.link.to_string()),
-        max_downtime_us: micros(args.max_downtime),
-        max_total_us: micros(args.max_total),
-        max_slowdown: args.max_slowdown,
-        bandwidth_bytes_per_s: args.bandwidth,
-        mode: args.mode,
+    let preflight = if args.preflight { Preflight::First } else { Preflight::No };
+    let request = MigrateRequest {
         resume: args.resume,
-        rejoin_ms: millis(args.rejoin),
+        rejoin_ms: u64::try_from(args.rejoin.as_millis()).unwrap_or(u64::MAX),
         spool: args.spool.as_ref().map(std::path::absolute).transpose()?,
-    });
-    let mut host = Conversation::new(runtime.connect(&args.name)?);
-    host.say(&request)?;
-    let mut show = Show::new(args.json);
+        ..request(&args.way, preflight)?
+    };
+    asks(runtime, &args.name, request, args.json)
+}
+
+/// Looks at what a move would come to, showing progress unless `json`.
+pub(crate) fn look(runtime: &RuntimeDir, args: &PreflightArgs) -> Result<Report, Failure> {
+    asks(runtime, &args.name, request(&args.way, Preflight::Only)?, args.json)
+}
+
+fn request(way: &Way, preflight: Preflight) -> Result<MigrateRequest, Failure> {
+    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    Ok(MigrateRequest {
+        to: way.to,
+        identity: std::path::absolute(&way.identity)?,
+        peer: way.peer.peer.as_ref().map(ToString::to_string),
+        link: Some(way.peer.link.to_string()),
+        max_downtime_us: micros(way.max_downtime),
+        max_total_us: micros(way.max_total),
+        max_slowdown: way.max_slowdown,
+        bandwidth_bytes_per_s: way.bandwidth,
+        mode: way.mode,
+        preflight,
+        resume: false,
+        rejoin_ms: 0,
+        spool: None,
+    })
+}
+
+fn asks(
+    runtime: &RuntimeDir,
+    name: &str,
+    request: MigrateRequest,
+    json: bool,
+) -> Result<Report, Failure> {
+    let mut host = Conversation::new(runtime.connect(name)?);
+    host.say(&Request::Migrate(request))?;
+    let mut show = Show::new(json);
     loop {
         match host.hear()? {
             Some(Reply::Progress(progress)) => show.progress(&progress),
@@ -68,16 +91,15 @@ pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Fa
                 return Ok(*report);
             }
             // The hosting process has the machine, and did not begin.
-            Some(Reply::Error(why)) if args.json => {
+            Some(Reply::Error(why)) if json => {
                 return Ok(Report::not_begun(why, Whereabouts::RunsAtSource));
             }
             Some(Reply::Error(why)) => return Err(Failure::words(why)),
             Some(other) => return Err(crate::vm::unexpected(&other)),
             None => {
                 return Err(Failure::words(format!(
-                    "the process that hosts `{}` ended during the migration: look at both hosts before \
-                     starting the machine anywhere",
-                    args.name
+                    "the process that hosts `{name}` ended during the migration: look at both hosts before \
+                     starting the machine anywhere"
                 )));
             }
         }
@@ -168,7 +190,7 @@ impl Show {
     clippy::cast_sign_loss,
     reason = "a rate for display; the cast saturates"
 )]
-fn whole(number: f64) -> u64 {
+pub(crate) fn whole(number: f64) -> u64 {
     number as u64
 }
 
@@ -200,6 +222,15 @@ pub(crate) fn words(r: &Report, name: &str, to: &str) -> String {
     // Writing to a string cannot fail.
     let _ = writeln!(out, "{head}");
     let _ = writeln!(out, "  why       {}", r.reason);
+    if let Some(told) = r.foreseen.as_ref().and_then(|f| f.ways.first()) {
+        let _ = writeln!(
+            out,
+            "  foretold  {:.2} s, and {:.1} ms of downtime, by {}",
+            told.total_ms / 1e3,
+            told.downtime_ms,
+            told.mode
+        );
+    }
     for missed in &r.missed {
         let _ = writeln!(out, "  missed    {missed}");
     }

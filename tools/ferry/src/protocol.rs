@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ferry_migrate::{Report, SaveReport, Tuning};
+use ferry_migrate::{Preflight, Report, SaveReport, Tuning};
 use ferry_sharing::{Fingerprints, Tenant, Twins};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -95,6 +95,8 @@ pub(crate) struct MigrateRequest {
     pub(crate) max_slowdown: u8,
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
     pub(crate) mode: ModeArg,
+    #[serde(default)]
+    pub(crate) preflight: Preflight,
     /// Go on where a migration was left.
     pub(crate) resume: bool,
     pub(crate) rejoin_ms: u64,

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use ferry_pages::{PageSet, Run};
+use serde::{Deserialize, Serialize};
 
 use super::{Phase, Source, SourceAction};
 use crate::forecast::Sampled;
@@ -13,9 +14,9 @@ use crate::outcome::{Outcome, Progress};
 use crate::policy::RoundFacts;
 
 /// Pages in each sample, as far as they are needed: the first one tells the round trip.
-const SAMPLES: [u64; 3] = [16, 2048, 16_384];
+const SAMPLES: [u64; 4] = [16, 1024, 4096, 16_384];
 /// A sample that took so long told what the link carries.
-const TELLING: Duration = Duration::from_millis(50);
+const TELLING: Duration = Duration::from_millis(100);
 /// How long the guest is looked at, and how often at least.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOKS: u32 = 4;
@@ -23,7 +24,8 @@ const LOOKS: u32 = 4;
 const TOGETHER: u64 = 16;
 
 /// Whether to look before the move.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Preflight {
     /// Begin at once.
     #[default]
