@@ -124,7 +124,7 @@ fn pages_travel_only_by_codecs_that_both_sides_have() {
         (CodecSet::ALL, zstd),
         (lz4, zstd),
     ];
-    // Soft pages and a slow link: compression pays as soon as the rate of the link is known.
+    // Soft pages and a slow link: compression pays.
     let maker = process(Tracker::Software, "pattern=idle arena=40M fill=all fill_random=20");
     for (ours, theirs) in cases {
         let mut source = maker.busy_guest();
@@ -139,9 +139,10 @@ fn pages_travel_only_by_codecs_that_both_sides_have() {
         let may = |codec, pages| assert!(common.contains(codec) || pages == 0, "{codec}: {pages}");
         may(Codec::Lz4, pages.lz4);
         may(Codec::Zstd, pages.zstd);
-        assert!(pages.raw >= 2048, "before the link is known, pages are raw: {pages:?}");
         if common != CodecSet::BASE {
             assert!(pages.lz4 + pages.zstd >= 4096, "{common} was not used: {pages:?}");
+            // The link takes the first MiBs at once, and is slow all the same.
+            assert!(pages.raw < 1024, "from the first page on: {pages:?}");
         }
         assert!(pages.raw + pages.lz4 + pages.zstd >= 40 * MIB / 4096, "{pages:?}");
         drop(destination.arrival().expect("a machine"));
