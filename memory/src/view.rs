@@ -268,6 +268,50 @@ impl GuestView {
         discarded
     }
 
+    /// Gives `pages` back to the host, as [`discard`](Self::discard) does each run of them: scattered pages in few calls,
+    /// where the kernel can (Linux 6.14).
+    ///
+    /// # Errors
+    /// As there; some were given back.
+    pub fn discard_all(&self, pages: &PageSet) -> Result<(), MemoryError> {
+        let away = self.away();
+        let _stay = away.as_ref().map(|away| away.stay());
+        let mut batch = Batch { refused: false, parts: Vec::new() };
+        let mut runs = Vec::new();
+        for run in pages.runs() {
+            let regions = self.regions_of(run)?;
+            let plain =
+                regions.iter().take_while(|r| r.run.start < run.end()).all(|r| r.backing.is_none());
+            if !plain || batch.refused {
+                self.discard(run)?;
+                continue;
+            }
+            if let Some(away) = &away {
+                away.forget(run);
+            }
+            self.each(run.start, self.bytes_of(run)?, |part| {
+                batch.push(&part);
+                Ok(())
+            })?;
+            runs.push(run);
+            if batch.is_full() {
+                self.discard_batch(&mut batch, &mut runs)?;
+            }
+        }
+        self.discard_batch(&mut batch, &mut runs)
+    }
+
+    fn discard_batch(&self, batch: &mut Batch, runs: &mut Vec<Run>) -> Result<(), MemoryError> {
+        let done = batch.discard();
+        for run in runs.drain(..) {
+            match done {
+                true => self.shared.discards.note(run),
+                false => self.discard(run)?,
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the pages of `run`, whole huge pages, out of the mapping: their content stays in the file, and
     /// is back when they are next touched.
     ///
@@ -344,6 +388,53 @@ impl GuestView {
             left -= len;
         }
         Ok(())
+    }
+}
+
+/// `PIDFD_SELF`: instead of a descriptor, this process itself.
+const THIS_PROCESS: i32 = -10_000;
+
+/// Parts of anonymous memory that are given back in one call.
+struct Batch {
+    /// The kernel refused one.
+    refused: bool,
+    parts: Vec<libc::iovec>,
+}
+
+impl Batch {
+    /// As many as the kernel takes at once (`UIO_MAXIOV`).
+    const MOST: usize = 1024;
+
+    fn is_full(&self) -> bool {
+        self.parts.len() >= Self::MOST
+    }
+
+    fn push(&mut self, part: &Part) {
+        self.parts.push(libc::iovec { iov_base: part.host.cast(), iov_len: part.bytes });
+    }
+
+    /// Gives all of it back. False, and perhaps a part of it is not: nor will any other batch be.
+    fn discard(&mut self) -> bool {
+        let parts = std::mem::take(&mut self.parts);
+        let bytes: usize = parts.iter().map(|part| part.iov_len).sum();
+        let given = parts.chunks(Self::MOST).map(|parts| {
+            // SAFETY: as in `madvise`: each part is whole pages of a mapping that is guest memory, on whose content
+            // nothing relies; the list lives through the call.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_process_madvise,
+                    THIS_PROCESS,
+                    parts.as_ptr(),
+                    parts.len(),
+                    libc::MADV_DONTNEED,
+                    0,
+                )
+            }
+        });
+        // What was refused is negative.
+        let given: usize = given.map(|given| usize::try_from(given).unwrap_or(0)).sum();
+        self.refused |= given != bytes;
+        given == bytes
     }
 }
 

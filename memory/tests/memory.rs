@@ -134,6 +134,26 @@ fn discarded_pages_read_as_zeros_and_are_gone() {
 }
 
 #[test]
+fn scattered_pages_that_are_discarded_together_read_as_zeros_and_all_others_stay() {
+    for Machine { view, .. } in machines() {
+        let all = Run::new(100, 44);
+        view.write(all.start, &page(5).repeat(44)).unwrap();
+        let gone: Vec<Run> = (0..8).map(|n| Run::new(100 + 5 * n, 1 + n % 3)).collect();
+        view.discard_all(&set(&gone)).unwrap();
+        let mut left = set(&[all]);
+        left.subtract(&set(&gone));
+        assert_eq!(view.resident().unwrap(), left);
+        for gfn in all.start..all.end() {
+            let mut back = page(1);
+            view.read(gfn, &mut back).unwrap();
+            assert_eq!(back[0], if left.contains(gfn) { 5 } else { 0 }, "page {gfn}");
+        }
+        view.discard_all(&PageSet::new()).unwrap();
+        assert!(view.discard_all(&set(&[Run::new(1 << 40, 1)])).is_err());
+    }
+}
+
+#[test]
 fn prefaulted_pages_exist_and_keep_their_content() {
     for Machine { view, .. } in machines() {
         view.write(115, &page(5)).unwrap();

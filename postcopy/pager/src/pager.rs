@@ -92,9 +92,7 @@ impl Pager {
         // What is not here need not be given back, and is most of it.
         let mut older = view.resident()?;
         older.intersect_with(&owed);
-        for run in older.runs() {
-            view.discard(run)?;
-        }
+        view.discard_all(&older)?;
         // The rest of a huge page is seen when all of it is here.
         for region in view.regions().iter().filter(|region| region.unit > 1) {
             let mut hidden = PageSet::new();

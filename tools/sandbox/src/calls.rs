@@ -177,6 +177,9 @@ pub(crate) fn restrict(deadly: bool) -> Result<(), String> {
     programs.iter().try_for_each(|program| apply(program)).map_err(|e| e.to_string())
 }
 
+/// Instead of a descriptor: -10000, as the kernel sees it.
+const PIDFD_SELF: u64 = 0xffff_d8f0;
+
 type Rules = BTreeMap<libc::c_long, Vec<SeccompRule>>;
 
 fn program(
@@ -233,6 +236,8 @@ fn allowed() -> Result<Rules, BackendError> {
         (libc::SYS_clone, clone),
         (libc::SYS_mmap, vec![vec![has(2, executable, 0)?]]),
         (libc::SYS_mprotect, vec![vec![has(1, executable, 0)?]]),
+        // Of this process (`PIDFD_SELF`), whose memory is given back.
+        (libc::SYS_process_madvise, vec![vec![int(0, PIDFD_SELF)?]]),
         (libc::SYS_prctl, prctl),
         (libc::SYS_fcntl, fcntl),
         // Limits are read, and not set.

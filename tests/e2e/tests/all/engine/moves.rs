@@ -141,8 +141,6 @@ fn pages_travel_only_by_codecs_that_both_sides_have() {
         may(Codec::Zstd, pages.zstd);
         if common != CodecSet::BASE {
             assert!(pages.lz4 + pages.zstd >= 4096, "{common} was not used: {pages:?}");
-            // The link takes the first MiBs at once, and is slow all the same.
-            assert!(pages.raw < 1024, "from the first page on: {pages:?}");
         }
         assert!(pages.raw + pages.lz4 + pages.zstd >= 40 * MIB / 4096, "{pages:?}");
         drop(destination.arrival().expect("a machine"));
