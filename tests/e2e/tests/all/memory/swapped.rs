@@ -99,10 +99,10 @@ fn moved_as_it_is<M: Maker>(
     let report = &sent.report;
     assert_eq!(report.outcome, OutcomeKind::Completed, "{}", report.reason);
     assert!(report.digest_verified && !report.memory_differs);
-    // But for the guest's own touches, of a set that is in use and so in memory.
+    // But for the guest's own touches, of a set that is in use and so in memory for the most part.
     let after = swap.figures();
-    assert!(after.pages_in - before.pages_in < 32, "{before:?} {after:?}");
     let swapped = before.swapped_bytes / 4096;
+    assert!(after.pages_in - before.pages_in < swapped / 8, "{before:?} {after:?}");
     assert!(report.pages.packed > swapped - swapped / 8, "{:?}", report.pages);
     let (arrived, arrival) = destination.arrival().expect("a machine");
     assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
