@@ -20,10 +20,9 @@ demo: setup ## Move a busy guest between two processes here, and print the repor
 	@$(CARGO) build --release --locked -p ferry
 	@target="$${CARGO_TARGET_DIR:-target}"; "$$target/release/ferry" demo
 
-# Most of the long tests wait: two for each core. Bash reads line by line; an awk may hold back what came for minutes.
+# Bash reads line by line; an awk may hold back what came for minutes.
 test: setup ## Run every test; what cannot run here is listed as SKIP at the end
-	@export RUST_TEST_THREADS="$${RUST_TEST_THREADS:-$$((2 * $$(nproc)))}"; \
-	$(CARGO) test --workspace --locked -- --show-output 2>&1 | { \
+	@$(CARGO) test --workspace --locked -- --show-output 2>&1 | { \
 		quiet=; skipped=(); \
 		while IFS= read -r line || [ -n "$$line" ]; do \
 			case $$line in \

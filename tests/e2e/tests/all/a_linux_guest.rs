@@ -169,7 +169,7 @@ fn linux_goes_on_after_ten_moves_in_a_row_and_gives_memory_back_by_its_balloon()
     };
     // Of this thread and all that it starts: where the guest's kernel is emulated and gets half a core, it comes to
     // nothing but timer ticks.
-    let _ = rustix::process::setpriority_process(None, -15);
+    let _ = rustix::process::setpriority_process(None, -5);
     let hosts = Hosts::new();
     let kernel = hosts.path("vmlinux");
     if let Err(why) = unpack(&dir.join("vmlinux.xz"), &kernel) {
