@@ -2,6 +2,11 @@
 //!
 //! `UFFDIO_MOVE` (Linux 6.8) changes page tables and copies nothing: who touches the page after it finds none.
 //! Only private memory has pages that can be moved.
+//!
+//! Linux 6.18 may move a page and say that it did not: where the page's entry changes (it is written for the first
+//! time, say) while it is being moved, `move_pages` in `mm/userfaultfd.c` tries again, succeeds, still holds the error
+//! of the first attempt, and tries a third time, which finds its own page in the slot: `EEXIST`. To believe that is
+//! to lose the page. So whoever is refused looks where the page is.
 
 #![expect(unsafe_code, reason = "an ioctl that moves pages by address")]
 
@@ -93,6 +98,8 @@ impl Aside {
                 Some(libc::ENOENT) => return Ok(Moved::Absent),
                 Some(libc::EAGAIN | libc::EINTR) => arg.moved = 0,
                 Some(libc::EBUSY) => return Ok(Moved::Busy),
+                // The slot was empty: what is in it now is the page.
+                Some(libc::EEXIST) if !is_there(arg.src) => return Ok(Moved::Yes),
                 _ => return Err(MemoryError::Refused { what: "move aside", run, source: error }),
             }
         }
@@ -114,4 +121,18 @@ impl Aside {
     pub fn clear(&self, slots: u64) -> Result<(), MemoryError> {
         self.slots.discard(Run::new(0, slots))
     }
+}
+
+/// Whether there is a page of private memory at `address`, be it one of zeros.
+fn is_there(address: u64) -> bool {
+    let mut there = 0;
+    let page = std::ptr::without_provenance_mut(usize::try_from(address).unwrap_or(0));
+    // SAFETY: one byte is written for the one page, of which nothing is touched.
+    while unsafe { libc::mincore(page, PAGE_BYTES, &raw mut there) } < 0 {
+        // The kernel has no memory just now; the page is ours, and mapped.
+        if io::Error::last_os_error().raw_os_error() != Some(libc::EAGAIN) {
+            return false;
+        }
+    }
+    there & 1 == 1
 }
