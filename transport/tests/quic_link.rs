@@ -2,12 +2,15 @@
 
 mod hosts;
 
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ferry_transport::{CertificateOf, CertificateProblem, Connector, LinkError, Listener, Over};
+use ferry_transport::{
+    CertificateOf, CertificateProblem, Connector, IDLE_TIMEOUT, LinkError, Listener, Over,
+};
 use hosts::{Hosts, LOOPBACK, connector, hosts, listen, other_server};
+use tokio::sync::watch;
 
 /// A QUIC client of our own making: `identity` for its certificate, or none; `alpn` as given.
 fn stranger(identity: Option<&Hosts>, alpn: &[u8]) -> quinn::Endpoint {
@@ -106,4 +109,67 @@ async fn peers_that_stall_or_fail_hold_up_nobody() {
     good.await.unwrap().unwrap();
     // Noise is no connection at all.
     UdpSocket::bind(LOOPBACK).unwrap().send_to(&[0xff; 1300], addr).unwrap();
+}
+
+/// A cable between a client and a server, for UDP: what it does to what comes back is changed on the way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cable {
+    Whole,
+    /// What comes back waits in it.
+    Slow,
+    Cut,
+}
+
+/// The address by which `server` is reached through a cable, and its lever.
+async fn cable(server: SocketAddr) -> (SocketAddr, watch::Sender<Cable>) {
+    let front = tokio::net::UdpSocket::bind(LOOPBACK).await.unwrap();
+    let back = tokio::net::UdpSocket::bind(LOOPBACK).await.unwrap();
+    let addr = front.local_addr().unwrap();
+    let (lever, mut state) = watch::channel(Cable::Whole);
+    tokio::spawn(async move {
+        let (mut there, mut here) = ([0; 1 << 16], [0; 1 << 16]);
+        let (mut client, mut waiting) = (addr, Vec::new());
+        loop {
+            let now = *state.borrow();
+            tokio::select! {
+                Ok((bytes, from)) = front.recv_from(&mut there) => {
+                    client = from;
+                    if now != Cable::Cut {
+                        let _ = back.send_to(&there[..bytes], server).await;
+                    }
+                }
+                Ok((bytes, _)) = back.recv_from(&mut here) => match now {
+                    Cable::Whole => drop(front.send_to(&here[..bytes], client).await),
+                    Cable::Slow => waiting.push(here[..bytes].to_vec()),
+                    Cable::Cut => {}
+                },
+                Ok(()) = state.changed() => {
+                    for datagram in waiting.drain(..) {
+                        let _ = front.send_to(&datagram, client).await;
+                    }
+                }
+                else => return,
+            }
+        }
+    });
+    (addr, lever)
+}
+
+/// QUIC waits for three probe time-outs, which grow with the round trip: as after a stop of this process.
+#[tokio::test]
+async fn a_peer_that_falls_silent_is_missed_as_soon_after_a_long_round_trip() {
+    let hosts = hosts();
+    let (mut listener, server) = listen(Over::Quic, &hosts.right);
+    let (addr, lever) = cable(server).await;
+    let link = connector(Over::Quic, &hosts.left, addr);
+    let (here, there) = tokio::join!(link.connect(), listener.accept());
+    let (mut here, _there) = (here.unwrap(), there.unwrap().unwrap());
+    lever.send(Cable::Slow).unwrap();
+    here.sink.send(b"how long does it take?".as_slice().into()).await.unwrap();
+    tokio::time::sleep(IDLE_TIMEOUT - Duration::from_secs(1)).await;
+    let released = Instant::now();
+    lever.send(Cable::Cut).unwrap();
+    let error = here.source.recv().await.unwrap_err();
+    assert!(matches!(error, LinkError::TimedOut { .. }), "{error}");
+    assert!(released.elapsed() < 2 * IDLE_TIMEOUT, "missed after {:?}", released.elapsed());
 }

@@ -123,7 +123,7 @@ const RETURN: Within = within(
     &[Duration::from_secs(8), HANDSHAKE_TIMEOUT, Duration::from_secs(5)],
 );
 const FROZEN: Within =
-    within("fault + rejoin + handshake", &[Duration::from_secs(16), BRIEF, HANDSHAKE_TIMEOUT]);
+    within("fault + idle + rejoin", &[Duration::from_secs(16), IDLE_TIMEOUT, BRIEF]);
 const LAST: Within =
     within("fault + idle + rejoin", &[Duration::from_secs(60), IDLE_TIMEOUT, BRIEF]);
 /// A machine may be busy, and what is left of a move takes its time as well.

@@ -19,6 +19,11 @@ pub(super) fn no_answer(remote: &str) -> LinkError {
     LinkError::NoAnswer { over: Over::Quic, remote: remote.to_owned(), seconds }
 }
 
+/// Nothing was heard from the peer for too long.
+pub(super) fn silent(remote: &str) -> LinkError {
+    LinkError::TimedOut { remote: remote.to_owned(), seconds: IDLE_TIMEOUT.as_secs() }
+}
+
 pub(super) fn lost(remote: &str, why: impl Into<String>) -> LinkError {
     LinkError::Lost { remote: remote.to_owned(), why: why.into() }
 }
@@ -27,9 +32,7 @@ pub(super) fn connection(error: &ConnectionError, remote: &str, phase: Phase) ->
     let remote_name = remote.to_owned();
     match error {
         ConnectionError::TimedOut if phase == Phase::Connecting => no_answer(remote),
-        ConnectionError::TimedOut => {
-            LinkError::TimedOut { remote: remote_name, seconds: IDLE_TIMEOUT.as_secs() }
-        }
+        ConnectionError::TimedOut => silent(remote),
         ConnectionError::VersionMismatch => {
             LinkError::NotFerry { over: Over::Quic, remote: remote_name }
         }
