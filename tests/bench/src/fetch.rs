@@ -31,15 +31,22 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or(f64::NAN)
 }
 
-pub(crate) fn measure(plan: &Plan) -> Result<(), Failure> {
-    println!("\nPost-copy of 512 MiB over {RATE}, 480 MiB of it come to at random");
-    let Some(network) = network::Network::new() else { return Ok(()) };
-    if let Some(why) = network.shape(RATE) {
+/// Two hosts in network namespaces, and the cable of `rate` between them; none, with a word why, where there can be no
+/// such thing.
+pub(crate) fn hosts_over(rate: &str) -> Option<(network::Network, Hosts)> {
+    let network = network::Network::new()?;
+    if let Some(why) = network.shape(rate) {
         println!("  SKIP: no such link can be made: {why}");
-        return Ok(());
+        return None;
     }
     let mut hosts = Hosts::new();
     (hosts.source.before, hosts.destination.before) = (network.at(0), network.at(1));
+    Some((network, hosts))
+}
+
+pub(crate) fn measure(plan: &Plan) -> Result<(), Failure> {
+    println!("\nPost-copy of 512 MiB over {RATE}, 480 MiB of it come to at random");
+    let Some((_network, hosts)) = hosts_over(RATE) else { return Ok(()) };
     let guests: &[(&str, &str)] = match plan.kvm {
         true => &[("process guest", ":process"), ("KVM guest", ":guest")],
         false => &[("process guest", ":process")],

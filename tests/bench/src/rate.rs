@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use ferry_e2e::{Hosts, network};
+use ferry_e2e::network;
 use ferry_migrate::{Guest, Host, Report};
 use ferry_process_guest::ProcessHost;
 use ferry_refvmm::RefHost;
@@ -11,6 +11,7 @@ use ferry_transport::{LinkChoice, Over};
 use rand::Rng;
 use serde_json::Value;
 
+use crate::fetch::hosts_over;
 use crate::figures::{Cost, Figures};
 use crate::moves::{Destination, kvm, process};
 use crate::{Failure, GIB, MIB, Plan, plain};
@@ -199,13 +200,7 @@ fn shaped(plan: &Plan, links: [Over; 2]) -> Result<(), Failure> {
     const HALF: &str =
         "pattern=working-set set=1M rate=500 arena=256M fill=all fill_random=100 random=100";
     println!("  256 MiB that no codec makes smaller, by the command, over {RATE}");
-    let Some(network) = network::Network::new() else { return Ok(()) };
-    if let Some(why) = network.shape(RATE) {
-        println!("  SKIP: no such link can be made: {why}");
-        return Ok(());
-    }
-    let mut hosts = Hosts::new();
-    (hosts.source.before, hosts.destination.before) = (network.at(0), network.at(1));
+    let Some((_network, hosts)) = hosts_over(RATE) else { return Ok(()) };
     for mode in ["pre-copy", "post-copy"] {
         let mut moves = links.map(|_| Vec::new());
         for _ in 0..plan.repeats {

@@ -8,6 +8,7 @@ mod field;
 mod guests;
 #[path = "../../../../memory/tests/host/huge_pages.rs"]
 mod huge_pages;
+mod passed;
 mod reads;
 mod relay;
 mod shared;
@@ -17,6 +18,7 @@ pub use balloon::Ballooned;
 pub use field::{Destination, Link, Links, migrate};
 pub use guests::{Huge, Kind, Kvm, Maker, Process, Subject, has_kvm};
 pub(crate) use huge_pages::HugePages;
+pub(crate) use passed::pass_on;
 pub use reads::Reader;
 pub use relay::{Deal, Relay, Word, pass};
 pub use shared::SharedMemory;

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use ferry_dirtylog::{DirtySource, UffdWriteProtect};
 use ferry_memory::{GuestView, Mapping};
-use ferry_migrate::{Guest, GuestError, MachineSpec, RunPermit, StateReader, StateWriter};
+use ferry_migrate::{Guest, GuestError};
 use ferry_pages::{PAGE_BYTES, Run};
 use ferry_process_guest::ProcessGuest;
 
@@ -57,25 +57,13 @@ impl Drop for SharedMemory {
 }
 
 impl Guest for SharedMemory {
-    fn spec(&self) -> MachineSpec {
-        self.guest.spec()
-    }
+    super::pass_on!(spec pause resume save load);
+
     fn memory(&self) -> GuestView {
         self.view.clone()
     }
+
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
         Ok(vec![Box::new(UffdWriteProtect::new(self.view.regions().to_vec()).unwrap())])
-    }
-    fn pause(&mut self) -> Result<RunPermit, GuestError> {
-        self.guest.pause()
-    }
-    fn resume(&mut self, permit: RunPermit) -> Result<(), (RunPermit, GuestError)> {
-        self.guest.resume(permit)
-    }
-    fn save(&mut self, out: &mut StateWriter) -> Result<(), GuestError> {
-        self.guest.save(out)
-    }
-    fn load(&mut self, state: &StateReader) -> Result<(), GuestError> {
-        self.guest.load(state)
     }
 }

@@ -158,17 +158,7 @@ impl<G> Drop for Watched<G> {
 }
 
 impl<G: Guest> Guest for Watched<G> {
-    fn spec(&self) -> MachineSpec {
-        self.guest.spec()
-    }
-
-    fn machine(&self) -> Option<u128> {
-        self.guest.machine()
-    }
-
-    fn memory(&self) -> GuestView {
-        self.guest.memory()
-    }
+    super::pass_on!(spec machine memory load);
 
     fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
         let mut inner = self.guest.dirty_sources()?;
@@ -218,10 +208,6 @@ impl<G: Guest> Guest for Watched<G> {
         }
         self.saved.store(true, Ordering::SeqCst);
         Ok(())
-    }
-
-    fn load(&mut self, state: &StateReader) -> Result<(), GuestError> {
-        self.guest.load(state)
     }
 }
 

@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use ferry_bundle::{Chain, merge};
 use ferry_codec::{is_zero, page_digest};
-use ferry_dirtylog::DirtySource;
 use ferry_memory::GuestView;
 use ferry_migrate::{
-    Guest, GuestError, MachineSpec, Restored, RunPermit, SaveCanceller, SaveError, SaveEvent,
-    SaveOptions, SaveReport, StateReader, StateWriter, restore, save,
+    Guest, GuestError, Restored, RunPermit, SaveCanceller, SaveError, SaveEvent, SaveOptions,
+    SaveReport, restore, save,
 };
 use ferry_pages::{PAGE_BYTES, PageSet, Run};
 use ferry_process_guest::Tracker;
@@ -19,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::stage::{
     DRAINED_BY_SAVE, Faults, Kind, Kvm, Maker, Process, SharedMemory, Subject, Watched, Witness,
-    goes_on, has_kvm,
+    goes_on, has_kvm, pass_on,
 };
 
 pub(crate) const MIB: u64 = 1 << 20;
@@ -85,30 +84,11 @@ impl<G: Subject> Stops<G> {
 }
 
 impl<G: Subject> Guest for Stops<G> {
-    fn spec(&self) -> MachineSpec {
-        self.guest.spec()
-    }
-    fn memory(&self) -> GuestView {
-        self.guest.memory()
-    }
-    fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
-        self.guest.dirty_sources()
-    }
-    fn return_dirty(&mut self, pages: &PageSet) {
-        self.guest.return_dirty(pages);
-    }
-    fn pause(&mut self) -> Result<RunPermit, GuestError> {
-        self.guest.pause()
-    }
+    pass_on!(spec memory dirty_sources return_dirty pause save load);
+
     fn resume(&mut self, permit: RunPermit) -> Result<(), (RunPermit, GuestError)> {
         *self.digest.lock().unwrap() = digest(&self.memory());
         self.guest.resume(permit)
-    }
-    fn save(&mut self, out: &mut StateWriter) -> Result<(), GuestError> {
-        self.guest.save(out)
-    }
-    fn load(&mut self, state: &StateReader) -> Result<(), GuestError> {
-        self.guest.load(state)
     }
 }
 

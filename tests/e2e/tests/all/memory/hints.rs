@@ -3,16 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ferry_dirtylog::DirtySource;
 use ferry_memory::{GuestView, resident};
-use ferry_migrate::{
-    FreePages, Goals, Guest, GuestError, MachineSpec, Mode, OutcomeKind, PageSet, RunPermit,
-    SendOptions, StateReader, StateWriter,
-};
+use ferry_migrate::{FreePages, Goals, Guest, Mode, OutcomeKind, PageSet, SendOptions};
 use ferry_pages::{PAGE_BYTES, Run};
 use ferry_process_guest::{ProcessGuest, Tracker};
 
-use crate::stage::{Destination, Link, Maker, Process, eventually, migrate};
+use crate::stage::{Destination, Link, Maker, Process, eventually, migrate, pass_on};
 
 const MIB: u64 = 1 << 20;
 
@@ -58,29 +54,10 @@ impl FreePages for Claims {
 }
 
 impl Guest for Claiming {
-    fn spec(&self) -> MachineSpec {
-        self.guest.spec()
-    }
-    fn memory(&self) -> GuestView {
-        self.guest.memory()
-    }
-    fn dirty_sources(&mut self) -> Result<Vec<Box<dyn DirtySource>>, GuestError> {
-        self.guest.dirty_sources()
-    }
+    pass_on!(spec memory dirty_sources pause resume save load);
+
     fn free_pages(&mut self) -> Option<Box<dyn FreePages>> {
         Some(Box::new(self.claims.clone()))
-    }
-    fn pause(&mut self) -> Result<RunPermit, GuestError> {
-        self.guest.pause()
-    }
-    fn resume(&mut self, permit: RunPermit) -> Result<(), (RunPermit, GuestError)> {
-        self.guest.resume(permit)
-    }
-    fn save(&mut self, out: &mut StateWriter) -> Result<(), GuestError> {
-        self.guest.save(out)
-    }
-    fn load(&mut self, state: &StateReader) -> Result<(), GuestError> {
-        self.guest.load(state)
     }
 }
 
