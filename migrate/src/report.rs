@@ -315,20 +315,6 @@ impl Decisions {
     }
 }
 
-/// Which goals a machine that arrived missed, in words.
-pub(crate) fn missed(goals: Goals, total: Duration, downtime_ms: f64) -> Vec<String> {
-    let mut missed = Vec::new();
-    let allowed = ms(goals.max_downtime);
-    if downtime_ms > allowed {
-        missed.push(format!("{downtime_ms:.1} ms of downtime, {allowed:.1} ms were asked for"));
-    }
-    if total > goals.max_total {
-        let [total, allowed] = [total, goals.max_total].map(|d| d.as_secs_f64());
-        missed.push(format!("{total:.2} s in all, {allowed:.2} s were asked for"));
-    }
-    missed
-}
-
 /// One migration, seen from its source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {

@@ -789,7 +789,8 @@ impl<'a> Engine<'a> {
         let fetching = Duration::from_nanos(fetching);
         let completed = kind == report::OutcomeKind::Completed;
         let goals = self.machine.policy().goals();
-        let missed = report::missed(goals, ran_at.unwrap_or(total), downtime_ms);
+        let downtime = Duration::try_from_secs_f64(downtime_ms / 1e3).unwrap_or(Duration::MAX);
+        let missed = goals.missed(downtime, ran_at.unwrap_or(total));
         let (mode, no_post_copy) = (self.options.mode, self.machine.no_post_copy());
         let foreseen =
             self.machine.sampled().map(|s| report::foreseen(s, goals, mode, no_post_copy));

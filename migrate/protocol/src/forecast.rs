@@ -153,17 +153,7 @@ impl Sampled {
 
 impl Forecast {
     fn judged(self, goals: Goals) -> Self {
-        let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
-        let over = |what, is: Duration, most: Duration, flag| {
-            (is > most).then(|| format!("{what} of {}, {} are allowed ({flag})", ms(is), ms(most)))
-        };
-        let missed: Vec<String> = [
-            over("a downtime", self.downtime, goals.max_downtime, "--max-downtime"),
-            over("a total", self.total, goals.max_total, "--max-total"),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
+        let missed = goals.missed(self.downtime, self.total);
         let misses = (!missed.is_empty()).then(|| missed.join("; "));
         Self { misses, ..self }
     }

@@ -31,6 +31,22 @@ impl Default for Goals {
     }
 }
 
+impl Goals {
+    /// Which of them a move misses that takes `total`, and for which the guest stands still for `downtime`: in words.
+    pub fn missed(self, downtime: Duration, total: Duration) -> Vec<String> {
+        let over = |what, is: Duration, most: Duration, flag| {
+            let [is_ms, most_ms] = [is, most].map(|d| d.as_secs_f64() * 1e3);
+            (is > most)
+                .then(|| format!("{is_ms:.1} ms {what}, {most_ms:.1} ms are allowed ({flag})"))
+        };
+        let missed = [
+            over("of downtime", downtime, self.max_downtime, "--max-downtime"),
+            over("in all", total, self.max_total, "--max-total"),
+        ];
+        missed.into_iter().flatten().collect()
+    }
+}
+
 /// How a machine is moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
