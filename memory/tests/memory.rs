@@ -359,7 +359,7 @@ fn a_page_that_is_written_just_as_it_is_moved_aside_is_in_one_place() {
     let view = GuestView::of(vec![(0, mapping)]).unwrap();
     let aside = Aside::new(1).unwrap();
     // Shared pages of zeros: the first write changes their entries.
-    view.read(0, &mut vec![0; PAGES as usize * PAGE_BYTES]).unwrap();
+    view.read_run(Run::new(0, PAGES), &mut Vec::new()).unwrap();
     let (turn, done) = (AtomicU64::new(0), AtomicU64::new(0));
     let mut wrong = Vec::new();
     std::thread::scope(|scope| {

@@ -107,7 +107,7 @@ impl EitherConnector {
         tokio::pin!(tls);
         let failed = match tokio::time::timeout(HEAD_START, &mut tls).await {
             Ok(Ok(channel)) => return Ok((channel, Over::Tls, "it costs less than QUIC")),
-            Ok(Err(e)) if !is_unanswered(&e) => return Err(e),
+            Ok(Err(e)) if !e.is_unanswered() => return Err(e),
             Ok(Err(e)) => Some(e),
             Err(_) => None,
         };
@@ -118,7 +118,7 @@ impl EitherConnector {
             None => tokio::select! {
                 done = &mut tls => match done {
                     Ok(channel) => return Ok((channel, Over::Tls, "it answered before QUIC")),
-                    Err(e) if !is_unanswered(&e) => return Err(e),
+                    Err(e) if !e.is_unanswered() => return Err(e),
                     Err(e) => e,
                 },
                 done = &mut quic => match done {
@@ -139,23 +139,9 @@ impl EitherConnector {
     }
 }
 
-/// Whether another link may do better.
-fn is_unanswered(e: &LinkError) -> bool {
-    use LinkError::{Lost, NoAnswer, NotFerry, Refused, Socket, TimedOut};
-    matches!(
-        e,
-        Lost { .. }
-            | NoAnswer { .. }
-            | NotFerry { .. }
-            | Refused { .. }
-            | Socket { .. }
-            | TimedOut { .. }
-    )
-}
-
 /// What to say where both failed.
 fn neither(quic: LinkError, tls: LinkError) -> LinkError {
-    match (is_unanswered(&quic), is_unanswered(&tls)) {
+    match (quic.is_unanswered(), tls.is_unanswered()) {
         (false, _) => quic,
         (true, false) => tls,
         (true, true) => LinkError::Neither { quic: quic.into(), tls: tls.into() },
@@ -172,7 +158,8 @@ impl Connector for EitherConnector {
                 return Ok(channel);
             };
             let done = self.by(over).await;
-            if self.choice == LinkChoice::Auto && done.as_ref().is_err_and(is_unanswered) {
+            if self.choice == LinkChoice::Auto && done.as_ref().is_err_and(LinkError::is_unanswered)
+            {
                 // The next one may find another way.
                 *self.chosen() = None;
             }

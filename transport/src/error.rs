@@ -147,6 +147,12 @@ pub enum LinkError {
         /// Over TLS.
         tls: Box<LinkError>,
     },
+    /// None of several ways leads to the host.
+    #[error("none of the addresses serves: {}", all(.of))]
+    NoWay {
+        /// Why, for each.
+        of: Vec<LinkError>,
+    },
     /// TLS cannot be set up with this identity.
     #[error("cannot set up TLS: {why}")]
     Tls {
@@ -171,7 +177,25 @@ pub enum LinkError {
     },
 }
 
+fn all(errors: &[LinkError]) -> String {
+    errors.iter().map(LinkError::to_string).collect::<Vec<_>>().join("; ")
+}
+
 impl LinkError {
+    /// Whether another link or another address may do better.
+    pub(crate) fn is_unanswered(&self) -> bool {
+        matches!(
+            self,
+            Self::Lost { .. }
+                | Self::Neither { .. }
+                | Self::NoAnswer { .. }
+                | Self::NotFerry { .. }
+                | Self::Refused { .. }
+                | Self::Socket { .. }
+                | Self::TimedOut { .. }
+        )
+    }
+
     pub(crate) fn socket(over: Over, addr: SocketAddr, e: &io::Error) -> Self {
         match e.kind() {
             io::ErrorKind::AddrInUse => Self::AddressInUse { addr },

@@ -1,7 +1,7 @@
 //! What a migration, a save and a restore cost on this machine: figures measured in one run, side by side.
 //!
 //! Everything that is compared is run in turn, so that a busy machine is busy for both; figures are
-//! medians, with the least and the most beside them. Both hosts live in this process (for `fetch`: in two
+//! medians, with the least and the most beside them. Both hosts live in this process (for `fetch` and `paths`: in two
 //! network namespaces), and the link is QUIC unless said otherwise: one machine does the work of two.
 
 mod balloon;
@@ -10,6 +10,7 @@ mod fetch;
 mod figures;
 mod moves;
 mod page_cost;
+mod paths;
 mod plain;
 mod rate;
 mod restore;
@@ -49,6 +50,8 @@ enum What {
     Rate,
     /// QUIC beside TLS over TCP.
     Links,
+    /// Two cables between the hosts, beside one.
+    Paths,
     /// Cost of untouched and of zero pages.
     Pages,
     /// Downtime of an idle and of a busy guest.
@@ -114,6 +117,9 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
     if wanted(What::Links) {
         rate::links(&plan)?;
+    }
+    if wanted(What::Paths) {
+        paths::measure(&plan)?;
     }
     if wanted(What::Pages) {
         page_cost::measure(&plan)?;

@@ -7,6 +7,7 @@ pub mod group;
 pub mod network;
 mod process;
 
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -234,7 +235,7 @@ impl Host {
     }
 
     /// Starts `ferry migrate`.
-    pub fn start_migrate(&self, name: &str, to: SocketAddr, more: &[&str]) -> Running {
+    pub fn start_migrate(&self, name: &str, to: impl Display, more: &[&str]) -> Running {
         let to = to.to_string();
         let mut args = vec!["migrate", name, "--to", &to];
         if !more.contains(&"--identity") {
@@ -245,7 +246,7 @@ impl Host {
     }
 
     /// `ferry migrate --json` to its end.
-    pub fn migrate(&self, name: &str, to: SocketAddr, more: &[&str]) -> Moved {
+    pub fn migrate(&self, name: &str, to: impl Display, more: &[&str]) -> Moved {
         self.start_migrate(name, to, &[&["--json"], more].concat()).end().into()
     }
 

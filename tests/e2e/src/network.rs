@@ -8,6 +8,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The addresses of the two ends.
 pub const ADDRESSES: [&str; 2] = ["10.77.77.1", "10.77.77.2"];
 
+/// Those of a second cable.
+pub const SECOND: [&str; 2] = ["10.78.78.1", "10.78.78.2"];
+
 /// Two namespaces; they go with this.
 #[derive(Debug)]
 pub struct Network([String; 2]);
@@ -26,18 +29,25 @@ fn ip(words: &str) -> Option<String> {
         .map(|why| format!("`ip {words}`: {why}"))
 }
 
+/// What makes a cable between two namespaces.
+fn cable([a, b]: &[String; 2], name: &str, addresses: [&str; 2]) -> Vec<String> {
+    let mut commands = vec![format!("-n {a} link add {name} type veth peer name {name} netns {b}")];
+    for (end, address) in [a, b].iter().zip(addresses) {
+        commands.push(format!("-n {end} address add {address}/24 dev {name}"));
+        commands.push(format!("-n {end} link set {name} up"));
+    }
+    commands
+}
+
 impl Network {
     /// None, with a word on standard output, where this is not permitted.
     pub fn new() -> Option<Self> {
-        Self::made(|[a, b]| {
-            let mut commands =
-                vec![format!("-n {a} link add cable type veth peer name cable netns {b}")];
-            for (end, address) in [a, b].iter().zip(ADDRESSES) {
-                commands.push(format!("-n {end} address add {address}/24 dev cable"));
-                commands.push(format!("-n {end} link set cable up"));
-            }
-            commands
-        })
+        Self::made(|ends| cable(ends, "cable", ADDRESSES))
+    }
+
+    /// The same with a second cable, `cable2`.
+    pub fn of_two_cables() -> Option<Self> {
+        Self::made(|ends| [cable(ends, "cable", ADDRESSES), cable(ends, "cable2", SECOND)].concat())
     }
 
     /// Two namespaces without a cable, each with a loopback that takes packets as large as an Ethernet does:
@@ -88,11 +98,25 @@ impl Network {
 
     /// Lets no more than `rate` through, each way; why not, if so.
     pub fn shape(&self, rate: &str) -> Option<String> {
-        let words = format!("qdisc add dev cable root tbf rate {rate} burst 128kb latency 5ms");
+        self.shape_cable("cable", rate)
+    }
+
+    /// The same for `cable`.
+    pub fn shape_cable(&self, cable: &str, rate: &str) -> Option<String> {
+        let words = format!("qdisc add dev {cable} root tbf rate {rate} burst 128kb latency 5ms");
         self.0.iter().find_map(|name| {
             let args = ["-n", name].into_iter().chain(words.split_whitespace());
             why_not(Command::new("tc").args(args).output())
         })
+    }
+
+    /// Bytes that left the first end by `cable` so far.
+    pub fn carried(&self, cable: &str) -> u64 {
+        let at = self.at(0);
+        let file = format!("/sys/class/net/{cable}/statistics/tx_bytes");
+        let read = Command::new(&at[0]).args(&at[1..]).args(["cat", &file]).output();
+        let read = String::from_utf8(read.expect("it runs").stdout).expect("text");
+        read.trim().parse().expect("a number")
     }
 
     /// `down` cuts the cable, `up` joins it.

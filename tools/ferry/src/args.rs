@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,6 +9,8 @@ use ferry_migrate::{Mode, Tuning};
 use ferry_refvmm::DirtyLog;
 use ferry_transport::{LinkChoice, PeerRule};
 use serde::{Deserialize, Serialize};
+
+use crate::route::{Route, address};
 
 /// Live migration of KVM machines.
 #[derive(Debug, Parser)]
@@ -386,9 +388,9 @@ pub(crate) struct Receive {
 /// Where a machine goes, how, and what is asked of it.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Way {
-    /// Where `ferry receive` listens.
-    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
-    pub(crate) to: SocketAddr,
+    /// Where `ferry receive` listens; several addresses of that host are used side by side.
+    #[arg(long, value_name = "ADDR[,ADDR…]")]
+    pub(crate) to: Route,
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
@@ -496,7 +498,7 @@ pub(crate) struct PeerArg {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ListenArg {
     /// Address to listen on, such as 0.0.0.0:7000: for QUIC its UDP port, for TLS its TCP port.
-    #[arg(long = "listen", value_name = "ADDR", value_parser = parse_addr)]
+    #[arg(long = "listen", value_name = "ADDR", value_parser = address)]
     pub(crate) addr: SocketAddr,
     /// Take others in over `quic` only, over `tls` only, or both (`auto`).
     #[arg(long, value_name = "auto|quic|tls", default_value_t)]
@@ -507,9 +509,9 @@ pub(crate) struct ListenArg {
 pub(crate) struct ServeSpool {
     /// What `ferry migrate --spool` wrote.
     pub(crate) dir: PathBuf,
-    /// Where `ferry receive` runs the machine.
-    #[arg(long, value_name = "ADDR", value_parser = parse_addr)]
-    pub(crate) to: SocketAddr,
+    /// Where `ferry receive` runs the machine; several addresses of that host are used side by side.
+    #[arg(long, value_name = "ADDR[,ADDR…]")]
+    pub(crate) to: Route,
     /// This host's identity: a directory that `ferry pki init` made.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: PathBuf,
@@ -846,14 +848,6 @@ impl From<ModeArg> for Mode {
             ModeArg::Hybrid => Self::Hybrid,
         }
     }
-}
-
-/// An address such as `10.0.0.2:7000`, or a host's name and a port.
-fn parse_addr(text: &str) -> Result<SocketAddr, String> {
-    let found = text.to_socket_addrs().map_err(|e| e.to_string());
-    found
-        .and_then(|mut all| all.next().ok_or_else(|| "the name has no address".into()))
-        .map_err(|why| format!("{why}; write HOST:PORT, such as 10.0.0.2:7000"))
 }
 
 /// A size such as `512M`: bytes, with K, M, G or T for 1024, 1024², …

@@ -80,7 +80,7 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
         &Migrate {
             name: NAME.into(),
             way: Way {
-                to,
+                to: to.into(),
                 identity: dir.join("pki/source"),
                 peer: PeerArg {
                     peer: Some(PeerRule::Name("destination".into())),

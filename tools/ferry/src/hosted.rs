@@ -1,6 +1,5 @@
 //! A machine in its hosting process: its control socket, its migrations, its end.
 
-use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,7 +13,7 @@ use ferry_migrate::{
     Whereabouts, reattach, save, send, words,
 };
 use ferry_swap::Swap;
-use ferry_transport::{EitherConnector, Identity, LinkChoice, PeerRule};
+use ferry_transport::{Identity, LinkChoice, PeerRule};
 
 use crate::confine;
 use crate::machine::{AnyMachine, PAGE_BYTES};
@@ -23,6 +22,7 @@ use crate::protocol::{
     BalloonInfo, BalloonRequest, Conversation, LimitRequest, MachineInfo, MigrateRequest, Progress,
     Reply, Request, SaveRequest, ShareReply, ShareRequest,
 };
+use crate::route::Route;
 use crate::runtime_dir::{Reservation, RuntimeError, check_peer};
 use crate::sharer::Sharer;
 
@@ -32,7 +32,7 @@ const GUEST_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 /// How a machine's stay on this host ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    Moved(SocketAddr),
+    Moved(Route),
     Saved(PathBuf),
     Stopped,
     /// The guest ended, and how.
@@ -52,7 +52,7 @@ pub(crate) struct Hosted {
 
 #[derive(Default)]
 struct Inner {
-    migrating: Option<(SocketAddr, Canceller)>,
+    migrating: Option<(Route, Canceller)>,
     saving: Option<(PathBuf, SaveCanceller)>,
     in_doubt: Option<PermitStub>,
     /// It runs elsewhere, and lacks pages that are here.
@@ -177,7 +177,7 @@ impl Hosted {
             Request::Cancel => self.cancel(),
             Request::Tune(tuning) => self.tune(tuning),
             Request::Migrate(how) => {
-                let to = how.to;
+                let to = how.to.clone();
                 let report = self.migrate(&how, &mut client);
                 if report.as_ref().is_ok_and(|r| r.outcome == OutcomeKind::Completed) {
                     ending = Some(Ending::Moved(to));
@@ -216,7 +216,7 @@ impl Hosted {
                 inner.detached.is_some(),
                 inner.fetching.clone(),
                 inner.swap.clone(),
-                inner.migrating.as_ref().map(|(to, _)| *to),
+                inner.migrating.as_ref().map(|(to, _)| to.clone()),
                 inner.saving.as_ref().map(|(to, _)| to.clone()),
             )
         };
@@ -492,16 +492,16 @@ impl Hosted {
         let identity = Identity::load(&how.identity).map_err(|e| e.to_string())?;
         let link = how.link.as_deref().map(str::parse::<LinkChoice>).transpose()?;
         let link = confine::link(link.unwrap_or_default())?;
-        let connector = EitherConnector::new(&identity, how.to, link).map_err(|e| e.to_string())?;
         let peer = how.peer.as_deref().map(str::parse::<PeerRule>).transpose()?;
-        let connector = connector.to_peer(peer);
+        let connector = how.to.connector(&identity, link, peer.as_ref());
+        let connector = connector.map_err(|e| e.to_string())?;
         let canceller = Canceller::default();
         let detached = {
             let mut inner = self.inner();
             let take = how.resume && inner.migrating.is_none();
             let detached = inner.detached.take_if(|_| take);
             self.check_at_rest(&inner)?;
-            inner.migrating = Some((how.to, canceller.clone()));
+            inner.migrating = Some((how.to.clone(), canceller.clone()));
             detached
         };
         self.sharer.aside(|| ());
@@ -516,6 +516,7 @@ impl Hosted {
             preflight: how.preflight,
             rejoin_for: Duration::from_millis(how.rejoin_ms),
             spool: how.spool.clone(),
+            lanes: SendOptions::default().lanes.max(how.to.len()),
             ..SendOptions::default()
         };
         let mut progress = Progress::default();
@@ -526,7 +527,7 @@ impl Hosted {
             let _ = client.say(&Reply::Progress(progress.clone()));
             progress.words = None;
         };
-        let (connector, watch) = (Arc::new(connector), &mut watch);
+        let watch = &mut watch;
         let sent = match detached {
             None => send(&mut machine, connector, &options, &canceller, watch),
             Some(left) => reattach(&mut machine, left, connector, &options, &canceller, watch),

@@ -22,6 +22,7 @@ mod preflight;
 mod protocol;
 mod receive;
 mod restore;
+mod route;
 mod runtime_dir;
 mod save;
 mod sharer;

@@ -2,11 +2,9 @@
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ferry_migrate::{Canceller, OutcomeKind, Preflight, Report, SendOptions, Spool, Whereabouts};
-use ferry_transport::EitherConnector;
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
@@ -58,7 +56,7 @@ pub(crate) fn look(runtime: &RuntimeDir, args: &PreflightArgs) -> Result<Report,
 fn request(way: &Way, preflight: Preflight) -> Result<MigrateRequest, Failure> {
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     Ok(MigrateRequest {
-        to: way.to,
+        to: way.to.clone(),
         identity: std::path::absolute(&way.identity)?,
         peer: way.peer.peer.as_ref().map(ToString::to_string),
         link: Some(way.peer.link.to_string()),
@@ -109,9 +107,7 @@ fn asks(
 /// Serves the pages of a spool, showing progress unless `args.json`.
 pub(crate) fn serve_spool(args: &ServeSpool) -> Result<ExitCode, Failure> {
     let identity = crate::load_identity(&args.identity)?;
-    let connector = EitherConnector::new(&identity, args.to, args.peer.link)?;
-    let connector = connector.to_peer(args.peer.peer.clone());
-    let connector = Arc::new(connector);
+    let connector = args.to.connector(&identity, args.peer.link, args.peer.peer.as_ref())?;
     let spool = Spool::open(&args.dir)?;
     let name = spool.machine().to_owned();
     let mut show = Show::new(args.json);

@@ -2,7 +2,6 @@
 //! control socket.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
@@ -11,6 +10,7 @@ use ferry_sharing::{Fingerprints, Tenant, Twins};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::args::ModeArg;
+use crate::route::Route;
 
 /// No line is longer than this.
 const MAX_LINE_BYTES: u64 = 1 << 24;
@@ -81,7 +81,7 @@ pub(crate) struct SaveRequest {
 /// How to migrate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct MigrateRequest {
-    pub(crate) to: SocketAddr,
+    pub(crate) to: Route,
     /// Absolute.
     pub(crate) identity: PathBuf,
     /// Who has to be there, as on the command line.
@@ -168,7 +168,7 @@ pub(crate) struct MachineInfo {
     pub(crate) dirty_log: String,
     pub(crate) pid: u32,
     /// Where it is moving to.
-    pub(crate) migrating_to: Option<SocketAddr>,
+    pub(crate) migrating_to: Option<Route>,
     /// Where it is being saved to.
     pub(crate) saving_to: Option<PathBuf>,
     /// For the test guests: pages written and checked.

@@ -97,11 +97,7 @@ fn all_that_is_done_with_a_machine_works_where_it_arrived() {
         let refused = away.run(&["save", "m", path(&elsewhere)]);
         refused.failed(&[path(&elsewhere), path(&files), "--files"]);
         assert!(!elsewhere.exists());
-        let refused = away.migrate(
-            "m",
-            "127.0.0.1:9".parse().expect("an address"),
-            &["--identity", path(&home.identity)],
-        );
+        let refused = away.migrate("m", "127.0.0.1:9", &["--identity", path(&home.identity)]);
         assert!(refused.reason().contains(path(&away.identity)), "{}", refused.reason());
         away.works("m");
 

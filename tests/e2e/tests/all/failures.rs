@@ -135,7 +135,7 @@ fn a_machine_that_is_not_there_or_cannot_be_is_named() {
         done.failed(&["cannot name a machine"]);
     }
     // Scripts get an object here as well.
-    let none = hosts.source.migrate("nobody", "127.0.0.1:9".parse().expect("an address"), &[]);
+    let none = hosts.source.migrate("nobody", "127.0.0.1:9", &[]);
     assert_eq!(none.report["outcome"], "failed");
     assert!(none.reason().contains("no machine `nobody`") && none.status == Some(1), "{none:?}");
 }

@@ -110,7 +110,7 @@ fn in_namespaces() -> Option<(network::Network, Hosts)> {
 fn a_destination_at_a_new_address_is_found_by_resume() {
     let Some((network, hosts)) = in_namespaces() else { return };
     let (receiver, listens) = hosts.destination.receive_on("0.0.0.0:0", &[]);
-    let to = format!("{}:{}", network::ADDRESSES[1], listens.port()).parse().expect("an address");
+    let to = format!("{}:{}", network::ADDRESSES[1], listens.port());
     let _runner = hosts.source.boot("m", PROCESS, &["--cmdline", ALL]);
     let more = [&SLOWLY[..], &["--rejoin", "1s"]].concat();
     let moving = hosts.source.start_migrate("m", to, &more);
@@ -119,7 +119,7 @@ fn a_destination_at_a_new_address_is_found_by_resume() {
     let done = moving.end();
     assert!(done.stdout.contains("--resume"), "{done:?}");
     receiver.line("lacks");
-    let to = format!("{new}:{}", listens.port()).parse().expect("an address");
+    let to = format!("{new}:{}", listens.port());
     hosts.source.migrate("m", to, &["--resume"]).completed();
     arrives(&hosts);
     hosts.source.run(&["vm", "show", "m"]).failed(&["no machine"]);

@@ -96,7 +96,6 @@ fn a_chain_of_another_host_is_shown_verified_merged_and_restored() {
     // Whoever takes in machines lends no bundles, and the other way round.
     let (_receiver, to) = hosts.source.receive(&[]);
     on("info", &format!("ferry://{to}/two"), &[]).failed(&["takes in machines", "bundle serve"]);
-    let addr = addr.parse().expect("an address");
     reader.migrate("eager", addr, &[]).stayed("failed", &["takes in no machines"]);
 }
 
