@@ -379,6 +379,14 @@ impl<H: Host + 'static> Arriving<H> {
                 }
                 None
             }
+            DestinationAction::Clear(stale) => {
+                let cleared = self.installer.as_ref().map(|installer| installer.clear(&stale));
+                // What stays is given back when the pages are owed, and then the guest waits for it.
+                if let Some(Err(e)) = cleared {
+                    tracing::warn!("pages that are stale are not given back yet: {}", words(&e));
+                }
+                None
+            }
             DestinationAction::Page(owed) => Some(DestinationEvent::Paging(self.page(owed))),
             DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
             DestinationAction::Resume(permit) => {

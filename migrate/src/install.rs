@@ -130,6 +130,15 @@ impl Installer {
         *self.stage.write().unwrap_or_else(PoisonError::into_inner) = Stage::Closed;
     }
 
+    /// Gives back what is here of `stale`, of a machine that does not run yet: newer copies come later.
+    pub(crate) fn clear(&self, stale: &PageSet) -> Result<(), MemoryError> {
+        let stage = self.stage.read().unwrap_or_else(PoisonError::into_inner);
+        let Stage::Filling(_) = &*stage else { return Ok(()) };
+        let mut here = self.view.resident()?;
+        here.intersect_with(stale);
+        self.view.discard_all(&here)
+    }
+
     /// From now on pages come on demand: those of `owed`, and no others. See [`Pager::start`].
     /// Faults are read on `runtime`.
     pub(crate) fn page(

@@ -109,6 +109,8 @@ pub enum DestinationAction {
         /// How many.
         lanes: u16,
     },
+    /// Give back what is here of these pages: newer copies come later.
+    Clear(PageSet),
     /// The link is lost, and what came is kept: close its channels.
     Hold,
     /// From now on these pages come on demand; older copies of them must not be seen.
@@ -345,6 +347,10 @@ impl Destination {
                 self.ending = Some((round, batches));
                 self.end_round_if_complete();
             }
+            (Phase::Receiving, ToDestination::Stale { pages }) => match self.unpack(&pages) {
+                Ok(pages) => self.actions.push_back(DestinationAction::Clear(pages)),
+                Err(why) => self.give_up(format!("the source broke the protocol: {why}")),
+            },
             (Phase::Receiving, ToDestination::Commit { permit, state, rounds, owed }) => {
                 let ascending = rounds.windows(2).all(|w| w[0].0 < w[1].0);
                 let fresh = rounds.first().is_none_or(|r| r.0 > self.done_through);
@@ -402,9 +408,9 @@ impl Destination {
         }
     }
 
-    fn unpack(&self, owed: &PackedPages) -> Result<PageSet, String> {
+    fn unpack(&self, pages: &PackedPages) -> Result<PageSet, String> {
         let layout = self.layout.as_ref().ok_or("the machine has no memory layout")?;
-        owed.unpack(layout).map_err(|why| format!("owed pages: {why}"))
+        pages.unpack(layout).map_err(|why| format!("pages owed: {why}"))
     }
 
     fn built(&mut self, result: Result<Built, Vec<Refusal>>) {
@@ -677,5 +683,6 @@ fn name(message: &ToDestination) -> &'static str {
         ToDestination::Commit { .. } => "Commit before the offer was accepted",
         ToDestination::Abort { .. } => "Abort",
         ToDestination::Verified { .. } => "Verified before it runs",
+        ToDestination::Stale { .. } => "Stale before the offer was accepted",
     }
 }

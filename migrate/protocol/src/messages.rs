@@ -30,7 +30,9 @@
 //! digest. The destination takes each out of its old copy as it is named, under its round's number: nothing of
 //! an old copy is ever in memory that the source did not name. What it cannot read after all, it lacks.
 //!
-//! In post-copy the commit names the pages that are still *owed*; the machine runs without them. They are
+//! In post-copy the commit names the pages that are still *owed*; the machine runs without them. After rounds, older
+//! copies of most of them are named before the pause (`Stale`), to be given back while the guest still runs; an empty
+//! round tells when that is done. They are
 //! pushed on the lanes, and sent on the urgent lane as the destination asks for them; `Digest` says that
 //! all came. To a source that comes back meanwhile, `Lacks{owed}` says what is still owed.
 
@@ -206,6 +208,11 @@ pub enum ToDestination {
     Verified {
         /// They are.
         matches: bool,
+    },
+    /// The guest has newer copies of these pages, which come later: what is here of them is of no use.
+    Stale {
+        /// The pages.
+        pages: PackedPages,
     },
 }
 

@@ -7,6 +7,8 @@
 use ferry_pages::{Layout, PageSet, Run};
 use serde::{Deserialize, Serialize};
 
+use crate::limits::MAX_MESSAGE_BYTES;
+
 /// A set of pages as it travels.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackedPages(Vec<u8>);
@@ -21,6 +23,17 @@ impl PackedPages {
             end = run.end();
         }
         Self(out)
+    }
+
+    /// Packs `pages` in parts, each of which fits into a message.
+    pub(crate) fn parts(pages: &PageSet) -> impl Iterator<Item = Self> {
+        /// Of at most six bytes each.
+        const RUNS: usize = MAX_MESSAGE_BYTES / 8;
+        let mut runs = pages.runs().peekable();
+        std::iter::from_fn(move || {
+            runs.peek()?;
+            Some(Self::pack(&runs.by_ref().take(RUNS).collect()))
+        })
     }
 
     /// Whether there is no page in it.

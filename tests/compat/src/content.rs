@@ -119,6 +119,7 @@ pub fn to_destination() -> Vec<(&'static str, ToDestination)> {
         ),
         ("abort", ToDestination::Abort { reason: "größer".into() }),
         ("verified", ToDestination::Verified { matches: true }),
+        ("stale", ToDestination::Stale { pages: PackedPages::pack(&list()) }),
     ]
 }
 

@@ -56,6 +56,8 @@ pub enum Plant {
     ClaimOldPages,
     /// The destination installs without asking the ledger.
     NoLedger,
+    /// The destination gives a page back that the source did not name as stale.
+    ClearMore,
     /// Copies of owed pages that came before the hand-over stay where the guest sees them.
     KeepStaleCopies,
     /// Pages that come after the hand-over are installed without asking `Demand`.

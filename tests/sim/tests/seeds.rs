@@ -109,6 +109,7 @@ found! {
     commit_without_the_last_batch: CommitWithoutLastBatch by LastVersion or Progress;
     old_pages_claimed_as_new: ClaimOldPages by NoLostBit;
     ledger_not_asked: NoLedger by NoLateOverwrite or AckAfterInstall;
+    more_given_back_than_is_stale: ClearMore by LastVersion or NoLostBit;
     stale_copies_of_owed_pages_kept: KeepStaleCopies by LastVersion or NoLostBit;
     demand_not_asked: NoDemand by NoLateOverwrite or LastVersion;
     only_unsent_served_again: ServeOnlyUnsent by NoLostBit or Progress or Peace;

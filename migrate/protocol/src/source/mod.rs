@@ -73,11 +73,26 @@ const MAX_RECORD: usize = 8;
 enum Phase {
     Connecting,
     Negotiating,
-    Starting { lanes: bool },
-    Sending { began: Duration, pages: u64 },
-    Acknowledging { began: Duration, sent: Duration, pages: u64, bytes: u64, same: u64 },
-    Harvesting { facts: RoundFacts },
+    Starting {
+        lanes: bool,
+    },
+    Sending {
+        began: Duration,
+        pages: u64,
+    },
+    Acknowledging {
+        began: Duration,
+        sent: Duration,
+        pages: u64,
+        bytes: u64,
+        same: u64,
+    },
+    Harvesting {
+        facts: RoundFacts,
+    },
     Sampling,
+    /// The destination gives back what is stale there.
+    Clearing,
     WaitingReady,
     Pausing,
     LastHarvest,
@@ -85,11 +100,24 @@ enum Phase {
     HarvestAfterSave,
     FinalSending,
     Committed,
-    Doubting { since: Duration, why: String },
+    Doubting {
+        since: Duration,
+        why: String,
+    },
     Serving,
-    Rejoining { since: Duration, wait: Duration, why: String },
-    Reopening { since: Duration, wait: Duration },
-    Verifying { ours: Option<u64>, theirs: Option<u64> },
+    Rejoining {
+        since: Duration,
+        wait: Duration,
+        why: String,
+    },
+    Reopening {
+        since: Duration,
+        wait: Duration,
+    },
+    Verifying {
+        ours: Option<u64>,
+        theirs: Option<u64>,
+    },
     Done,
 }
 
@@ -419,6 +447,11 @@ impl Source {
                 self.phase = Phase::Harvesting { facts };
                 self.ask(SourceAction::Harvest);
             }
+            (Phase::Clearing, ToSource::RoundDone { round, lacking })
+                if round == self.round && lacking.is_empty() =>
+            {
+                self.hand_over_when_ready(now);
+            }
             (_, ToSource::Failed { reason }) => {
                 self.fail_before_commit(format!("the destination gave up: {reason}"));
             }
@@ -539,9 +572,22 @@ impl Source {
             Decision::PostCopy(why) => {
                 self.why_now = why;
                 self.post_copy = true;
-                self.hand_over_when_ready(now);
+                self.clear(now);
             }
         }
+    }
+
+    /// Has older copies of what will be owed given back while the guest still runs: in the blackout, what was written
+    /// since is left to do. An empty round tells that it is done.
+    fn clear(&mut self, now: Duration) {
+        let parts: Vec<PackedPages> = PackedPages::parts(&self.pending).collect();
+        for pages in parts {
+            self.send(ToDestination::Stale { pages });
+        }
+        self.round += 1;
+        self.send(ToDestination::RoundEnd { round: self.round, batches: 0 });
+        self.phase = Phase::Clearing;
+        self.expect_answer(now);
     }
 
     /// Goes for these goals from now on; after the commit they change nothing.

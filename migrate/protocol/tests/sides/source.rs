@@ -507,3 +507,55 @@ fn memory_that_differs_is_said_with_both_digests() {
         assert!(reason.contains(words), "{reason}");
     }
 }
+
+/// A hybrid move of ten pages that the guest writes all the time, up to the word that they are stale: what was said,
+/// and the round that tells when they are given back.
+fn clearing() -> (Source, PackedPages, u32) {
+    let goals = Goals { max_downtime: ms(0), ..Goals::default() };
+    let mut source = Source::new(spec(), None, 0b0110, 1, (goals, Mode::Hybrid), ms(60_000));
+    let steps = [
+        Event::Connected,
+        accepted(2, 0b0111),
+        Event::LanesOpen,
+        Event::TrackingStarted(pages(0, 10)),
+        Event::Message(ToSource::Ready),
+    ];
+    for (at, event) in (0..).zip(steps) {
+        feed(&mut source, at, event);
+    }
+    for round in 1..40 {
+        let at = 10 * u64::from(round);
+        feed(&mut source, at, sent(round, 2));
+        feed(&mut source, at + 1, round_done(round));
+        let mut done = feed(&mut source, at + 2, Event::Harvested(pages(0, 10)));
+        assert!(!done.contains(&Action::Pause), "not yet: {done:?}");
+        let end = done.pop();
+        if let Some(Action::Send(ToDestination::Stale { pages })) = done.pop() {
+            let Some(Action::Send(ToDestination::RoundEnd { round, batches: 0 })) = end else {
+                panic!("{end:?}")
+            };
+            return (source, pages, round);
+        }
+    }
+    panic!("it gives rounds up some time")
+}
+
+/// To give them back in the blackout takes the guest's time.
+#[test]
+fn older_copies_of_what_will_be_owed_are_given_back_before_the_guest_is_stopped() {
+    let (mut source, stale, round) = clearing();
+    assert_eq!(stale, PackedPages::pack(&pages(0, 10)));
+    assert_eq!(source.debt()[0], &pages(0, 10), "they are owed until they are sent");
+    assert_eq!(feed(&mut source, 1000, round_done(round)), [Action::Pause]);
+    let (mut source, ..) = clearing();
+    feed(&mut source, 1000, Event::LinkLost("cut".into()));
+    assert_eq!(source.debt()[0], &pages(0, 10));
+    // Another round, or one of which something lacks, is not what was asked.
+    for (other, lacking) in [(1, PackedPages::default()), (0, stale)] {
+        let (mut source, _, round) = clearing();
+        let word = ToSource::RoundDone { round: round - other, lacking };
+        let done = feed(&mut source, 1000, Event::Message(word));
+        let Some(Action::Finish(Outcome::Failed(why))) = done.last() else { panic!("{done:?}") };
+        assert!(why.contains("broke the protocol"), "{why}");
+    }
+}

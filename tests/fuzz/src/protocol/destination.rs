@@ -92,6 +92,7 @@ impl DestinationHost {
             }
             DestinationAction::Build { .. } => self.tasks.push_back(Task::Build),
             DestinationAction::AcceptLanes { .. } => {}
+            DestinationAction::Clear(_) => assert!(!self.runs(), "its memory is the guest's"),
             DestinationAction::Hold => {
                 self.installed.clear();
                 self.commit = None;
@@ -255,7 +256,7 @@ impl DestinationHost {
 /// Any message of a source; often one that fits.
 pub(super) fn anything(u: &mut Unstructured<'_>) -> Result<ToDestination> {
     let round = |u: &mut Unstructured<'_>| u.int_in_range(0..=4u32);
-    Ok(match u.int_in_range(0..=6)? {
+    Ok(match u.int_in_range(0..=7)? {
         0 => ToDestination::Offer {
             spec: spec(),
             codecs: *u.choose(&[CODECS, CODECS, 0])?,
@@ -275,6 +276,7 @@ pub(super) fn anything(u: &mut Unstructured<'_>) -> Result<ToDestination> {
             ToDestination::Commit { permit, state: vec![1], rounds, owed }
         }
         5 => ToDestination::Abort { reason: "because".into() },
-        _ => ToDestination::Verified { matches: u.arbitrary()? },
+        6 => ToDestination::Verified { matches: u.arbitrary()? },
+        _ => ToDestination::Stale { pages: packed(u)? },
     })
 }

@@ -10,7 +10,7 @@ use ferry_protocol::{
 };
 use rand::RngExt;
 
-use super::memory::{Mask, Memory, PAGES, Stamp, bit, mask, set};
+use super::memory::{Mask, Memory, PAGES, Stamp, bit, mask, pages, set};
 use super::network::{ACKS, Batch, CONTROL, Kind, Packet, Pages, named};
 use super::paging::{LOADER, Touch, VCPUS};
 use super::plan::Plan;
@@ -195,6 +195,12 @@ impl World {
                 DestinationEvent::Built(Ok(Built { no_post_copy, recalled }))
             }
             DestinationAction::AcceptLanes { .. } => return Ok(None),
+            DestinationAction::Clear(stale) => {
+                let more = if self.plant == Plant::ClearMore { !mask(&stale) } else { 0 };
+                let stale = mask(&stale) | more & more.wrapping_neg();
+                pages(stale).for_each(|page| self.destination.copy[page] = Stamp::ZERO);
+                return Ok(None);
+            }
             DestinationAction::Hold => {
                 // Its channels are closed: the source learns of it, if it has not gone on already.
                 self.destination.holds = true;

@@ -65,6 +65,7 @@ fn to_destination(message: &ToDestination) -> String {
         }
         ToDestination::Abort { reason } => format!("Abort: {reason}"),
         ToDestination::Verified { matches } => format!("Verified: {matches}"),
+        ToDestination::Stale { pages } => format!("Stale: {}", packed(pages)),
     }
 }
 
@@ -206,6 +207,7 @@ pub(super) fn destination_action(action: &DestinationAction) -> String {
         DestinationAction::Send(message) => format!("says {}", to_source(message)),
         DestinationAction::Build { .. } => "builds the machine".into(),
         DestinationAction::AcceptLanes { lanes, .. } => format!("lets {lanes} lanes join"),
+        DestinationAction::Clear(set) => format!("gives back {}", pages(set)),
         DestinationAction::Hold => "closes the link and keeps what came".into(),
         DestinationAction::Page(set) => format!("waits for {}", pages(set)),
         DestinationAction::Load(_) => "loads state".into(),

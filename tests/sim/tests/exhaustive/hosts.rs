@@ -191,6 +191,10 @@ impl World {
             A::Send(id) => s.answer(id),
             A::Build => s.destination.orders.push(Task::Build),
             A::AcceptLanes => {}
+            A::Clear(stale) => {
+                let came = s.destination.pages.iter_mut().enumerate();
+                came.filter(|(page, _)| stale >> page & 1 == 1).for_each(|(_, came)| came.1 = 0);
+            }
             A::Hold => s.stop_listening(),
             A::Page(owed) => s.destination.orders.push(Task::Page(owed)),
             A::Load(state) => {

@@ -155,7 +155,7 @@ impl RealSource {
     }
 
     fn phase(&self) -> &'static str {
-        const NAMES: [&str; 20] = [
+        const NAMES: [&str; 21] = [
             "Connecting",
             "Negotiating",
             "Starting",
@@ -163,6 +163,7 @@ impl RealSource {
             "Acknowledging",
             "Harvesting",
             "Sampling",
+            "Clearing",
             "WaitingReady",
             "Pausing",
             "LastHarvest",
