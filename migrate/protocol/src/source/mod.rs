@@ -66,6 +66,10 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to look which pages the guest writes, before a hand-over that copies none before.
 const SAMPLE: Duration = Duration::from_millis(100);
+/// So few stale pages are given back in the blackout: in less than a millisecond.
+const FEW_STALE: u64 = 256;
+/// How often stale pages are given back before it.
+const MAX_CLEARED: u8 = 4;
 /// Harvests that are remembered, the last ones: pages written lately are served first.
 const MAX_RECORD: usize = 8;
 
@@ -91,8 +95,14 @@ enum Phase {
         facts: RoundFacts,
     },
     Sampling,
-    /// The destination gives back what is stale there.
-    Clearing,
+    /// The destination gives back what is stale there; how often it was asked to.
+    Clearing {
+        times: u8,
+    },
+    /// What was written meanwhile is collected.
+    Cleared {
+        times: u8,
+    },
     WaitingReady,
     Pausing,
     LastHarvest,
@@ -314,6 +324,10 @@ impl Source {
                 self.pending.union_with(&pages);
                 self.hand_over_when_ready(now);
             }
+            (&mut Phase::Cleared { times }, SourceEvent::Harvested(pages)) => {
+                self.remember(&pages);
+                self.cleared(now, &pages, times);
+            }
             (Phase::Harvesting { facts }, SourceEvent::Harvested(pages)) => {
                 let mut facts = *facts;
                 self.remember(&pages);
@@ -447,10 +461,11 @@ impl Source {
                 self.phase = Phase::Harvesting { facts };
                 self.ask(SourceAction::Harvest);
             }
-            (Phase::Clearing, ToSource::RoundDone { round, lacking })
+            (&mut Phase::Clearing { times }, ToSource::RoundDone { round, lacking })
                 if round == self.round && lacking.is_empty() =>
             {
-                self.hand_over_when_ready(now);
+                self.phase = Phase::Cleared { times };
+                self.ask(SourceAction::Harvest);
             }
             (_, ToSource::Failed { reason }) => {
                 self.fail_before_commit(format!("the destination gave up: {reason}"));
@@ -572,22 +587,33 @@ impl Source {
             Decision::PostCopy(why) => {
                 self.why_now = why;
                 self.post_copy = true;
-                self.clear(now);
+                self.clear(now, &self.pending.clone(), 1);
             }
         }
     }
 
-    /// Has older copies of what will be owed given back while the guest still runs: in the blackout, what was written
-    /// since is left to do. An empty round tells that it is done.
-    fn clear(&mut self, now: Duration) {
-        let parts: Vec<PackedPages> = PackedPages::parts(&self.pending).collect();
-        for pages in parts {
+    /// Has the older copies of `stale`, which will be owed, given back while the guest still runs: in the blackout, what
+    /// was written since is left to do. An empty round tells that it is done.
+    fn clear(&mut self, now: Duration, stale: &PageSet, times: u8) {
+        for pages in PackedPages::parts(stale) {
             self.send(ToDestination::Stale { pages });
         }
         self.round += 1;
         self.send(ToDestination::RoundEnd { round: self.round, batches: 0 });
-        self.phase = Phase::Clearing;
+        self.phase = Phase::Clearing { times };
         self.expect_answer(now);
+    }
+
+    /// What was written while pages were given back is given back, too, as long as that is much: it takes less and less
+    /// time.
+    fn cleared(&mut self, now: Duration, written: &PageSet, times: u8) {
+        let mut fresh = written.clone();
+        fresh.subtract(&self.pending);
+        self.pending.union_with(written);
+        match fresh.len() > FEW_STALE && times < MAX_CLEARED {
+            true => self.clear(now, &fresh, times + 1),
+            false => self.hand_over_when_ready(now),
+        }
     }
 
     /// Goes for these goals from now on; after the commit they change nothing.

@@ -546,7 +546,22 @@ fn older_copies_of_what_will_be_owed_are_given_back_before_the_guest_is_stopped(
     let (mut source, stale, round) = clearing();
     assert_eq!(stale, PackedPages::pack(&pages(0, 10)));
     assert_eq!(source.debt()[0], &pages(0, 10), "they are owed until they are sent");
-    assert_eq!(feed(&mut source, 1000, round_done(round)), [Action::Pause]);
+    assert_eq!(feed(&mut source, 1000, round_done(round)), [Action::Harvest]);
+    // Few were written meanwhile.
+    assert_eq!(feed(&mut source, 1001, Event::Harvested(pages(0, 12))), [Action::Pause]);
+    assert_eq!(source.debt()[0], &pages(0, 12));
+    // Many were: these as well, but not for ever.
+    let (mut source, _, mut round) = clearing();
+    for times in 1..4 {
+        feed(&mut source, 1000, round_done(round));
+        round += 1;
+        let done = feed(&mut source, 1000, Event::Harvested(pages(1000 * times, 300)));
+        let stale = ToDestination::Stale { pages: PackedPages::pack(&pages(1000 * times, 300)) };
+        let end = ToDestination::RoundEnd { round, batches: 0 };
+        assert_eq!(done, [Action::Send(stale), Action::Send(end)]);
+    }
+    feed(&mut source, 1000, round_done(round));
+    assert_eq!(feed(&mut source, 1000, Event::Harvested(pages(5000, 300))), [Action::Pause]);
     let (mut source, ..) = clearing();
     feed(&mut source, 1000, Event::LinkLost("cut".into()));
     assert_eq!(source.debt()[0], &pages(0, 10));

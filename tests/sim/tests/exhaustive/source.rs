@@ -155,7 +155,7 @@ impl RealSource {
     }
 
     fn phase(&self) -> &'static str {
-        const NAMES: [&str; 21] = [
+        const NAMES: [&str; 22] = [
             "Connecting",
             "Negotiating",
             "Starting",
@@ -164,6 +164,7 @@ impl RealSource {
             "Harvesting",
             "Sampling",
             "Clearing",
+            "Cleared",
             "WaitingReady",
             "Pausing",
             "LastHarvest",
