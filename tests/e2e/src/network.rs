@@ -50,11 +50,18 @@ impl Network {
         Self::made(|ends| [cable(ends, "cable", ADDRESSES), cable(ends, "cable2", SECOND)].concat())
     }
 
-    /// Two namespaces without a cable, each with a loopback that takes packets as large as an Ethernet does:
-    /// what shall pass from one to the other has to be carried. None, with a word, as above.
+    /// The same with a cable of which each end is a device (TUN): what shall pass from one to the other has to be
+    /// carried. None, with a word, as above.
     pub fn apart() -> Option<Self> {
         Self::made(|names| {
-            names.each_ref().map(|n| format!("-n {n} link set lo up mtu 1500")).into()
+            let mut commands = Vec::new();
+            for (end, address) in names.iter().zip(ADDRESSES) {
+                commands.push(format!("-n {end} tuntap add dev cable mode tun"));
+                commands.push(format!("-n {end} address add {address}/24 dev cable"));
+                // A burst of a whole congestion window fits: what is lost, the carrier loses.
+                commands.push(format!("-n {end} link set cable up mtu 1500 txqueuelen 20000"));
+            }
+            commands
         })
     }
 

@@ -217,7 +217,7 @@ impl Ends {
                 source
                     .run(&["vm", "resume", "m"])
                     .failed(&["runs elsewhere", "--destination-is-dead"]);
-                let again = source.migrate("m", stage.relay.addr(), &[]);
+                let again = source.migrate("m", stage.listens, &[]);
                 assert_eq!(again.report["machine"], "lacks_pages", "{again:?}");
                 source.run(&["vm", "resume", "m", "--destination-is-dead"]).succeeded();
                 source.works("m");
@@ -240,7 +240,7 @@ fn gone(host: &Host) {
 }
 
 fn moves(stage: &Stage, more: &[&str]) {
-    stage.hosts.source.migrate("m", stage.relay.addr(), more).completed();
+    stage.hosts.source.migrate("m", stage.listens, more).completed();
     wait_for("all pages are there", || {
         (stage.hosts.destination.state("m") == "running").then_some(())
     });
@@ -255,7 +255,7 @@ fn in_doubt(stage: &Stage) {
     for what in ["resume", "pause"] {
         source.run(&["vm", what, "m"]).failed(&["--destination-is-dead", "ferry vm stop m"]);
     }
-    let again = source.migrate("m", stage.relay.addr(), &[]);
+    let again = source.migrate("m", stage.listens, &[]);
     assert_eq!(again.report["machine"], "paused_at_source", "{again:?}");
     assert_eq!(source.checked("m"), checked, "it stands still");
 }

@@ -12,3 +12,4 @@ pub mod host;
 pub mod relay;
 pub mod stage;
 pub mod table;
+mod tun;

@@ -7,8 +7,10 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ferry_e2e::network::Network;
+use ferry_e2e::network::{ADDRESSES, Network};
 use ferry_e2e::{Hosts, Running};
+
+use ferry_transport::{LinkChoice, Over};
 
 use crate::cable::Harm;
 use crate::relay::Relay;
@@ -130,23 +132,27 @@ pub struct Stage {
     pub relay: Relay,
     /// The hosts.
     pub hosts: Hosts,
-    /// Where the destination listens in its own namespace.
+    /// Where the destination listens.
     pub listens: SocketAddr,
+    /// What the move goes over.
+    link: Over,
     _network: Network,
 }
 
 impl Stage {
     /// Boots the machine. None, with a word on standard output, where there can be no namespaces.
-    pub fn new(guest: Guest, phase: Phase, seed: u64) -> Option<Self> {
+    pub fn new(guest: Guest, link: Over, phase: Phase, seed: u64) -> Option<Self> {
         let network = Network::apart()?;
         let mut hosts = Hosts::new();
         hosts.source.before = network.at(0);
         hosts.destination.before = network.at(1);
-        let (receiver, listens) = hosts.destination.receive(&[]);
-        let relay = Relay::new(&network, listens, seed);
+        let relay = Relay::new(&network, seed);
+        let listen = format!("{}:0", ADDRESSES[1]);
+        let (receiver, listens) = hosts.destination.receive_on(&listen, &[]);
         let runner = hosts.source.boot("m", guest.kernel(), &["--cmdline", phase.workload()]);
         let (runner, receiver) = (Some(runner), Some(receiver));
-        Some(Self { runner, receiver, moving: None, relay, hosts, listens, _network: network })
+        let moving = None;
+        Some(Self { runner, receiver, moving, relay, hosts, listens, link, _network: network })
     }
 
     /// Begins the move; back when `phase` is reached.
@@ -156,8 +162,9 @@ impl Stage {
             self.relay.set(LATE, LATE);
         }
         let rejoin = format!("{rejoin_s}s");
-        let args = [phase.args(), &["--rejoin", &rejoin]].concat();
-        let moving = self.hosts.source.start_migrate("m", self.relay.addr(), &args);
+        let link = LinkChoice::Only(self.link).to_string();
+        let args = [phase.args(), &["--rejoin", &rejoin, "--link", &link]].concat();
+        let moving = self.hosts.source.start_migrate("m", self.listens, &args);
         let receiver = self.receiver.as_ref().expect("it lives so far");
         match phase {
             Phase::PreCopy | Phase::PostCopy => {}

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use ferry_protocol::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
-use ferry_transport::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT};
+use ferry_transport::{HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, Over};
 use rustix::process::Signal;
 
 use crate::cable::Harm;
@@ -259,11 +259,13 @@ pub const MOVES: &[Row] = &[
     row(Fault::Freeze(Destination, 60), &[Commit], DoubtOpen, [DOUBT, LAST], BRIEF_S, &[]),
 ];
 
-/// One row, one phase, one guest.
+/// One row, one phase, one guest, one link.
 #[derive(Clone, Copy, Debug)]
 pub struct Trial {
     what: What,
     guest: Guest,
+    /// What the move goes over: of each line, one guest's over TLS, the other's over QUIC.
+    link: Over,
     /// Whether it is run by default.
     pub chosen: bool,
     /// The line of the table that it is, from 0.
@@ -288,7 +290,8 @@ pub fn trials() -> Vec<Trial> {
             for guest in [Process, Kvm] {
                 let (chosen, seed) = (row.chosen.contains(&(guest, *phase)), all.len() as u64);
                 let (what, is_first) = (What::Move(row, *phase), guest == Process);
-                all.push(Trial { what, guest, chosen, line, is_first, seed });
+                let link = if is_first == (line % 2 == 0) { Over::Tls } else { Over::Quic };
+                all.push(Trial { what, guest, link, chosen, line, is_first, seed });
             }
             line += 1;
         }
@@ -297,7 +300,8 @@ pub fn trials() -> Vec<Trial> {
         for guest in own.guests {
             let (what, seed) = (What::Own(own), all.len() as u64);
             let is_first = *guest == own.guests[0];
-            all.push(Trial { what, guest: *guest, chosen: is_first, line, is_first, seed });
+            let (guest, link, chosen) = (*guest, Over::Tls, is_first);
+            all.push(Trial { what, guest, link, chosen, line, is_first, seed });
         }
         line += 1;
     }
@@ -314,13 +318,15 @@ impl Trial {
         }
     }
 
-    /// Its fault, phase and guest.
+    /// Its fault, phase, guest and link.
     pub fn name(&self) -> String {
-        let (fault, phase) = match self.what {
-            What::Move(row, phase) => (row.fault.words(), phase.words()),
-            What::Own(own) => (own.fault.into(), own.phase),
-        };
-        format!("{fault} | {phase} | {}", self.guest.kernel())
+        let guest = self.guest.kernel();
+        match self.what {
+            What::Move(row, phase) => {
+                format!("{} | {} | {guest}, {}", row.fault.words(), phase.words(), self.link)
+            }
+            What::Own(own) => format!("{} | {} | {guest}", own.fault, own.phase),
+        }
     }
 
     /// Makes it happen, and insists that it is as the table says; none if it cannot be done here.
@@ -332,7 +338,7 @@ impl Trial {
             What::Own(own) => return (own.run)(self.guest),
             What::Move(row, phase) => (row, phase),
         };
-        let mut stage = Stage::new(self.guest, phase, self.seed)?;
+        let mut stage = Stage::new(self.guest, self.link, phase, self.seed)?;
         if let (Phase::PreCopy | Phase::PostCopy, Fault::Cable { harm: [there, back], .. }) =
             (phase, row.fault)
         {
