@@ -373,8 +373,8 @@ fn strike(row: &Row, stage: &mut Stage) -> Knew {
         let process = if who == Source { &stage.runner } else { &stage.receiver };
         process.as_ref().expect("it lives").signal(signal);
     };
-    if !matches!(row.fault, Fault::Cable { .. }) {
-        // What is late stays so.
+    if matches!(row.fault, Fault::Freeze(..) | Fault::KillClient) {
+        // What is late stays so. Of a process that is killed, the last word must not overtake what it said before.
         stage.relay.set(Harm::NONE, Harm::NONE);
     }
     let lasts_s = match row.fault {

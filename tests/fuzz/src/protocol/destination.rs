@@ -91,7 +91,8 @@ impl DestinationHost {
                 self.said.push(message);
             }
             DestinationAction::Build { .. } => self.tasks.push_back(Task::Build),
-            DestinationAction::AcceptLanes { .. } => {}
+            // Batches count from here on.
+            DestinationAction::AcceptLanes { .. } => self.installed.clear(),
             DestinationAction::Clear(_) => assert!(!self.runs(), "its memory is the guest's"),
             DestinationAction::Hold => {
                 self.installed.clear();
