@@ -69,9 +69,9 @@ const STANDS: &str =
     "pattern=working-set set=4M rate=2000 random=100 arena=4M fill=all fill_random=100";
 const LONG_STOP: [&str; 6] =
     ["--mode", "pre-copy", "--bandwidth", "4Mbit", "--max-downtime", "12s"];
-/// So few pages that the last ones and the permit leave together, in one burst that is not paced.
+/// So little that the last pages and the permit leave together, in one burst that nobody paces, QUIC or TCP.
 const FEW: &str =
-    "pattern=working-set set=8K rate=200 random=100 arena=512K fill=all fill_random=100";
+    "pattern=working-set set=8K rate=200 random=5 arena=512K fill=all fill_random=100";
 /// All memory is written without end, and fetched for five seconds.
 const ALL: &str = "pattern=random arena=16M fill=all fill_random=60 random=60 rate=2000";
 const FETCHED: [&str; 4] = ["--mode", "post-copy", "--bandwidth", "16Mbit"];
