@@ -19,6 +19,7 @@ mod links;
 mod load;
 mod memory;
 mod overcommit;
+mod preflight;
 mod sharing;
 #[path = "../stage/mod.rs"]
 mod stage;
