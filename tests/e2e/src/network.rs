@@ -52,14 +52,14 @@ impl Network {
 
     /// The same with a cable of which each end is a device (TUN): what shall pass from one to the other has to be
     /// carried. None, with a word, as above.
-    pub fn apart() -> Option<Self> {
+    pub fn apart(mtu: u32) -> Option<Self> {
         Self::made(|names| {
             let mut commands = Vec::new();
             for (end, address) in names.iter().zip(ADDRESSES) {
                 commands.push(format!("-n {end} tuntap add dev cable mode tun"));
                 commands.push(format!("-n {end} address add {address}/24 dev cable"));
                 // A burst of a whole congestion window fits: what is lost, the carrier loses.
-                commands.push(format!("-n {end} link set cable up mtu 1500 txqueuelen 20000"));
+                commands.push(format!("-n {end} link set cable up mtu {mtu} txqueuelen 20000"));
             }
             commands
         })

@@ -13,6 +13,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::cable::{Cable, Harm, Harmed};
 use crate::tun;
 
+/// Packets that are taken from one end before the other has its turn.
+const TURN: usize = 256;
 /// Longest time until a change of harm is seen by what is under way.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -103,7 +105,9 @@ fn carry(ends: &[File; 2], shared: &Mutex<Shared>) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 16];
     loop {
         for (way, end) in ends.iter().enumerate() {
-            while let Some(packet) = hear(end, &mut buffer)? {
+            // Others have their turn, too.
+            for _ in 0..TURN {
+                let Some(packet) = hear(end, &mut buffer)? else { break };
                 without_checksum(packet);
                 lock(shared).cables[way].put(began.elapsed(), (), packet.to_vec());
             }

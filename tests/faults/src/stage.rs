@@ -142,7 +142,7 @@ pub struct Stage {
 impl Stage {
     /// Boots the machine. None, with a word on standard output, where there can be no namespaces.
     pub fn new(guest: Guest, link: Over, phase: Phase, seed: u64) -> Option<Self> {
-        let network = Network::apart()?;
+        let network = Network::apart(1500)?;
         let mut hosts = Hosts::new();
         hosts.source.before = network.at(0);
         hosts.destination.before = network.at(1);

@@ -165,23 +165,42 @@ pub(crate) struct Link {
     pub(crate) bits_per_s: Option<u64>,
     /// The rate as `tc` is told.
     pub(crate) tc: &'static str,
+    /// What the cable takes for there and back; 0 for what it is.
+    pub(crate) round_trip_ms: u64,
     pub(crate) quick: bool,
 }
 
 pub(crate) const LINKS: &[Link] = &[
-    Link { name: "loopback", what: "loopback", bits_per_s: None, tc: "", quick: true },
+    Link {
+        name: "loopback",
+        what: "loopback",
+        bits_per_s: None,
+        tc: "",
+        round_trip_ms: 0,
+        quick: true,
+    },
     Link {
         name: "1g",
         what: "1 Gbit/s",
         bits_per_s: Some(1_000_000_000),
         tc: "1gbit",
+        round_trip_ms: 0,
         quick: true,
+    },
+    Link {
+        name: "far",
+        what: "1 Gbit/s with a round trip of 50 ms",
+        bits_per_s: Some(1_000_000_000),
+        tc: "",
+        round_trip_ms: 50,
+        quick: false,
     },
     Link {
         name: "10g",
         what: "10 Gbit/s",
         bits_per_s: Some(10_000_000_000),
         tc: "10gbit",
+        round_trip_ms: 0,
         quick: false,
     },
 ];

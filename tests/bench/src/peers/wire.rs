@@ -3,6 +3,8 @@
 use std::process::Command;
 
 use ferry_e2e::network::{ADDRESSES, Network};
+use ferry_faults::cable::Harm;
+use ferry_faults::relay::Relay;
 use serde_json::Value;
 
 use crate::Failure;
@@ -10,21 +12,35 @@ use crate::cases::Link;
 
 /// Two hosts' network, until this is dropped.
 pub(crate) struct Wire {
+    /// What carries a cable that is long: a relay, the same for all.
+    _carrier: Option<Relay>,
     network: Network,
     loopback: bool,
 }
 
+/// Bytes of a packet of a long cable: its carrier is to take little of the CPU.
+const LONG_MTU: u32 = 9000;
+
 impl Wire {
     pub(crate) fn new(link: &Link) -> Result<Self, Failure> {
         let loopback = link.bits_per_s.is_none();
-        let network = if loopback { Network::loopback() } else { Network::new() };
+        let network = match link.round_trip_ms {
+            _ if loopback => Network::loopback(),
+            0 => Network::new(),
+            _ => Network::apart(LONG_MTU),
+        };
         let network = network.ok_or("no network namespaces can be made here (as root?)")?;
-        if let (false, Some(why)) =
-            (loopback, (!loopback).then(|| network.shape(link.tc)).flatten())
-        {
+        let mut carrier = None;
+        if link.round_trip_ms > 0 {
+            let bits_per_s = link.bits_per_s.unwrap_or(0);
+            let harm = Harm { delay_ms: link.round_trip_ms / 2, bits_per_s, ..Harm::NONE };
+            let relay = Relay::new(&network, 1);
+            relay.set(harm, harm);
+            carrier = Some(relay);
+        } else if !loopback && let Some(why) = network.shape(link.tc) {
             return Err(format!("no link of {} can be made: {why}", link.what).into());
         }
-        Ok(Self { network, loopback })
+        Ok(Self { _carrier: carrier, network, loopback })
     }
 
     /// What runs a command at `end`.
