@@ -39,7 +39,7 @@ sim: setup ## Run the protocol in virtual time: SEEDS=100000 FROM=0; SEED=n repl
 	@$(CARGO) run --release --locked --quiet -p ferry-sim -- \
 		$(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100000) --from $(or $(FROM),0)) $(if $(PLANT),--plant $(PLANT))
 
-faults: setup ## Run every row of docs/FAULTS.md with both guests: ten minutes, as root
+faults: setup ## Run every row of docs/FAULTS.md with both guests: five to ten minutes, as root
 	@$(CARGO) test --locked -p ferry-faults -- --include-ignored --nocapture
 
 load: setup ## Move one machine 200 times there and back, and many at once
