@@ -186,7 +186,11 @@ impl SourceHost {
         Ok(did)
     }
 
+    /// Between the wish to come back and the new link, an older one brings nothing any more.
     pub(super) fn hears(&mut self, message: ToSource) {
+        if self.tasks.iter().any(|task| matches!(task, Task::Rejoin(_))) {
+            return;
+        }
         let never_ran = matches!(
             message,
             ToSource::CommitRefused { .. }
