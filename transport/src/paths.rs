@@ -75,6 +75,7 @@ impl Connector for Paths {
             for (number, way) in self.order() {
                 let connected = match way.connect().await {
                     Ok(channel) => self.of_this_host(channel).await,
+                    Err(e @ LinkError::OtherPeer { .. }) => Err(e),
                     // No other way would do better.
                     Err(e) if !e.is_unanswered() => return Err(e),
                     Err(e) => Err(e),
@@ -128,6 +129,10 @@ mod tests {
                 if !self.up.load(Ordering::Relaxed) {
                     return Err(LinkError::Lost { remote: self.name.into(), why: "down".into() });
                 }
+                if self.host == "unwanted" {
+                    let (found, wanted) = (self.host.into(), "host".into());
+                    return Err(LinkError::OtherPeer { remote: self.name.into(), found, wanted });
+                }
                 let (mut channel, other) = memory::channel(1);
                 std::mem::forget(other);
                 (channel.peer.name, channel.remote) = (self.host.into(), self.name.into());
@@ -171,8 +176,11 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_of_another_host_is_not_used() {
-        let (paths, _) = paths([("a", "host"), ("b", "stranger"), ("c", "host")]);
-        assert_eq!(taken(&paths, 4).await, ["a", "c", "c", "a"]);
-        assert!(paths.describe().contains("not b: b is host `stranger`"), "{}", paths.describe());
+        // Whether it is known beforehand who must be there, or not.
+        for other in ["stranger", "unwanted"] {
+            let (paths, _) = paths([("a", "host"), ("b", other), ("c", "host")]);
+            assert_eq!(taken(&paths, 4).await, ["a", "c", "c", "a"]);
+            assert!(paths.describe().contains("not b: b is host "), "{}", paths.describe());
+        }
     }
 }
