@@ -514,7 +514,11 @@ impl Source {
             return;
         }
         match self.preflight {
-            Preflight::First | Preflight::Only if self.sampled.is_none() => self.begin_probe(now),
+            Preflight::Only if self.sampled.is_none() => self.begin_probe(now),
+            // Without a round in between, a late batch of the look could be taken for a page that is owed.
+            Preflight::First if self.sampled.is_none() && self.policy.mode() != Mode::PostCopy => {
+                self.begin_probe(now);
+            }
             _ => self.begin_move(now),
         }
     }
