@@ -387,7 +387,9 @@ impl<H: Host + 'static> Arriving<H> {
                 }
                 None
             }
-            DestinationAction::Page(owed) => Some(DestinationEvent::Paging(self.page(owed))),
+            DestinationAction::Page { owed, after } => {
+                Some(DestinationEvent::Paging(self.page(owed, after)))
+            }
             DestinationAction::Load(state) => Some(DestinationEvent::Loaded(self.load(&state))),
             DestinationAction::Resume(permit) => {
                 self.resumed_at = self.pager(Pager::age).unwrap_or_default();
@@ -462,7 +464,7 @@ impl<H: Host + 'static> Arriving<H> {
         (self.server.tell)(ReceiveEvent::Waiting { name, missing, why });
     }
 
-    fn page(&mut self, owed: PageSet) -> Result<(), String> {
+    fn page(&mut self, owed: PageSet, after: u32) -> Result<(), String> {
         let installer = self.installer.as_ref().ok_or("there is no machine")?;
         let door = self.door.clone();
         let asks = self.asks.clone();
@@ -471,7 +473,7 @@ impl<H: Host + 'static> Arriving<H> {
             Notice::Ask(gfns) => asks.ask(gfns),
             other => drop(door.send(Message::Pager(other))),
         };
-        installer.page(&self.runtime, owed, notify).map_err(|e| words(&e))
+        installer.page(&self.runtime, (owed, after), notify).map_err(|e| words(&e))
     }
 
     fn notice(&mut self, notice: Notice) {

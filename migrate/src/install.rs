@@ -1,7 +1,6 @@
 //! Installing pages at the destination: no old copy over a newer one, no page faulted in for nothing.
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use ferry_codec::{Batch, Codec};
@@ -26,8 +25,6 @@ pub(crate) struct Installer {
     extents: Vec<(Run, u64, usize)>,
     /// Held for reading while a batch is installed.
     stage: RwLock<Stage>,
-    /// The newest round of which pages were installed.
-    newest: AtomicU32,
 }
 
 /// What is done with pages that come.
@@ -100,7 +97,7 @@ impl Installer {
         }
         let chunks = (0..count).map(|_| Mutex::new(None)).collect();
         let stage = RwLock::new(Stage::Filling(Filler::new(view.clone())));
-        Self { view, layout, chunks, extents, stage, newest: AtomicU32::new(0) }
+        Self { view, layout, chunks, extents, stage }
     }
 
     pub(crate) fn view(&self) -> &GuestView {
@@ -139,12 +136,12 @@ impl Installer {
         self.view.discard_all(&here)
     }
 
-    /// From now on pages come on demand: those of `owed`, and no others. See [`Pager::start`].
+    /// From now on pages come on demand: those of `owed`, and no others, in rounds after `after`. See [`Pager::start`].
     /// Faults are read on `runtime`.
     pub(crate) fn page(
         self: &Arc<Self>,
         runtime: &Handle,
-        owed: PageSet,
+        (owed, after): (PageSet, u32),
         notify: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<(), MemoryError> {
         let mut stage = self.stage.write().unwrap_or_else(PoisonError::into_inner);
@@ -157,8 +154,7 @@ impl Installer {
         let _context = runtime.enter();
         let faults = faults_fd(faults).map_err(|source| MemoryError::Userfault { source })?;
         let faults = Reader(runtime.spawn(read_faults(faults)).abort_handle());
-        *stage =
-            Stage::Paging { pager, after: self.newest.load(Ordering::Relaxed), _faults: faults };
+        *stage = Stage::Paging { pager, after, _faults: faults };
         Ok(())
     }
 
@@ -207,7 +203,6 @@ impl Installer {
             Stage::Drained => return Ok(Installed::Paged),
             Stage::Closed => return Ok(Installed::Closed),
         };
-        self.newest.fetch_max(batch.round, Ordering::Relaxed);
         if batch.codec == Codec::Packed
             && let Some(away) = self.view.away()
         {

@@ -113,8 +113,13 @@ pub enum DestinationAction {
     Clear(PageSet),
     /// The link is lost, and what came is kept: close its channels.
     Hold,
-    /// From now on these pages come on demand; older copies of them must not be seen.
-    Page(PageSet),
+    /// From now on pages come on demand; older copies of them must not be seen.
+    Page {
+        /// These pages.
+        owed: PageSet,
+        /// In rounds after this one: what is late of others is not taken.
+        after: u32,
+    },
     /// Load vCPU and device state.
     Load(Vec<u8>),
     /// Run the machine.
@@ -477,13 +482,14 @@ impl Destination {
             return self.refuse_commit(why);
         }
         if rounds.iter().all(|(round, batches)| have(round) == *batches) {
+            let after = rounds.last().map_or(self.done_through, |(round, _)| *round);
             let (state, owed, since) = (std::mem::take(state), std::mem::take(owed), *since);
             if owed.is_empty() {
                 return self.load(since, now, state);
             }
             self.owes = true;
             self.phase = Phase::Arming { state, since };
-            self.actions.push_back(DestinationAction::Page(owed));
+            self.actions.push_back(DestinationAction::Page { owed, after });
         }
     }
 

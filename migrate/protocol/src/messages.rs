@@ -194,7 +194,8 @@ pub enum ToDestination {
         permit: RunPermit,
         /// State sections.
         state: Vec<u8>,
-        /// The last rounds, each with its number of batches.
+        /// The last rounds, each with its number of batches. Of pages that are owed, nothing is taken that comes in
+        /// a round up to the last of them; it may be empty.
         rounds: Vec<(u32, u64)>,
         /// Pages that come while the machine runs: older copies of them must not be seen.
         owed: PackedPages,

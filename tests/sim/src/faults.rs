@@ -60,6 +60,8 @@ pub enum Plant {
     ClearMore,
     /// Copies of owed pages that came before the hand-over stay where the guest sees them.
     KeepStaleCopies,
+    /// After the hand-over, the destination takes what comes late of the rounds before.
+    TakeLateRounds,
     /// Pages that come after the hand-over are installed without asking `Demand`.
     NoDemand,
     /// After a lost link, the source serves what it had not sent.

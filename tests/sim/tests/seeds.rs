@@ -111,6 +111,7 @@ found! {
     ledger_not_asked: NoLedger by NoLateOverwrite or AckAfterInstall;
     more_given_back_than_is_stale: ClearMore by LastVersion or NoLostBit;
     stale_copies_of_owed_pages_kept: KeepStaleCopies by LastVersion or NoLostBit;
+    late_rounds_taken_after_the_hand_over: TakeLateRounds by LastVersion or NoLostBit;
     demand_not_asked: NoDemand by NoLateOverwrite or LastVersion;
     only_unsent_served_again: ServeOnlyUnsent by NoLostBit or Progress or Peace;
     forgotten_when_sent: ForgetWhenSent by NoLostBit;

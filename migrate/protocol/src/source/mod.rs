@@ -514,11 +514,7 @@ impl Source {
             return;
         }
         match self.preflight {
-            Preflight::Only if self.sampled.is_none() => self.begin_probe(now),
-            // Without a round in between, a late batch of the look could be taken for a page that is owed.
-            Preflight::First if self.sampled.is_none() && self.policy.mode() != Mode::PostCopy => {
-                self.begin_probe(now);
-            }
+            Preflight::Only | Preflight::First if self.sampled.is_none() => self.begin_probe(now),
             _ => self.begin_move(now),
         }
     }
@@ -677,9 +673,9 @@ impl Source {
         if !matches!(self.phase, Phase::FinalSending) {
             return;
         }
-        let rounds: Option<Vec<(u32, u64)>> =
+        let sent: Option<Vec<(u32, u64)>> =
             self.final_rounds.iter().map(|&(round, batches)| Some((round, batches?))).collect();
-        let Some(rounds) = rounds else { return };
+        let Some(mut rounds) = sent else { return };
         let Some(permit) = self.permit.take() else { return };
         let (permit, stub) = permit.hand_over();
         self.stub = Some(stub);
@@ -688,7 +684,9 @@ impl Source {
         self.switchover.committed = now;
         self.phase = Phase::Committed;
         if self.post_copy {
-            self.round += 1;
+            // Batches of earlier rounds may still come on the lanes of a lost link.
+            rounds.push((self.round + 1, 0));
+            self.round += 2;
             self.owed = std::mem::take(&mut self.pending);
         }
         let owed = PackedPages::pack(&self.owed);

@@ -295,10 +295,23 @@ fn a_source_that_comes_back_goes_on_and_nothing_of_the_old_link_counts() {
 }
 
 #[test]
+fn what_comes_late_of_the_rounds_before_a_commit_is_not_owed() {
+    let committed = |rounds: &[(u32, u64)]| {
+        let mut host = Host::receiving().all([round_end(3, 0)]);
+        let owed = pages(0, 10);
+        host.feed(1, commit(rounds, packed(0, 10))) == [Action::Page { owed, after: 5 }]
+    };
+    assert!(committed(&[(5, 0)]) && committed(&[(4, 0), (5, 0)]));
+    let mut host = Host::receiving().all([round_end(3, 0)]);
+    let none = host.feed(1, commit(&[], packed(0, 10)));
+    assert_eq!(none, [Action::Page { owed: pages(0, 10), after: 3 }]);
+}
+
+#[test]
 fn a_machine_that_owes_pages_fetches_them_and_is_compared_when_all_are_here() {
     let mut host = Host::receiving();
-    let said = host.feed(0, commit(&[], packed(0, 10)));
-    assert_eq!(said, [Action::Page(pages(0, 10))]);
+    let said = host.feed(0, commit(&[(1, 0)], packed(0, 10)));
+    assert_eq!(said, [Action::Page { owed: pages(0, 10), after: 1 }]);
     assert_eq!(host.feed(5, Event::Paging(Ok(()))), [Action::Load(vec![1])]);
     assert!(matches!(host.feed(9, Event::Loaded(Ok(())))[..], [Action::Resume(_)]));
     let running = ToSource::Running { pages_us: 5000, load_us: 4000, resume_us: 2000 };

@@ -6,8 +6,8 @@ use std::time::Duration;
 use ferry_pages::PageSet;
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, Mode, Outcome,
-    PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction, SourceEvent,
-    ToDestination, ToSource, Verdict,
+    PackedPages, Preflight, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
+    SourceEvent, ToDestination, ToSource, Verdict,
 };
 
 use crate::{pages, spec};
@@ -48,6 +48,44 @@ fn committed(mode: Mode) -> Source {
     }
     assert!(source.is_committed(), "{mode:?}");
     source
+}
+
+#[test]
+fn a_commit_that_owes_pages_ends_the_rounds_of_which_batches_may_come_late() {
+    let how = (Goals::default(), Mode::PostCopy);
+    let mut source = Source::new(spec(), None, 1, 1, how, Duration::from_secs(60));
+    source.set_preflight(Preflight::First);
+    let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
+    let go_on = ToSource::GoOn { held: PackedPages::default() };
+    let mut said = Vec::new();
+    for (at_ms, event) in [
+        (0, SourceEvent::Connected),
+        (0, SourceEvent::Message(accepted)),
+        (0, SourceEvent::Message(ToSource::Ready)),
+        (0, SourceEvent::LanesOpen),
+        (0, SourceEvent::TrackingStarted(pages(0, 10))),
+        // A look at the link is on its way, as round 1.
+        (1, SourceEvent::LinkLost("cut".into())),
+        (10_000, SourceEvent::Tick),
+        (10_001, SourceEvent::Message(go_on)),
+        (10_002, SourceEvent::LanesOpen),
+        (10_500, SourceEvent::Tick),
+        (10_501, SourceEvent::Harvested(PageSet::new())),
+        (10_502, SourceEvent::Paused(RunPermit::for_new_machine(1))),
+        (10_503, SourceEvent::Harvested(PageSet::new())),
+        (10_504, SourceEvent::StateSaved(vec![1])),
+        (10_505, SourceEvent::Harvested(PageSet::new())),
+    ] {
+        said.extend(feed(&mut source, at_ms, event));
+    }
+    let look = |a: &SourceAction| matches!(a, SourceAction::SendPages { round: 1, .. });
+    assert!(said.iter().any(look), "{said:?}");
+    let [.., SourceAction::Send(ToDestination::Commit { rounds, .. }), serve, _] = &said[..] else {
+        panic!("{said:?}")
+    };
+    assert_eq!(rounds[..], [(2, 0)]);
+    let SourceAction::Serve { round: 3, owed, .. } = serve else { panic!("{serve:?}") };
+    assert_eq!(owed, &pages(0, 10));
 }
 
 /// A source that serves pages 0 to 9 to a machine that runs at the destination.
@@ -96,7 +134,7 @@ fn still_owes(mut source: Source, actions: &[SourceAction], said: &str) {
     }
     feed(&mut source, 10, SourceEvent::LinkLost("cut".into()));
     let again = feed(&mut source, 10_000, SourceEvent::Tick);
-    assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 1 }], "{said}");
+    assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 2 }], "{said}");
     let owed = PackedPages::pack(&pages(0, 10));
     feed(&mut source, 10_002, SourceEvent::Message(ToSource::Lacks { owed }));
     let served = feed(&mut source, 10_003, SourceEvent::LanesOpen);
@@ -170,7 +208,7 @@ fn a_source_that_hears_that_the_machine_runs_behind_the_word_of_a_lost_link_come
     feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
     feed(&mut source, 2, SourceEvent::Message(RUNNING));
     let back = feed(&mut source, 3, SourceEvent::Tick);
-    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 1 }]);
+    assert_eq!(back, [SourceAction::Rejoin { session: 7, done: 2 }]);
 }
 
 #[test]
@@ -284,7 +322,7 @@ fn an_operator_ends_the_attempts_to_come_back_at_any_point_and_can_go_on() {
         };
         let mut source = Source::reattach(reattach, Goals::default(), Duration::from_secs(1));
         let again = feed(&mut source, 0, SourceEvent::Tick);
-        assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 1 }]);
+        assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 2 }]);
     }
 }
 

@@ -98,7 +98,7 @@ impl DestinationHost {
                 self.installed.clear();
                 self.commit = None;
             }
-            DestinationAction::Page(owed) => {
+            DestinationAction::Page { owed, .. } => {
                 self.assert_complete();
                 self.owed = owed;
                 self.tasks.push_back(Task::Page);

@@ -32,7 +32,8 @@ pub(crate) struct DestinationHost {
     newest: [(u32, u32); PAGES as usize],
     /// Pages of the rounds before the hand-over are not taken any more.
     closed: bool,
-    pub(super) last_round: u32,
+    /// The last of them.
+    pub(super) after: u32,
     pub(super) demand: Option<Demand>,
     /// What it says to be owed and not here.
     pub(super) missing: Mask,
@@ -73,7 +74,7 @@ impl DestinationHost {
             ledger: ChunkLedger::default(),
             newest: [(0, 0); PAGES as usize],
             closed: false,
-            last_round: 0,
+            after: 0,
             demand: None,
             missing: 0,
             copying: 0,
@@ -211,7 +212,7 @@ impl World {
                 }
                 return Ok(None);
             }
-            DestinationAction::Page(owed) => {
+            DestinationAction::Page { owed, after } => {
                 if self.plan.no_post_copy {
                     let why = "owes pages to a host that cannot take them";
                     return Err(Rule::TrueEnd.broken(why));
@@ -219,7 +220,7 @@ impl World {
                 if self.plan.refuse_paging {
                     DestinationEvent::Paging(Err("userfaultfd: no memory".into()))
                 } else {
-                    self.page(owed);
+                    self.page(owed, after);
                     DestinationEvent::Paging(Ok(()))
                 }
             }
@@ -313,7 +314,6 @@ impl World {
         if d.closed || d.demand.is_some() {
             return Ok(());
         }
-        d.last_round = d.last_round.max(batch.round);
         for &(page, content) in &batch.pages {
             let Some(content) = content else { continue };
             let admission = d.ledger.admit(page as usize, batch.round, content.digest(page));

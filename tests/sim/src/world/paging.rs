@@ -26,8 +26,9 @@ pub(crate) struct Touch {
 
 impl World {
     /// From now on, absent pages are waited for.
-    pub(super) fn page(&mut self, owed: PageSet) {
+    pub(super) fn page(&mut self, owed: PageSet, after: u32) {
         let d = &mut self.destination;
+        d.after = after;
         d.missing = mask(&owed);
         let came = d.copy.differing(&Memory::ZERO);
         d.absent = !came;
@@ -203,7 +204,7 @@ impl World {
         for &(page, content) in &batch.pages {
             let d = &mut self.destination;
             let Some(demand) = d.demand.as_mut().filter(|_| !d.paging_broken) else { break };
-            if batch.round <= d.last_round {
+            if batch.round <= d.after && self.plant != Plant::TakeLateRounds {
                 continue;
             }
             let Some(content) = content else {

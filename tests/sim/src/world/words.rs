@@ -209,7 +209,9 @@ pub(super) fn destination_action(action: &DestinationAction) -> String {
         DestinationAction::AcceptLanes { lanes, .. } => format!("lets {lanes} lanes join"),
         DestinationAction::Clear(set) => format!("gives back {}", pages(set)),
         DestinationAction::Hold => "closes the link and keeps what came".into(),
-        DestinationAction::Page(set) => format!("waits for {}", pages(set)),
+        DestinationAction::Page { owed, after } => {
+            format!("waits for {}, in rounds after {after}", pages(owed))
+        }
         DestinationAction::Load(_) => "loads state".into(),
         DestinationAction::Resume(_) => "lets the guest run".into(),
         DestinationAction::Digest => "digests what was installed".into(),

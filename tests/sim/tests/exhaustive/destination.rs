@@ -34,7 +34,7 @@ pub(crate) enum Action {
     AcceptLanes,
     Clear(Mask),
     Hold,
-    Page(Mask),
+    Page { owed: Mask, after: u8 },
     Load(u8),
     Resume(u8),
     Digest,
@@ -109,7 +109,9 @@ impl Machine for RealDestination {
                 DestinationAction::AcceptLanes { .. } => Action::AcceptLanes,
                 DestinationAction::Clear(stale) => Action::Clear(mask(&stale)),
                 DestinationAction::Hold => Action::Hold,
-                DestinationAction::Page(owed) => Action::Page(mask(&owed)),
+                DestinationAction::Page { owed, after } => {
+                    Action::Page { owed: mask(&owed), after: after.try_into().expect("few rounds") }
+                }
                 DestinationAction::Load(state) => Action::Load(state[0]),
                 DestinationAction::Resume(permit) => {
                     Action::Resume(permit.handovers().try_into().expect("few hand-overs"))

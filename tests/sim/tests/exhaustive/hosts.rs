@@ -68,6 +68,8 @@ impl World {
                     s.break_rule(Broken::PermitFromNowhere);
                 }
                 s.source.runs = true;
+                // Of a commit that is void.
+                s.source.spool = None;
             }
             // What a spool holds cannot run.
             A::Resume(_) | A::ReturnDirty(_) => {}
@@ -196,7 +198,7 @@ impl World {
                 came.filter(|(page, _)| stale >> page & 1 == 1).for_each(|(_, came)| came.1 = 0);
             }
             A::Hold => s.stop_listening(),
-            A::Page(owed) => s.destination.orders.push(Task::Page(owed)),
+            A::Page { owed, after } => s.destination.orders.push(Task::Page { owed, after }),
             A::Load(state) => {
                 s.destination.state = state;
                 if s.destination.stage == Stage::Filling {
@@ -295,7 +297,6 @@ impl World {
                     s.stragglers.push(batch);
                 } else if round >= host.pages[place].0 {
                     host.pages[place] = (round, content);
-                    host.newest = host.newest.max(round);
                 }
                 if announced {
                     self.feed_destination(s, E::Installed { round });
@@ -327,9 +328,9 @@ impl World {
         let host = &mut s.destination;
         let event = match host.orders.remove(0) {
             Task::Build => E::Built(ok),
-            Task::Page(owed) => {
+            Task::Page { owed, after } => {
                 if ok {
-                    host.stage = Stage::Paging { missing: owed, after: host.newest };
+                    host.stage = Stage::Paging { missing: owed, after };
                     for (page, came) in host.pages.iter_mut().enumerate() {
                         if owed >> page & 1 == 1 {
                             *came = (0, 0);
@@ -462,7 +463,7 @@ impl State {
             self.late_hello = None;
             self.stragglers.clear();
             let host = &mut self.destination;
-            (host.wants, host.pages, host.newest) = (0, Default::default(), 0);
+            (host.wants, host.pages) = (0, Default::default());
             (host.listens, host.unlinked) = (Listens::Nowhere, false);
         }
         if !arrives || self.destination.listens != Listens::Older {

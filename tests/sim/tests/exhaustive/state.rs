@@ -145,7 +145,6 @@ pub(crate) struct DestinationHost {
     pub(crate) ran_by: Option<u8>,
     /// Round and content of each page that came.
     pub(crate) pages: [(u8, Content); PAGES],
-    pub(crate) newest: u8,
     pub(crate) stage: Stage,
     pub(crate) orders: Vec<Task>,
     /// A page that the loader waits for.
@@ -180,7 +179,7 @@ pub(crate) enum Stage {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Task {
     Build,
-    Page(Mask),
+    Page { owed: Mask, after: u8 },
     Load(u8),
     Resume(u8),
     Digest,

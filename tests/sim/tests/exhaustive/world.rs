@@ -361,7 +361,6 @@ impl Model for World {
             runs: false,
             ran_by: None,
             pages: [(0, 0); PAGES],
-            newest: 0,
             stage: Stage::Filling,
             orders: Vec::new(),
             wants: 0,
