@@ -35,6 +35,7 @@
 //! When the migration ends before the commit, both go back by `ReturnDirty`.
 
 mod after_commit;
+mod clearing;
 mod events;
 mod probe;
 mod reattach;
@@ -66,10 +67,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to look which pages the guest writes, before a hand-over that copies none before.
 const SAMPLE: Duration = Duration::from_millis(100);
-/// So few stale pages are given back in the blackout: in less than a millisecond.
-const FEW_STALE: u64 = 256;
-/// How often stale pages are given back before it.
-const MAX_CLEARED: u8 = 4;
 /// Harvests that are remembered, the last ones: pages written lately are served first.
 const MAX_RECORD: usize = 8;
 
@@ -77,32 +74,13 @@ const MAX_RECORD: usize = 8;
 enum Phase {
     Connecting,
     Negotiating,
-    Starting {
-        lanes: bool,
-    },
-    Sending {
-        began: Duration,
-        pages: u64,
-    },
-    Acknowledging {
-        began: Duration,
-        sent: Duration,
-        pages: u64,
-        bytes: u64,
-        same: u64,
-    },
-    Harvesting {
-        facts: RoundFacts,
-    },
+    Starting { lanes: bool },
+    Sending { began: Duration, pages: u64 },
+    Acknowledging { began: Duration, sent: Duration, pages: u64, bytes: u64, same: u64 },
+    Harvesting { facts: RoundFacts },
     Sampling,
-    /// The destination gives back what is stale there; how often it was asked to.
-    Clearing {
-        times: u8,
-    },
-    /// What was written meanwhile is collected.
-    Cleared {
-        times: u8,
-    },
+    Clearing { times: u8 },
+    Cleared { times: u8 },
     WaitingReady,
     Pausing,
     LastHarvest,
@@ -110,24 +88,11 @@ enum Phase {
     HarvestAfterSave,
     FinalSending,
     Committed,
-    Doubting {
-        since: Duration,
-        why: String,
-    },
+    Doubting { since: Duration, why: String },
     Serving,
-    Rejoining {
-        since: Duration,
-        wait: Duration,
-        why: String,
-    },
-    Reopening {
-        since: Duration,
-        wait: Duration,
-    },
-    Verifying {
-        ours: Option<u64>,
-        theirs: Option<u64>,
-    },
+    Rejoining { since: Duration, wait: Duration, why: String },
+    Reopening { since: Duration, wait: Duration },
+    Verifying { ours: Option<u64>, theirs: Option<u64> },
     Done,
 }
 
@@ -589,30 +554,6 @@ impl Source {
                 self.post_copy = true;
                 self.clear(now, &self.pending.clone(), 1);
             }
-        }
-    }
-
-    /// Has the older copies of `stale`, which will be owed, given back while the guest still runs: in the blackout, what
-    /// was written since is left to do. An empty round tells that it is done.
-    fn clear(&mut self, now: Duration, stale: &PageSet, times: u8) {
-        for pages in PackedPages::parts(stale) {
-            self.send(ToDestination::Stale { pages });
-        }
-        self.round += 1;
-        self.send(ToDestination::RoundEnd { round: self.round, batches: 0 });
-        self.phase = Phase::Clearing { times };
-        self.expect_answer(now);
-    }
-
-    /// What was written while pages were given back is given back, too, as long as that is much: it takes less and less
-    /// time.
-    fn cleared(&mut self, now: Duration, written: &PageSet, times: u8) {
-        let mut fresh = written.clone();
-        fresh.subtract(&self.pending);
-        self.pending.union_with(written);
-        match fresh.len() > FEW_STALE && times < MAX_CLEARED {
-            true => self.clear(now, &fresh, times + 1),
-            false => self.hand_over_when_ready(now),
         }
     }
 

@@ -102,7 +102,10 @@ fn moved_as_it_is<M: Maker>(
     // But for the guest's own touches, of a set that is in use and so in memory for the most part.
     let after = swap.figures();
     let swapped = before.swapped_bytes / 4096;
-    assert!(after.pages_in - before.pages_in < swapped / 8, "{before:?} {after:?}");
+    // At rest, fewer than 16 are in each half second: see `swapped_out`.
+    let touched = 32.0 * (1.0 + report.total_ms / 500.0);
+    let brought_back = after.pages_in - before.pages_in;
+    assert!((brought_back as f64) < touched, "in {} ms: {before:?} {after:?}", report.total_ms);
     assert!(report.pages.packed > swapped - swapped / 8, "{:?}", report.pages);
     let (arrived, arrival) = destination.arrival().expect("a machine");
     assert_eq!(arrival, Arrival::Runs { digest_verified: Some(true) });
