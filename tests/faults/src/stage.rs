@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use ferry_e2e::network::{ADDRESSES, Network};
 use ferry_e2e::{Hosts, Running};
-
 use ferry_transport::{LinkChoice, Over};
 
 use crate::cable::Harm;
