@@ -60,7 +60,7 @@ impl Sampled {
             .min_by(|a, b| half(a).total_cmp(&half(b)));
         let time = time.as_secs_f64();
         let grown = match early {
-            Some(&(early, pages)) if pages > 0 => {
+            Some(&(early, pages)) => {
                 let early_s = early.as_secs_f64().max(1e-9);
                 let growth = most / pages as f64;
                 match growth < STEADY * late_s / early_s {
@@ -72,7 +72,7 @@ impl Sampled {
                     false => most * time / late_s,
                 }
             }
-            _ => most * time / late_s,
+            None => most * time / late_s,
         };
         grown.min(self.pages as f64)
     }
@@ -204,11 +204,15 @@ mod tests {
         assert_eq!(s.written_within(MS(1_000_000)), f64::from(1 << 18), "no more than there are");
         // 5000 pages, all of them within some 100 ms.
         let known = |ms: u64| 5000.0 * (1.0 - (-(ms as f64) / 50.0).exp());
-        let s = sampled(&[(100, whole(known(100))), (200, whole(known(200)))]);
+        let (half, all) = ((100, whole(known(100))), (200, whole(known(200))));
+        let s = sampled(&[half, all]);
         for ms in [10, 50, 100, 1000, 100_000] {
             let (is, told) = (known(ms), s.written_within(MS(ms)));
             assert!((is - told).abs() < 10.0, "{ms} ms: {is} pages, {told} foretold");
         }
+        // Of several looks, the last one and that at half its time tell.
+        let more = sampled(&[(10, 7), half, (190, 11), all]);
+        assert_eq!(more.written_within(MS(77)), s.written_within(MS(77)));
         assert_eq!(sampled(&[]).written_within(MS(9)), 0.0);
         assert_eq!(sampled(&[(50, 0), (100, 0)]).written_within(MS(9)), 0.0);
         assert_eq!(sampled(&[(100, 50)]).written_within(MS(200)), 100.0, "one look is a rate");
@@ -241,7 +245,13 @@ mod tests {
         assert_eq!((auto.mode, auto.misses.as_deref()), (Mode::Hybrid, None));
         assert!(auto.fetching > Duration::from_secs(1) && auto.rounds == 2, "{auto:?}");
         let post = s.forecast(goals, Mode::PostCopy, None);
-        assert!(post.total < MS(10) && post.fetching > Duration::from_secs(4), "{post:?}");
+        // All pages, at 125 MB/s.
+        let fetching = post.fetching.as_secs_f64() - 0.001;
+        assert!(
+            post.total < MS(10) && (fetching - (1 << 29) as f64 / 125e6).abs() < 1e-3,
+            "{post:?}"
+        );
+        assert_eq!(post.bytes, 1 << 29);
         let rounds = s.forecast(goals, Mode::PreCopy, None);
         let why = rounds.misses.expect("it never ends");
         assert!(why.contains("--max-total") && why.contains("needs a link of"), "{why}");
@@ -252,6 +262,29 @@ mod tests {
         assert!(s.forecast(goals, Mode::Hybrid, Some("no userfaultfd")).misses.is_some());
         let none = s.forecast(goals, Mode::Auto, Some("no userfaultfd"));
         assert!(none.mode == Mode::PreCopy && none.misses.is_some(), "{none:?}");
+    }
+
+    #[test]
+    fn rounds_that_are_made_and_their_last_pages_are_counted() {
+        // 10,000 pages a second, of 61,000 that the link carries.
+        let s = sampled(&[(100, 1000), (200, 2000)]);
+        let told = s.forecast(Goals::default(), Mode::PreCopy, None);
+        assert!(told.misses.is_none() && told.rounds > 2, "{told:?}");
+        // The sum of what is left of each round, at that ratio.
+        let ratio = 10_000.0 * 2048.0 / 125e6;
+        let bytes = (1u64 << 29) as f64 / (1.0 - ratio);
+        let off = told.bytes as f64 / bytes - 1.0;
+        assert!(off.abs() < 0.01, "{} bytes, and {bytes:.0} are right", told.bytes);
+        let took = told.total.as_secs_f64() / (bytes / 125e6) - 1.0;
+        assert!((0.0..0.01).contains(&took), "{told:?}");
+    }
+
+    #[test]
+    fn a_forecast_of_rounds_without_end_ends() {
+        let years = Duration::from_secs(1 << 30);
+        let goals = Goals { max_total: years, ..Goals::default() };
+        let told = sampled(&[(100, 10_000), (200, 20_000)]).forecast(goals, Mode::PreCopy, None);
+        assert!(told.rounds == MAX_ROUNDS && told.misses.is_some(), "{told:?}");
     }
 
     #[test]

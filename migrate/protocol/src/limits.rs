@@ -45,3 +45,28 @@ pub fn max_answer_bytes(memory_bytes: u64) -> usize {
     let list = usize::try_from(memory_bytes / 512).unwrap_or(usize::MAX);
     list.saturating_add(8 * MAX_MESSAGE_BYTES).min(crate::wire::MAX_MESSAGE_BYTES)
 }
+
+#[cfg(test)]
+mod tests {
+    use ferry_pages::{PageSet, Run};
+
+    use super::*;
+    use crate::PackedPages;
+
+    #[test]
+    fn what_a_machine_may_say_is_bounded_by_its_memory_and_holds_its_longest_lists() {
+        assert_eq!(max_commit_bytes(0), MAX_MESSAGE_BYTES);
+        assert_eq!(max_commit_bytes(1 << 20), (1 << 20) + MAX_MESSAGE_BYTES);
+        for bytes in [1 << 40, u64::MAX] {
+            assert_eq!(max_commit_bytes(bytes), crate::wire::MAX_MESSAGE_BYTES);
+            assert_eq!(max_answer_bytes(bytes), crate::wire::MAX_MESSAGE_BYTES);
+        }
+        // Every other page of 1 GiB.
+        let pages: PageSet = (0..1 << 17).map(|i| Run::new(2 * i, 1)).collect();
+        let list = crate::wire::encode(&PackedPages::pack(&pages)).unwrap().len();
+        for most in [max_answer_bytes(1 << 30), max_commit_bytes(1 << 30)] {
+            assert!(list + 2 * MAX_MESSAGE_BYTES < most, "{list} bytes of {most}");
+        }
+        assert_eq!(max_answer_bytes(1 << 30), (2 << 20) + 8 * MAX_MESSAGE_BYTES);
+    }
+}

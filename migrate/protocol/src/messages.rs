@@ -385,10 +385,17 @@ mod tests {
         for message in [
             ToSource::Failed { reason: words.clone() },
             ToSource::CommitRefused { reason: words.clone() },
+            ToSource::Accepted {
+                version: 2,
+                session: 1,
+                codecs: 1,
+                no_post_copy: Some(words.clone()),
+            },
             ToSource::Refused { reasons: vec![refusal; 1000] },
         ] {
             let shown = match message.plain() {
                 ToSource::Failed { reason } | ToSource::CommitRefused { reason } => reason,
+                ToSource::Accepted { no_post_copy: Some(why), .. } => why,
                 ToSource::Refused { reasons } => {
                     reasons.iter().map(|r| r.what.clone() + &r.why).collect()
                 }

@@ -134,6 +134,22 @@ mod tests {
     }
 
     #[test]
+    fn parts_fit_into_messages_and_are_all_of_it() {
+        assert_eq!(PackedPages::parts(&PageSet::new()).count(), 0);
+        // Far apart, as lists are longest.
+        let pages: PageSet = (0..300_000).map(|i| Run::new(i << 13, 1)).collect();
+        let all = Layout::new(vec![Run::new(0, 1 << 32)]).unwrap();
+        let mut together = PageSet::new();
+        for part in PackedPages::parts(&pages) {
+            let bytes = part.0.len();
+            assert!(bytes < MAX_MESSAGE_BYTES, "{bytes}");
+            together.union_with(&part.unpack(&all).unwrap());
+        }
+        assert_eq!(together, pages);
+        assert_eq!(PackedPages::parts(&pages).count(), 3);
+    }
+
+    #[test]
     fn pages_that_are_not_among_those_expected_are_refused() {
         let expected: PageSet = [Run::new(5, 3), Run::new(9, 1)].into_iter().collect();
         for (run, fits) in [

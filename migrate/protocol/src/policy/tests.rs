@@ -105,8 +105,10 @@ fn slow(dirty: u64) -> RoundFacts {
 #[test]
 fn the_expected_downtime_is_overhead_round_trip_and_what_is_dirty_at_the_rate_of_the_link() {
     let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+    assert_eq!(p.round_trip(), None);
     let mut after = |facts| {
         p.after_round(facts);
+        assert_eq!(p.round_trip(), Some(Duration::from_millis(10)));
         (p.expected_downtime(), p.rate_bytes_per_s(), p.dirty_pages_per_s())
     };
     let ms = Duration::from_millis;
@@ -125,6 +127,7 @@ fn the_expected_downtime_is_overhead_round_trip_and_what_is_dirty_at_the_rate_of
     // A page costs a run entry at least.
     let cheap = RoundFacts { bytes: 1 << 20, pages: 1 << 20, ..slow(65_536) };
     assert_eq!(after(cheap).0, ms(2 + 10 + 1000));
+    assert_eq!(p.bytes_per_page(), 16.0);
 }
 
 #[test]
@@ -189,12 +192,37 @@ fn out_of_time_is_said_with_what_the_guest_and_the_link_do() {
 }
 
 #[test]
+fn decisions_have_a_name_and_a_reason() {
+    use Decision::{GiveUp, PostCopy, Round, Slow, SwitchOver};
+    let why = || "because".to_owned();
+    let all = [Round(why()), Slow(5, why()), SwitchOver(why()), PostCopy(why()), GiveUp(why())];
+    let names = ["round", "slow", "switch-over", "post-copy", "give-up"];
+    assert_eq!(all.each_ref().map(Decision::name), names);
+    assert_eq!(all.each_ref().map(Decision::why), ["because"; 5]);
+}
+
+#[test]
+fn goals_that_were_missed_are_said_in_milliseconds() {
+    let (ms, goals) = (Duration::from_millis, Goals::default());
+    assert_eq!(goals.missed(ms(50), ms(300_000)), [""; 0], "exactly what is allowed");
+    assert_eq!(
+        goals.missed(ms(51), ms(300_001)),
+        [
+            "51.0 ms of downtime, 50.0 ms are allowed (--max-downtime)",
+            "300001.0 ms in all, 300000.0 ms are allowed (--max-total)"
+        ]
+    );
+}
+
+#[test]
 fn modes_are_called_as_they_are_written() {
     let modes = [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid];
     assert_eq!(modes.map(Mode::name), ["auto", "pre-copy", "post-copy", "hybrid"]);
     let mut p = Policy::new(Goals::default(), Mode::PreCopy);
     assert_eq!((p.goals(), p.mode()), (Goals::default(), Mode::PreCopy));
+    assert_eq!(p.why_no_post_copy(), None);
     assert_eq!(p.no_post_copy("x"), Ok(()));
+    assert_eq!(p.why_no_post_copy(), Some("x"));
     let mut p = Policy::new(Goals::default(), Mode::PostCopy);
     assert!(p.no_post_copy("no userfaultfd").is_err());
 }
@@ -230,6 +258,10 @@ fn vcpus_are_held_back_only_as_far_as_the_goals_allow_and_only_where_pages_canno
     // 1000 pages a second, and 750 of them written again: a third of what the link carries, and then as far as allowed.
     let busy = slow(750);
     assert_eq!(slowed(Mode::PreCopy, goals, &[busy, busy, busy, busy]), [56, 80]);
+    // A few pages, written more slowly: half of the speed that is left, at least.
+    let few = RoundFacts { pages: 100, bytes: 819_200, ..slow(90) };
+    let hard = Goals { max_slowdown: 99, ..goals };
+    assert_eq!(slowed(Mode::PreCopy, hard, &[busy, few]), [56, 78]);
     // Twice as fast as the link: a third of what it carries is a sixth of its speed.
     assert_eq!(slowed(Mode::PreCopy, Goals { max_slowdown: 99, ..goals }, &[slow(2000)]), [84]);
     assert_eq!(slowed(Mode::PreCopy, goals, &[slow(749), slow(749)]), [0; 0], "rounds pay");
@@ -267,6 +299,20 @@ fn what_would_have_met_the_goals_is_said_in_numbers() {
     let late = RoundFacts { elapsed: Duration::from_secs(10), ..slow(1000) };
     let Decision::GiveUp(why) = p.after_round(late) else { panic!("{p:?}") };
     assert!(why.contains("--max-total") && why.contains("needs a link of 88 Mbit/s"), "{why}");
+    // Nor is anybody told to ask for what there is.
+    let needs = |goals: Goals, dirty| {
+        let mut p = Policy::new(Goals { max_slowdown: 10, ..goals }, Mode::PreCopy);
+        p.after_round(slow(dirty));
+        p.set_goals(goals);
+        p.needs().unwrap_or_default()
+    };
+    let enough = needs(Goals { max_slowdown: 33, max_downtime: ms(1012), ..goals }, 1000);
+    assert_eq!(enough, "needs post-copy (--mode auto)");
+    let too_far = needs(Goals { max_downtime: ms(12), ..goals }, 1000);
+    assert_eq!(too_far, "needs --max-downtime 1013ms");
+    // Held back for more than 99 % of its time, it does not run.
+    assert!(needs(goals, 60_000).contains("--max-slowdown 99"), "{}", needs(goals, 60_000));
+    assert!(!needs(goals, 100_000).contains("--max-slowdown"));
     // Nobody is told to do what cannot be done.
     assert_eq!(p.no_post_copy("no userfaultfd"), Ok(()));
     p.cannot_slow("no way to".into());
@@ -292,5 +338,22 @@ fn a_goal_that_the_link_alone_misses_is_not_waited_for() {
     assert!(why.contains("its round trip is 60.0 ms; needs --max-downtime 78ms"), "{why}");
     // No other mode would be quicker: it goes now.
     let Decision::SwitchOver(why) = after(Mode::Auto) else { panic!() };
+    // But not with much more to send than that.
+    let mut p = Policy::new(Goals::default(), Mode::Auto);
+    for _ in 1..ROUNDS_TO_KNOW_THE_LINK {
+        p.after_round(far);
+    }
+    let acknowledged_in = far.acknowledged_in;
+    let more = RoundFacts { acknowledged_in, ..facts(20, 100_000, 15_000, 1) };
+    assert!(matches!(p.after_round(more), Decision::Round(_)), "{p:?}");
+    // What the link needs is exactly what is allowed.
+    let mut p = Policy::new(Goals::default(), Mode::PreCopy);
+    for dirty in (0..ROUNDS_TO_KNOW_THE_LINK).map(|round| 10_000 - 400 * u64::from(round)) {
+        let near = RoundFacts { acknowledged_in: Duration::from_millis(48), dirty, ..far };
+        assert!(matches!(p.after_round(near), Decision::Round(_)), "{p:?}");
+    }
+    let near = RoundFacts { acknowledged_in: Duration::from_millis(48), ..far };
+    assert!(matches!(p.after_round(near), Decision::Round(_)), "polishing: {p:?}");
+    assert!(matches!(p.after_round(near), Decision::SwitchOver(_)), "{p:?}");
     assert!(why.contains("50.0 ms are allowed, but the link's round trip is 60.0 ms"), "{why}");
 }

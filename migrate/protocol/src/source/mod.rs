@@ -479,8 +479,8 @@ impl Source {
             return;
         }
         match self.preflight {
-            Preflight::Only | Preflight::First if self.sampled.is_none() => self.begin_probe(now),
-            _ => self.begin_move(now),
+            Preflight::Only | Preflight::First => self.begin_probe(now),
+            Preflight::No => self.begin_move(now),
         }
     }
 

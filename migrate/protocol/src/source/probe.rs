@@ -41,6 +41,8 @@ pub enum Preflight {
 pub(super) struct Probe {
     began: Duration,
     samples: usize,
+    /// What the link carries is known.
+    known: bool,
     sampled: Sampled,
     written: PageSet,
 }
@@ -71,7 +73,8 @@ impl Source {
 
     pub(super) fn begin_probe(&mut self, now: Duration) {
         let sampled = Sampled { pages: self.pending.len(), ..Sampled::default() };
-        self.probe = Some(Probe { began: now, samples: 0, sampled, written: PageSet::new() });
+        self.probe =
+            Some(Probe { began: now, samples: 0, known: false, sampled, written: PageSet::new() });
         self.actions.push_back(SourceAction::Sample(self.pending.clone()));
         self.send_sample(now);
     }
@@ -88,7 +91,7 @@ impl Source {
     pub(super) fn probed(&mut self, now: Duration, facts: Option<RoundFacts>, written: &PageSet) {
         let Some(probe) = &mut self.probe else { return };
         probe.wrote(now, written);
-        let mut known = probe.samples == SAMPLES.len() || self.pending.is_empty();
+        probe.known |= probe.samples == SAMPLES.len() || self.pending.is_empty();
         if let Some(facts) = facts {
             let s = &mut probe.sampled;
             let first = s.round_trip.is_zero();
@@ -96,13 +99,13 @@ impl Source {
                 if first { facts.acknowledged_in } else { s.round_trip.min(facts.acknowledged_in) };
             let took = facts.took.saturating_sub(s.round_trip).max(Duration::from_micros(1));
             let sent = facts.pages.saturating_sub(facts.same);
-            if sent > 0 && (!first || known) {
+            if sent > 0 && (!first || probe.known) {
                 s.rate_bytes_per_s = facts.bytes.max(1) as f64 / took.as_secs_f64();
                 s.bytes_per_page = facts.bytes as f64 / sent as f64;
             }
-            known |= facts.took >= TELLING && !first;
+            probe.known |= facts.took >= TELLING && !first;
         }
-        if !known {
+        if !probe.known {
             return self.send_sample(now);
         }
         let looked = now.saturating_sub(probe.began);

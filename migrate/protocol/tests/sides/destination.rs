@@ -267,6 +267,24 @@ fn pages_are_kept_for_as_long_as_was_asked_for_and_no_longer_than_an_hour() {
 }
 
 #[test]
+fn what_is_counted_of_a_round_goes_when_it_is_done_and_whether_it_is_alone_can_be_asked() {
+    let mut host = Host::receiving();
+    assert_eq!((host.0.open_rounds(), host.0.is_alone()), (0, false));
+    for round in [1, 2, 2] {
+        host.feed(0, Event::Installed { round });
+    }
+    assert_eq!(host.0.open_rounds(), 2);
+    assert_eq!(host.feed(1, round_end(1, 1)), [done(1)]);
+    assert_eq!(host.0.open_rounds(), 1);
+    assert_eq!(host.feed(1, round_end(2, 2)), [done(2)]);
+    assert_eq!(host.0.open_rounds(), 0);
+    host.feed(2, lost());
+    assert!(host.0.is_alone());
+    host.feed(3, rejoined());
+    assert!(!host.0.is_alone());
+}
+
+#[test]
 fn a_source_that_comes_back_goes_on_and_nothing_of_the_old_link_counts() {
     let batch = || Event::Installed { round: 1 };
     let go_on = || Action::Send(ToSource::GoOn { held: packed(3, 2) });

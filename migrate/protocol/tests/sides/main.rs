@@ -1,6 +1,7 @@
 //! The two sides from outside, by events: what they ask for, take and refuse, and who has the machine after each.
 
 mod destination;
+mod look;
 mod out_of_place;
 mod silence;
 mod source;

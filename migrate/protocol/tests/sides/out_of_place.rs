@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use ferry_pages::PageSet;
 use ferry_protocol::{
-    Arrival, Built, Destination, DestinationAction, DestinationEvent, Goals, Mode, Outcome,
-    PackedPages, Preflight, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
+    Arrival, Built, Destination, DestinationAction, DestinationEvent, Fetched, Goals, Mode,
+    Outcome, PackedPages, Preflight, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
     SourceEvent, ToDestination, ToSource, Verdict,
 };
 
@@ -70,7 +70,7 @@ fn a_commit_that_owes_pages_ends_the_rounds_of_which_batches_may_come_late() {
         (10_001, SourceEvent::Message(go_on)),
         (10_002, SourceEvent::LanesOpen),
         (10_500, SourceEvent::Tick),
-        (10_501, SourceEvent::Harvested(PageSet::new())),
+        (10_501, SourceEvent::Harvested(pages(3, 2))),
         (10_502, SourceEvent::Paused(RunPermit::for_new_machine(1))),
         (10_503, SourceEvent::Harvested(PageSet::new())),
         (10_504, SourceEvent::StateSaved(vec![1])),
@@ -84,8 +84,9 @@ fn a_commit_that_owes_pages_ends_the_rounds_of_which_batches_may_come_late() {
         panic!("{said:?}")
     };
     assert_eq!(rounds[..], [(2, 0)]);
-    let SourceAction::Serve { round: 3, owed, .. } = serve else { panic!("{serve:?}") };
+    let SourceAction::Serve { round: 3, owed, record } = serve else { panic!("{serve:?}") };
     assert_eq!(owed, &pages(0, 10));
+    assert_eq!(record[..], [PageSet::new(), pages(3, 2)], "the latest first");
 }
 
 /// A source that serves pages 0 to 9 to a machine that runs at the destination.
@@ -93,6 +94,7 @@ fn serving() -> Source {
     let mut source = committed(Mode::PostCopy);
     let last = feed(&mut source, 1, SourceEvent::Message(RUNNING));
     assert_eq!(last.last(), Some(&SourceAction::Push));
+    assert!(source.is_post_copy() && source.fetched().is_none());
     source
 }
 
@@ -149,6 +151,29 @@ fn a_message_out_of_place_while_pages_are_owed_takes_nothing_back() {
         let mut source = serving();
         let actions = feed(&mut source, 2, SourceEvent::Message(message));
         still_owes(source, &actions, &said);
+    }
+}
+
+#[test]
+fn what_the_destination_says_of_its_fetching_is_kept() {
+    let mut source = serving();
+    let fetched = Some(Fetched::default());
+    let digest = ToSource::Digest { sum: Some(1), fetched: fetched.clone() };
+    feed(&mut source, 2, SourceEvent::Message(digest));
+    assert_eq!(source.fetched(), fetched.as_ref());
+}
+
+#[test]
+fn who_breaks_the_protocol_after_the_commit_is_asked_anew_and_a_late_ready_is_no_breach() {
+    let unasked = || SourceEvent::Message(ToSource::GoOn { held: PackedPages::default() });
+    for mut source in [committed(Mode::PreCopy), committed(Mode::PostCopy), serving()] {
+        let before = source.deadline();
+        assert_eq!(feed(&mut source, 2, SourceEvent::Message(ToSource::Ready)), []);
+        assert_eq!(source.deadline(), before);
+        feed(&mut source, 3, unasked());
+        // Not only when it has been silent for long.
+        let asks = feed(&mut source, 2000, SourceEvent::Tick);
+        assert!(matches!(asks[..], [SourceAction::Rejoin { .. }]), "{asks:?}");
     }
 }
 
@@ -320,6 +345,9 @@ fn an_operator_ends_the_attempts_to_come_back_at_any_point_and_can_go_on() {
         let Some(SourceAction::Finish(Outcome::Detached { reattach, .. })) = actions.pop() else {
             panic!("after {steps} steps: {actions:?}");
         };
+        assert_eq!(reattach.peer(), None);
+        let reattach = reattach.of_peer(Some("host2".into()));
+        assert_eq!(reattach.peer(), Some("host2"));
         let mut source = Source::reattach(reattach, Goals::default(), Duration::from_secs(1));
         let again = feed(&mut source, 0, SourceEvent::Tick);
         assert_eq!(again, [SourceAction::Rejoin { session: 7, done: 2 }]);

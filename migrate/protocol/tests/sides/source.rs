@@ -186,6 +186,7 @@ fn cancelled_at_any_step_before_the_commit_the_guest_runs_on_and_nothing_dirty_i
         assert_eq!(returned(&actions), debt(steps), "{steps}: {actions:?}");
         assert_eq!(actions.contains(&Action::StopTracking), steps >= 2, "{steps}");
         assert_eq!(tells_the_destination(&actions), steps >= 1, "{steps}: {actions:?}");
+        assert!(!actions.contains(&Action::Throttle(0)), "nobody was held back");
         assert_eq!(source.deadline(), None);
         // What is answered later is still a debt, and the guest is let go.
         assert_eq!(
@@ -194,6 +195,9 @@ fn cancelled_at_any_step_before_the_commit_the_guest_runs_on_and_nothing_dirty_i
         );
         let late = Event::Paused(RunPermit::for_new_machine(1));
         assert!(resumes(&feed(&mut source, 99_001, late)), "{steps}");
+        assert_eq!(feed(&mut source, 99_001, Event::Harvested(PageSet::new())), [], "{steps}");
+        feed(&mut source, 99_001, Event::TrackingStarted(pages(9, 1)));
+        assert_eq!(source.debt(), [&PageSet::new(); 3], "{steps}: it is over");
         assert_eq!(feed(&mut source, 99_002, Event::Cancel), [], "{steps}");
     }
     for steps in COMMITTED..=17 {
@@ -357,6 +361,15 @@ fn a_link_lost_before_there_is_a_session_ends_it() {
 }
 
 #[test]
+fn what_fails_here_while_the_source_comes_back_ends_it() {
+    let mut source = after(4);
+    feed(&mut source, 20_000, Event::LinkLost("cut".into()));
+    let actions = feed(&mut source, 20_000, Event::Failed("no descriptors".into()));
+    assert_eq!(actions.last(), Some(&Action::Finish(Outcome::Failed("no descriptors".into()))));
+    assert_eq!(returned(&actions), debt(4));
+}
+
+#[test]
 fn whoever_cannot_go_on_when_it_is_asked_again_ends_it() {
     let held = |first, number| ToSource::GoOn { held: PackedPages::pack(&pages(first, number)) };
     for (answer, words) in [
@@ -470,6 +483,16 @@ fn who_cannot_be_asked_is_asked_again_and_then_the_operator_is_told() {
     assert_eq!(source.deadline(), Some(ms(60_013)));
     let told = feed(&mut source, 60_013, Event::Tick);
     assert!(matches!(&told[..], [Action::Tell(Progress::InDoubt(why))] if why.contains("60 s")));
+}
+
+#[test]
+fn words_of_another_round_are_not_taken_for_those_of_this_one() {
+    let mut source = after(4);
+    assert_eq!(feed(&mut source, 10, sent(2, 2)), []);
+    assert!(!feed(&mut source, 11, sent(1, 2)).is_empty());
+    let done = feed(&mut source, 12, round_done(2));
+    let Some(Action::Finish(Outcome::Failed(why))) = done.last() else { panic!("{done:?}") };
+    assert!(why.contains("broke the protocol"), "{why}");
 }
 
 #[test]
