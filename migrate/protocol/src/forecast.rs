@@ -237,6 +237,15 @@ mod tests {
     }
 
     #[test]
+    fn what_is_dirty_at_the_end_goes_while_the_guest_stands_still() {
+        let told = sampled(&[(100, 2), (200, 4)]).forecast(Goals::default(), Mode::Auto, None);
+        assert_eq!((told.mode, told.rounds), (Mode::PreCopy, 1));
+        // 20 pages a second, for 4.3 seconds.
+        let last = told.bytes - (1 << 29);
+        assert!((85 * 2048..87 * 2048).contains(&last), "{last} bytes");
+    }
+
+    #[test]
     fn each_mode_is_told_for_itself() {
         // 100,000 pages a second: more than the link carries.
         let s = sampled(&[(100, 10_000), (200, 20_000)]);

@@ -178,6 +178,27 @@ fn who_breaks_the_protocol_after_the_commit_is_asked_anew_and_a_late_ready_is_no
 }
 
 #[test]
+fn words_that_do_not_fit_a_source_that_comes_back_are_not_taken() {
+    let lacks = || {
+        let owed = PackedPages::pack(&pages(0, 10));
+        SourceEvent::Message(ToSource::Lacks { owed })
+    };
+    // Twice, while lanes are opened.
+    let mut source = serving();
+    feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+    feed(&mut source, 2000, SourceEvent::Tick);
+    let opens = feed(&mut source, 2001, lacks());
+    assert!(opens.iter().any(|a| matches!(a, SourceAction::OpenLanes { .. })), "{opens:?}");
+    feed(&mut source, 2002, lacks());
+    assert_eq!(feed(&mut source, 2003, SourceEvent::LanesOpen), [], "it asks once more");
+    // Of a machine that went with all its pages.
+    let mut source = committed(Mode::PreCopy);
+    feed(&mut source, 2, SourceEvent::LinkLost("cut".into()));
+    feed(&mut source, 2000, SourceEvent::Tick);
+    assert_eq!(feed(&mut source, 2001, lacks()), []);
+}
+
+#[test]
 fn a_failure_here_while_pages_are_owed_takes_nothing_back() {
     let mut source = serving();
     let actions = feed(&mut source, 2, SourceEvent::Failed("a lane".into()));

@@ -370,6 +370,25 @@ fn what_fails_here_while_the_source_comes_back_ends_it() {
 }
 
 #[test]
+fn what_a_destination_holds_of_rounds_before_is_no_reason_to_end_and_a_second_word_is() {
+    let held = || Event::Message(ToSource::GoOn { held: PackedPages::pack(&pages(0, 10)) });
+    for (second, words) in [(held(), "GoOn was not expected"), (round_done(1), "RoundDone was")] {
+        // Its round is done: nothing is under way.
+        let mut source = after(7);
+        feed(&mut source, 20_000, Event::LinkLost("cut".into()));
+        feed(&mut source, 20_000, Event::Tick);
+        let opens = feed(&mut source, 20_001, held());
+        assert!(matches!(opens.last(), Some(Action::OpenLanes { .. })), "{opens:?}");
+        let actions = feed(&mut source, 20_002, second);
+        let Some(Action::Finish(Outcome::Failed(why))) = actions.last() else {
+            panic!("{actions:?}")
+        };
+        assert!(why.contains(words), "{why}");
+        assert_eq!(returned(&actions), pages(3, 2));
+    }
+}
+
+#[test]
 fn whoever_cannot_go_on_when_it_is_asked_again_ends_it() {
     let held = |first, number| ToSource::GoOn { held: PackedPages::pack(&pages(first, number)) };
     for (answer, words) in [
