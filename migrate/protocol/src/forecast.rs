@@ -102,8 +102,7 @@ impl Sampled {
             return self.fetched(told, goals, pages);
         }
         loop {
-            let bytes = pages * self.bytes_per_page;
-            let took = seconds(bytes / self.rate_bytes_per_s).saturating_add(self.round_trip);
+            let (bytes, took) = self.sent(pages);
             let speed = 1.0 - f64::from(policy.slowed()) / 100.0;
             let dirty = self.written_within(seconds(took.as_secs_f64() * speed));
             told.total = told.total.saturating_add(took);
@@ -143,10 +142,18 @@ impl Sampled {
         }
     }
 
+    /// Bytes of `pages`, and until they are there.
+    fn sent(&self, pages: f64) -> (f64, Duration) {
+        let bytes = pages * self.bytes_per_page;
+        // What is there already takes nothing, whatever the link carries.
+        let took =
+            if bytes > 0.0 { seconds(bytes / self.rate_bytes_per_s) } else { Duration::ZERO };
+        (bytes, took.saturating_add(self.round_trip))
+    }
+
     /// The rest comes after the hand-over.
     fn fetched(&self, told: Forecast, goals: Goals, pages: f64) -> Forecast {
-        let bytes = pages * self.bytes_per_page;
-        let fetching = seconds(bytes / self.rate_bytes_per_s).saturating_add(self.round_trip);
+        let (bytes, fetching) = self.sent(pages);
         Forecast { fetching, bytes: told.bytes.saturating_add(whole(bytes)), ..told }.judged(goals)
     }
 }
@@ -303,6 +310,20 @@ mod tests {
         let told = far.forecast(goals, Mode::Auto, None);
         let why = told.misses.expect("too far");
         assert!(why.contains("--max-downtime") && why.contains("--max-total"), "{why}");
+    }
+
+    #[test]
+    fn pages_that_are_there_already_take_a_round_trip() {
+        let there = Sampled {
+            rate_bytes_per_s: 0.0,
+            bytes_per_page: 0.0,
+            ..sampled(&[(100, 0), (200, 0)])
+        };
+        for mode in [Mode::Auto, Mode::PreCopy, Mode::PostCopy, Mode::Hybrid] {
+            let told = there.forecast(Goals::default(), mode, None);
+            assert!(told.misses.is_none() && told.total < MS(10), "{told:?}");
+            assert!(told.fetching <= MS(1), "{told:?}");
+        }
     }
 
     #[test]

@@ -150,6 +150,31 @@ fn a_link_that_is_lost_in_a_look_leaves_the_move_without_one_and_ends_a_look_alo
 }
 
 #[test]
+fn a_look_at_a_machine_that_is_there_already_says_nothing_of_the_link() {
+    let (mut source, _) = begun(Preflight::First, &pages(0, 10));
+    assert_eq!(source.no_post_copy(), None);
+    feed(&mut source, 1, Event::RoundSent { round: 1, batches: 1, bytes: 160, same: 10 });
+    let word = ToSource::RoundDone { round: 1, lacking: PackedPages::default() };
+    feed(&mut source, 2, Event::Message(word));
+    feed(&mut source, 3, Event::Harvested(PageSet::new()));
+    feed(&mut source, 300, Event::Tick);
+    feed(&mut source, 300, Event::Harvested(PageSet::new()));
+    let sampled = source.sampled().expect("it was measured");
+    assert_eq!((sampled.rate_bytes_per_s, sampled.bytes_per_page), (0.0, 0.0));
+}
+
+#[test]
+fn why_pages_cannot_follow_is_known_after_a_look() {
+    let how = (Goals::default(), Mode::PreCopy);
+    let mut source = Source::new(spec(), None, 1, 1, how, ms(60_000));
+    let no_post_copy = Some("no userfaultfd".to_owned());
+    let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy };
+    feed(&mut source, 0, Event::Connected);
+    feed(&mut source, 0, Event::Message(accepted));
+    assert_eq!(source.no_post_copy(), Some("no userfaultfd"));
+}
+
+#[test]
 fn the_end_of_a_look_is_told() {
     let (mut source, _) = begun(Preflight::First, &pages(0, 10));
     round(&mut source, (1, 2, 3), 10_000, PageSet::new());
