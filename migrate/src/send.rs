@@ -274,6 +274,8 @@ struct Engine<'a> {
     shared: Option<Arc<Shared>>,
     lanes_open: usize,
     rounds: Vec<SentRound>,
+    /// With pages in them, but for what is served after the hand-over.
+    rounds_begun: u32,
     round_pages: u64,
     state_bytes: u64,
     pages: PageCounts,
@@ -333,6 +335,7 @@ impl<'a> Engine<'a> {
             shared: None,
             lanes_open: 0,
             rounds: Vec::new(),
+            rounds_begun: 0,
             round_pages: 0,
             state_bytes: 0,
             pages: PageCounts::default(),
@@ -666,6 +669,7 @@ impl<'a> Engine<'a> {
             _ => work,
         };
         let work = Arc::new(work);
+        self.rounds_begun += 1;
         self.rounds.push(SentRound {
             work: work.clone(),
             lanes_left: self.lanes.len(),
@@ -810,8 +814,7 @@ impl<'a> Engine<'a> {
             link: self.connector.describe(),
             links_lost: self.links_lost,
             state_bytes: self.state_bytes,
-            // What is served after the hand-over goes under a number of its own.
-            rounds: self.machine.rounds() - u32::from(self.machine.is_post_copy()),
+            rounds: self.rounds_begun,
             pages: self.pages,
             record_pages: self.record_pages,
             paging: self.machine.fetched().map(report::paging),
