@@ -46,7 +46,7 @@ pub use report::{
 };
 pub use restore::{RestoreError, Restored, restore};
 pub use save::{SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, save};
-pub use send::{Canceller, Left, SendEvent, SendOptions, Sent, Tuning, reattach, send};
+pub use send::{Left, SendEvent, SendHandle, SendOptions, Sent, Tuning, reattach, send};
 pub use spool::{Spool, SpoolError, check_spool, serve_spool};
 
 /// An error with its causes, as one line: `what: why: why that`.

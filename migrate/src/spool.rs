@@ -21,7 +21,7 @@ use rustix::thread::gettid;
 
 use crate::pinned::Pinned;
 use crate::report::{Report, Whereabouts};
-use crate::send::{self, Canceller, Left, SendEvent, SendOptions};
+use crate::send::{self, Left, SendEvent, SendHandle, SendOptions};
 use crate::{Guest, GuestError, words};
 
 /// What a spool says that it is made for: no VMM.
@@ -211,7 +211,7 @@ pub fn serve_spool(
     spool: Spool,
     connector: Arc<dyn Connector>,
     options: &SendOptions,
-    canceller: &Canceller,
+    handle: &SendHandle,
     watch: &mut dyn FnMut(SendEvent),
 ) -> Report {
     let Spool { dir, spec, view, reattach, digest, .. } = spool;
@@ -219,7 +219,7 @@ pub fn serve_spool(
     let (mut remains, digest) = (Remains { spec, view }, Some(digest));
     let options = SendOptions { spool: None, ..options.clone() };
     let connector = Arc::new(Pinned::new(connector, None));
-    let sent = send::go_on(&mut remains, machine, digest, connector, &options, canceller, watch);
+    let sent = send::go_on(&mut remains, machine, digest, connector, &options, handle, watch);
     let mut report = sent.report;
     match sent.left {
         Left::Nothing => remove(&dir),

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use ferry_guest::status::{self, State, StatusView};
 use ferry_migrate::{
-    Canceller, Guest, Host, Left, OutcomeKind, Progress, ReceiveEvent, ReceiveOptions, Report,
-    SendEvent, SendOptions, receive, send,
+    Guest, Host, Left, OutcomeKind, Progress, ReceiveEvent, ReceiveOptions, Report, SendEvent,
+    SendHandle, SendOptions, receive, send,
 };
 use ferry_pages::PAGE_BYTES;
 use ferry_process_guest::{Config, ProcessGuest, Tracker};
@@ -106,7 +106,7 @@ impl<G: Guest + 'static> Destination<G> {
                 cpu = cpu_time().saturating_sub(cpu_before);
             }
         };
-        let sent = send(&mut guest, connector, options, &Canceller::default(), &mut watch);
+        let sent = send(&mut guest, connector, options, &SendHandle::default(), &mut watch);
         let report = sent.report;
         let whole = report.outcome == OutcomeKind::Completed && report.digest_verified;
         if !whole || !matches!(sent.left, Left::Nothing) {

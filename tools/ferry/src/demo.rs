@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ferry_transport::{LinkChoice, PeerRule, pki};
 
-use crate::args::{Demo, DemoGuest, Migrate, ModeArg, PeerArg, Way};
+use crate::args::{Demo, DemoGuest, Destination, Migrate, ModeArg, PeerArg, Way};
 use crate::protocol::{MachineInfo, Request};
 use crate::runtime_dir::RuntimeDir;
 use crate::{Failure, machine, migrate, vm};
@@ -80,11 +80,13 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
         &Migrate {
             name: NAME.into(),
             way: Way {
-                to: to.into(),
-                identity: dir.join("pki/source"),
-                peer: PeerArg {
-                    peer: Some(PeerRule::Name("destination".into())),
-                    link: LinkChoice::Auto,
+                there: Destination {
+                    to: to.into(),
+                    identity: dir.join("pki/source"),
+                    peer: PeerArg {
+                        peer: Some(PeerRule::Name("destination".into())),
+                        link: LinkChoice::Auto,
+                    },
                 },
                 mode: ModeArg::Auto,
                 max_downtime: Duration::from_millis(50),

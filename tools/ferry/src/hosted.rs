@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use ferry_bundle::Chain;
 use ferry_memory::resident;
 use ferry_migrate::{
-    Canceller, Fetching, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report,
-    SaveCanceller, SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendOptions, Tuning,
+    Fetching, Goals, Guest, Left, OutcomeKind, PermitStub, Reattach, Report, SaveCanceller,
+    SaveError, SaveEvent, SaveOptions, SaveReport, SendEvent, SendHandle, SendOptions, Tuning,
     Whereabouts, reattach, save, send, words,
 };
 use ferry_swap::Swap;
@@ -52,7 +52,7 @@ pub(crate) struct Hosted {
 
 #[derive(Default)]
 struct Inner {
-    migrating: Option<(Route, Canceller)>,
+    migrating: Option<(Route, SendHandle)>,
     saving: Option<(PathBuf, SaveCanceller)>,
     in_doubt: Option<PermitStub>,
     /// It runs elsewhere, and lacks pages that are here.
@@ -438,8 +438,8 @@ impl Hosted {
     fn cancel(&self) -> Result<Reply, String> {
         let (inner, name) = (self.inner(), self.name());
         match (&inner.migrating, &inner.saving) {
-            (Some((to, canceller)), _) => {
-                canceller.cancel();
+            (Some((to, handle)), _) => {
+                handle.cancel();
                 Ok(Reply::Done(format!("cancelling the move of `{name}` to {to}")))
             }
             (None, Some((to, canceller))) => {
@@ -453,10 +453,10 @@ impl Hosted {
     fn tune(&self, tuning: Tuning) -> Result<Reply, String> {
         let name = self.name();
         let inner = self.inner();
-        let Some((to, canceller)) = &inner.migrating else {
+        let Some((to, handle)) = &inner.migrating else {
             return Err(format!("machine `{name}` is not moving"));
         };
-        canceller.tune(tuning);
+        handle.tune(tuning);
         Ok(Reply::Done(format!("the move of `{name}` to {to} goes on by these goals")))
     }
 
@@ -495,13 +495,13 @@ impl Hosted {
         let peer = how.peer.as_deref().map(str::parse::<PeerRule>).transpose()?;
         let connector = how.to.connector(&identity, link, peer.as_ref());
         let connector = connector.map_err(|e| e.to_string())?;
-        let canceller = Canceller::default();
+        let handle = SendHandle::default();
         let detached = {
             let mut inner = self.inner();
             let take = how.resume && inner.migrating.is_none();
             let detached = inner.detached.take_if(|_| take);
             self.check_at_rest(&inner)?;
-            inner.migrating = Some((how.to.clone(), canceller.clone()));
+            inner.migrating = Some((how.to.clone(), handle.clone()));
             detached
         };
         self.sharer.aside(|| ());
@@ -529,8 +529,8 @@ impl Hosted {
         };
         let watch = &mut watch;
         let sent = match detached {
-            None => send(&mut machine, connector, &options, &canceller, watch),
-            Some(left) => reattach(&mut machine, left, connector, &options, &canceller, watch),
+            None => send(&mut machine, connector, &options, &handle, watch),
+            Some(left) => reattach(&mut machine, left, connector, &options, &handle, watch),
         };
         let mut inner = self.inner();
         inner.migrating = None;

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ferry_migrate::{Canceller, OutcomeKind, Preflight, Report, SendOptions, Spool, Whereabouts};
+use ferry_migrate::{OutcomeKind, Preflight, Report, SendHandle, SendOptions, Spool, Whereabouts};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
@@ -22,7 +22,7 @@ pub(crate) fn main(runtime: &RuntimeDir, args: &Migrate) -> Result<ExitCode, Fai
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", words(&report, &args.name, &args.way.to.to_string()));
+        print!("{}", words(&report, &args.name, &args.way.there.to.to_string()));
     }
     Ok(exit_code(&report))
 }
@@ -56,10 +56,10 @@ pub(crate) fn look(runtime: &RuntimeDir, args: &PreflightArgs) -> Result<Report,
 fn request(way: &Way, preflight: Preflight) -> Result<MigrateRequest, Failure> {
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     Ok(MigrateRequest {
-        to: way.to.clone(),
-        identity: std::path::absolute(&way.identity)?,
-        peer: way.peer.peer.as_ref().map(ToString::to_string),
-        link: Some(way.peer.link.to_string()),
+        to: way.there.to.clone(),
+        identity: std::path::absolute(&way.there.identity)?,
+        peer: way.there.peer.peer.as_ref().map(ToString::to_string),
+        link: Some(way.there.peer.link.to_string()),
         max_downtime_us: micros(way.max_downtime),
         max_total_us: micros(way.max_total),
         max_slowdown: way.max_slowdown,
@@ -106,8 +106,9 @@ fn asks(
 
 /// Serves the pages of a spool, showing progress unless `args.json`.
 pub(crate) fn serve_spool(args: &ServeSpool) -> Result<ExitCode, Failure> {
-    let identity = crate::load_identity(&args.identity)?;
-    let connector = args.to.connector(&identity, args.peer.link, args.peer.peer.as_ref())?;
+    let there = &args.there;
+    let identity = crate::load_identity(&there.identity)?;
+    let connector = there.to.connector(&identity, there.peer.link, there.peer.peer.as_ref())?;
     let spool = Spool::open(&args.dir)?;
     let name = spool.machine().to_owned();
     let mut show = Show::new(args.json);
@@ -125,13 +126,13 @@ pub(crate) fn serve_spool(args: &ServeSpool) -> Result<ExitCode, Failure> {
         bandwidth_bytes_per_s: args.bandwidth,
         ..SendOptions::default()
     };
-    let canceller = Canceller::default();
-    let report = ferry_migrate::serve_spool(spool, connector, &options, &canceller, &mut watch);
+    let handle = SendHandle::default();
+    let report = ferry_migrate::serve_spool(spool, connector, &options, &handle, &mut watch);
     show.end();
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", words(&report, &name, &args.to.to_string()));
+        print!("{}", words(&report, &name, &there.to.to_string()));
     }
     Ok(exit_code(&report))
 }

@@ -13,7 +13,7 @@ use crate::runtime_dir::RuntimeDir;
 
 pub(crate) fn main(runtime: &RuntimeDir, args: &PreflightArgs) -> Result<ExitCode, Failure> {
     let report = migrate::look(runtime, args)?;
-    let (name, to) = (&args.name, args.way.to.to_string());
+    let (name, to) = (&args.name, args.way.there.to.to_string());
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

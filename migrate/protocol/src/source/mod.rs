@@ -37,9 +37,11 @@
 mod after_commit;
 mod clearing;
 mod events;
+mod handover;
 mod probe;
 mod reattach;
 mod rejoin;
+mod starting;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -47,11 +49,11 @@ use std::time::Duration;
 use ferry_pages::{Layout, PageSet};
 
 use crate::limits::MAX_LANES;
-use crate::messages::{Recalled, ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
+use crate::messages::{ToDestination, ToSource, VERSION_MAX, VERSION_MIN};
 use crate::outcome::{Outcome, Progress, Switchover};
 use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
-use crate::{Fetched, MachineSpec, PackedPages, RunPermit, Sampled};
+use crate::{Fetched, MachineSpec, RunPermit, Sampled};
 
 use probe::Probe;
 
@@ -62,11 +64,6 @@ pub use rejoin::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
 
 /// How long to wait for an answer of a peer whose connection is alive.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-/// The guest stands still no longer than this (or twice its downtime goal, if that is more) before the
-/// commit: a peer that takes no more pages must not freeze it.
-const STANDSTILL_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to look which pages the guest writes, before a hand-over that copies none before.
-const SAMPLE: Duration = Duration::from_millis(100);
 /// Harvests that are remembered, the last ones: pages written lately are served first.
 const MAX_RECORD: usize = 8;
 
@@ -446,69 +443,9 @@ impl Source {
         }
     }
 
-    /// The destination has pages of an old copy: at most all, each once.
-    fn recalls(&mut self, now: Duration, old: Recalled) {
-        let Recalled { pages, digests } = old;
-        let before = self.recalled.len();
-        let pages = pages.unpack(&self.layout).and_then(|pages| {
-            self.recalled.union_with(&pages);
-            let fresh = self.recalled.len() - before;
-            if fresh == pages.len() && fresh == digests.len() as u64 && fresh > 0 {
-                Ok(pages)
-            } else {
-                Err(format!(
-                    "{} digests of {} pages, {fresh} of them new",
-                    digests.len(),
-                    pages.len()
-                ))
-            }
-        });
-        match pages {
-            Ok(pages) => {
-                self.actions.push_back(SourceAction::Recall { pages, digests });
-                self.expect_answer(now);
-            }
-            Err(why) => self.fail_before_commit(format!(
-                "the destination broke the protocol: it offers an old copy of {why}"
-            )),
-        }
-    }
-
-    fn begin_if_started(&mut self, now: Duration) {
-        if !matches!(self.phase, Phase::Starting { lanes: true }) || self.answers_due > 0 {
-            return;
-        }
-        match self.preflight {
-            Preflight::Only | Preflight::First => self.begin_probe(now),
-            Preflight::No => self.begin_move(now),
-        }
-    }
-
-    fn begin_move(&mut self, now: Duration) {
-        if self.policy.mode() == Mode::PostCopy {
-            self.why_now =
-                "all pages after the hand-over, as was asked for (--mode post-copy)".into();
-            self.post_copy = true;
-            self.phase = Phase::Sampling;
-            self.deadline = Some(now + SAMPLE);
-            self.actions.push_back(SourceAction::Sample(self.pending.clone()));
-        } else {
-            self.begin_round(now);
-        }
-    }
-
     fn remember(&mut self, pages: &PageSet) {
         self.record.push_front(pages.clone());
         self.record.truncate(MAX_RECORD);
-    }
-
-    fn hand_over_when_ready(&mut self, now: Duration) {
-        if self.ready {
-            self.pause(now);
-        } else {
-            self.phase = Phase::WaitingReady;
-            self.expect_answer(now);
-        }
     }
 
     fn begin_round(&mut self, now: Duration) {
@@ -573,70 +510,6 @@ impl Source {
             self.policy.let_go();
             self.actions.push_back(SourceAction::Throttle(0));
         }
-    }
-
-    fn pause(&mut self, now: Duration) {
-        self.switchover.pause = now;
-        self.phase = Phase::Pausing;
-        self.deadline = Some(now.saturating_add(self.longest_standstill()));
-        self.ask(SourceAction::Pause);
-    }
-
-    fn longest_standstill(&self) -> Duration {
-        STANDSTILL_TIMEOUT.max(self.policy.goals().max_downtime.saturating_mul(2))
-    }
-
-    fn paused(&mut self, now: Duration, permit: RunPermit) {
-        if !matches!(self.phase, Phase::Pausing) {
-            // Cancelled, or the link lost, while the vCPUs were being stopped: let them go on.
-            self.actions.push_back(SourceAction::Resume(permit));
-            return self.begin_if_started(now);
-        }
-        self.permit = Some(permit);
-        self.switchover.paused = now;
-        self.tell(Progress::Paused);
-        self.phase = Phase::LastHarvest;
-        self.ask(SourceAction::Harvest);
-    }
-
-    fn send_final(&mut self) {
-        if self.pending.is_empty() || self.post_copy {
-            return;
-        }
-        self.round += 1;
-        let pages = std::mem::take(&mut self.pending);
-        self.in_flight.union_with(&pages);
-        self.final_rounds.push((self.round, None));
-        self.actions.push_back(SourceAction::SendPages { round: self.round, pages });
-    }
-
-    fn commit_if_sent(&mut self, now: Duration) {
-        if !matches!(self.phase, Phase::FinalSending) {
-            return;
-        }
-        let sent: Option<Vec<(u32, u64)>> =
-            self.final_rounds.iter().map(|&(round, batches)| Some((round, batches?))).collect();
-        let Some(mut rounds) = sent else { return };
-        let Some(permit) = self.permit.take() else { return };
-        let (permit, stub) = permit.hand_over();
-        self.stub = Some(stub);
-        self.committed = true;
-        let state = std::mem::take(&mut self.state);
-        self.switchover.committed = now;
-        self.phase = Phase::Committed;
-        if self.post_copy {
-            // Batches of earlier rounds may still come on the lanes of a lost link.
-            rounds.push((self.round + 1, 0));
-            self.round += 2;
-            self.owed = std::mem::take(&mut self.pending);
-        }
-        let owed = PackedPages::pack(&self.owed);
-        self.send(ToDestination::Commit { permit, state, rounds, owed });
-        if self.post_copy {
-            self.serve();
-        }
-        self.tell(Progress::Committed);
-        self.expect_answer(now);
     }
 
     fn tick(&mut self, now: Duration) {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use ferry_codec::CodecSet;
-use ferry_migrate::{Canceller, Left, OutcomeKind, Refusal};
+use ferry_migrate::{Left, OutcomeKind, Refusal, SendHandle};
 use ferry_pages::Run;
 use ferry_process_guest::{ProcessGuest, ProcessHost};
 use ferry_protocol::{
@@ -322,17 +322,17 @@ fn a_destination_that_never_answers_can_be_left() {
             held.push(channel);
         }
     });
-    let canceller = Canceller::default();
+    let handle = SendHandle::default();
     std::thread::spawn({
-        let canceller = canceller.clone();
+        let handle = handle.clone();
         move || {
             std::thread::sleep(Duration::from_millis(300));
-            canceller.cancel();
+            handle.cancel();
         }
     });
     let began = Instant::now();
     let connector = Arc::new(connector);
-    let sent = ferry_migrate::send(&mut source, connector, &options(), &canceller, &mut |_| {});
+    let sent = ferry_migrate::send(&mut source, connector, &options(), &handle, &mut |_| {});
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
     assert_eq!(sent.report.outcome, OutcomeKind::Cancelled);
     assert!(source.runs());

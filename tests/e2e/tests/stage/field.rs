@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use ferry_migrate::{
-    Arrival, Canceller, Guest, Host, ReceiveEvent, ReceiveOptions, SendOptions, Sent,
+    Arrival, Guest, Host, ReceiveEvent, ReceiveOptions, SendHandle, SendOptions, Sent,
 };
 use ferry_transport::{
     Connector, EitherConnector, Identity, LinkChoice, Listener, Over, Sockets, memory, pki,
@@ -149,5 +149,5 @@ pub fn migrate(
     connector: &Arc<dyn Connector>,
     options: &SendOptions,
 ) -> Sent {
-    ferry_migrate::send(source, connector.clone(), options, &Canceller::default(), &mut |_| {})
+    ferry_migrate::send(source, connector.clone(), options, &SendHandle::default(), &mut |_| {})
 }

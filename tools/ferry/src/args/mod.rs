@@ -12,7 +12,7 @@ use ferry_refvmm::DirtyLog;
 use units::{parse_bytes, parse_limit};
 
 pub(crate) use moves::{
-    ListenArg, Migrate, ModeArg, PeerArg, PreflightArgs, ServeSpool, Tune, Way,
+    Destination, ListenArg, Migrate, ModeArg, PeerArg, PreflightArgs, ServeSpool, Tune, Way,
 };
 pub(crate) use units::Limit;
 

@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::units::{parse_bandwidth, parse_rate};
 use crate::route::{Route, address};
 
-/// Where a machine goes, how, and what is asked of it.
+/// The host at the other end of a move, and who this one is to it.
 #[derive(Clone, Debug, Args)]
-pub(crate) struct Way {
+pub(crate) struct Destination {
     /// Where `ferry receive` listens; several addresses of that host are used side by side.
     #[arg(long, value_name = "ADDR[,ADDR…]")]
     pub(crate) to: Route,
@@ -23,6 +23,13 @@ pub(crate) struct Way {
     pub(crate) identity: PathBuf,
     #[command(flatten)]
     pub(crate) peer: PeerArg,
+}
+
+/// Where a machine goes, how, and what is asked of it.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Way {
+    #[command(flatten)]
+    pub(crate) there: Destination,
     /// How memory is moved.
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
     pub(crate) mode: ModeArg,
@@ -136,14 +143,8 @@ pub(crate) struct ListenArg {
 pub(crate) struct ServeSpool {
     /// What `ferry migrate --spool` wrote.
     pub(crate) dir: PathBuf,
-    /// Where `ferry receive` runs the machine; several addresses of that host are used side by side.
-    #[arg(long, value_name = "ADDR[,ADDR…]")]
-    pub(crate) to: Route,
-    /// This host's identity: a directory that `ferry pki init` made.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) identity: PathBuf,
     #[command(flatten)]
-    pub(crate) peer: PeerArg,
+    pub(crate) there: Destination,
     /// Most that page data may take of the link, such as 1Gbit or 100Mbit.
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,

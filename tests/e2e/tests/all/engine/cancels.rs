@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use ferry_migrate::{Canceller, Guest, OutcomeKind, Progress, SendEvent, SendOptions, Sent};
+use ferry_migrate::{Guest, OutcomeKind, Progress, SendEvent, SendHandle, SendOptions, Sent};
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
 
@@ -29,15 +29,15 @@ fn cancelled<G: Subject>(
     options: &SendOptions,
     when: When,
 ) -> Option<Sent> {
-    let canceller = Canceller::default();
+    let handle = SendHandle::default();
     let debts = source.debts.clone();
     // Debts of an earlier migration are settled.
     debts.lock().unwrap().settle();
     if let When::After(delay) = when {
-        let canceller = canceller.clone();
+        let handle = handle.clone();
         std::thread::spawn(move || {
             std::thread::sleep(delay);
-            canceller.cancel();
+            handle.cancel();
         });
     }
     let news = AtomicU32::new(0);
@@ -47,7 +47,7 @@ fn cancelled<G: Subject>(
         source,
         destination.connector.clone(),
         options,
-        &canceller,
+        &handle,
         &mut |event| {
             if let SendEvent::Progress(progress) = event {
                 match progress {
@@ -61,7 +61,7 @@ fn cancelled<G: Subject>(
                 if let When::News(n) = when
                     && news.fetch_add(1, Ordering::SeqCst) == n
                 {
-                    canceller.cancel();
+                    handle.cancel();
                 }
             }
         },
@@ -107,7 +107,7 @@ fn cancels_anywhere<M: Maker>(maker: &M, link: Link, whens: impl Iterator<Item =
         &mut source,
         destination.connector.clone(),
         &options(2),
-        &Canceller::default(),
+        &SendHandle::default(),
         &mut |_| {},
     );
     assert_completed(&sent);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ferry_migrate::{
-    Canceller, Goals, Guest, OutcomeKind, Preflight, Progress, SendEvent, SendOptions, Tuning,
+    Goals, Guest, OutcomeKind, Preflight, Progress, SendEvent, SendHandle, SendOptions, Tuning,
 };
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
@@ -111,12 +111,12 @@ fn goals_and_bandwidth_can_be_changed_while_a_machine_moves() {
     // Its first round would take minutes, and it is not allowed to take one second.
     let goals = Goals { max_total: Duration::from_secs(1), ..Goals::default() };
     let how = SendOptions { goals, bandwidth_bytes_per_s: Some(50_000), ..options(1) };
-    let canceller = Canceller::default();
+    let handle = SendHandle::default();
     let began = Instant::now();
     let connector = destination.connector.clone();
-    let sent = ferry_migrate::send(&mut source, connector, &how, &canceller, &mut |event| {
+    let sent = ferry_migrate::send(&mut source, connector, &how, &handle, &mut |event| {
         if let SendEvent::Progress(Progress::RoundStarted { round: 1, .. }) = event {
-            canceller.tune(Tuning {
+            handle.tune(Tuning {
                 max_downtime: Some(Duration::from_secs(5)),
                 max_total: Some(Duration::from_secs(60)),
                 bandwidth_bytes_per_s: Some(0),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ferry_migrate::{
-    Arrival, Canceller, Guest, Left, Mode, OutcomeKind, Progress, ReceiveEvent, SendEvent,
+    Arrival, Guest, Left, Mode, OutcomeKind, Progress, ReceiveEvent, SendEvent, SendHandle,
     SendOptions, Sent, Spool, Whereabouts, serve_spool,
 };
 use ferry_pages::Run;
@@ -291,7 +291,7 @@ fn a_destination_that_cannot_be_reached_waits_and_is_served_later() {
         left,
         connector,
         &again,
-        &Canceller::default(),
+        &SendHandle::default(),
         &mut |_| {},
     );
     assert_completed(&sent);
@@ -307,12 +307,12 @@ fn given_up_when_the_link_is_lost(
     relay: &Relay,
     options: &SendOptions,
 ) -> Sent {
-    let canceller = Canceller::default();
+    let handle = SendHandle::default();
     let (mut lost, connector) = (false, relay.connector());
-    let sent = ferry_migrate::send(source, connector, options, &canceller, &mut |event| {
+    let sent = ferry_migrate::send(source, connector, options, &handle, &mut |event| {
         if let SendEvent::Progress(Progress::LinkLost(_)) = event {
             lost = true;
-            canceller.cancel();
+            handle.cancel();
         }
     });
     assert!(lost);
@@ -366,7 +366,7 @@ fn a_spool_is_of_the_commit_by_which_the_machine_runs_and_of_none_before() {
     let spool = Spool::open(dir.path()).expect("a spool");
     let connector = at.destination.connector.clone();
     let options = by(Mode::PostCopy);
-    let report = serve_spool(spool, connector, &options, &Canceller::default(), &mut |_| {});
+    let report = serve_spool(spool, connector, &options, &SendHandle::default(), &mut |_| {});
     assert!(report.digest_verified, "{}", report.reason);
     let arrived = at.destination.arrival().expect("a machine").0;
     goes_on(&arrived, ARENA_PAGES);

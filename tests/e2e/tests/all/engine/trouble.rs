@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use ferry_migrate::{
-    Arrival, Canceller, Left, OutcomeKind, Progress, ReceiveEvent, ReceiveOptions, SendEvent,
+    Arrival, Left, OutcomeKind, Progress, ReceiveEvent, ReceiveOptions, SendEvent, SendHandle,
     SendOptions, Sent, Whereabouts,
 };
 use ferry_process_guest::{ProcessGuest, ProcessHost, Tracker};
@@ -216,8 +216,8 @@ fn a_destination_that_cannot_be_reached_before_the_commit_is_given_up_and_gives_
 fn a_move_that_begins_anew_takes_the_place_of_one_that_waits_for_its_source() {
     let mut at =
         stage_with(Link::Memory, ReceiveOptions { once: true, ..ReceiveOptions::default() });
-    let canceller = Canceller::default();
-    let operator = canceller.clone();
+    let handle = SendHandle::default();
+    let operator = handle.clone();
     let relay = at.relay(false, |word, _| match word {
         Word::Frame(_) => Deal::Cut,
         _ => Deal::Pass,
@@ -226,7 +226,7 @@ fn a_move_that_begins_anew_takes_the_place_of_one_that_waits_for_its_source() {
         &mut at.source,
         relay.connector(),
         &options(2),
-        &canceller,
+        &handle,
         &mut |event| {
             if let SendEvent::Progress(Progress::LinkLost(_)) = event {
                 operator.cancel();
@@ -308,18 +308,18 @@ fn cancelled_while_stalled(link: Link, stalls: fn(&Word<'_>) -> bool) {
             }
         }
     });
-    let canceller = Canceller::default();
+    let handle = SendHandle::default();
     let cancelled_at = std::thread::spawn({
-        let canceller = canceller.clone();
+        let handle = handle.clone();
         move || {
             eventually("it stalls", || stalled.load(Ordering::SeqCst));
             std::thread::sleep(Duration::from_millis(300));
-            canceller.cancel();
+            handle.cancel();
             Instant::now()
         }
     });
     let connector = relay.connector();
-    let sent = ferry_migrate::send(&mut at.source, connector, &options(2), &canceller, &mut |_| {});
+    let sent = ferry_migrate::send(&mut at.source, connector, &options(2), &handle, &mut |_| {});
     let took = cancelled_at.join().unwrap().elapsed();
     assert_eq!(sent.report.outcome, OutcomeKind::Cancelled, "{}", sent.report.reason);
     assert!(took < Duration::from_secs(8), "the operator waited {took:?}");

@@ -4,8 +4,10 @@
 //! each lane reads and sends pages. All report to the first by one channel, so that the order of events
 //! is one order.
 
+mod handle;
+mod options;
+
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,11 +19,10 @@ use ferry_memory::{GuestView, Touched};
 use ferry_pages::{DirtyRate, PAGE_BYTES, PageSet};
 use ferry_protocol::limits;
 use ferry_protocol::{
-    Goals, Hello, Mode, Outcome, PermitStub, Preflight, Progress, Reattach, RunPermit, Source,
-    SourceAction, SourceEvent, StateWriter, ToDestination,
+    Hello, Mode, Outcome, PermitStub, Progress, Reattach, RunPermit, Source, SourceAction,
+    SourceEvent, StateWriter, ToDestination,
 };
 use ferry_transport::{Connector, Pacer};
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
@@ -36,61 +37,8 @@ use crate::serve::{self, Serving};
 use crate::spool::Spooling;
 use crate::{Guest, GuestError, tracking, words};
 
-/// How to migrate.
-#[derive(Clone, Debug)]
-pub struct SendOptions {
-    /// What the operator asks for.
-    pub goals: Goals,
-    /// How to reach it.
-    pub mode: Mode,
-    /// Whether to look at link and guest before.
-    pub preflight: Preflight,
-    /// How long to try to come back when the link is lost.
-    pub rejoin_for: Duration,
-    /// After a hand-over that owes pages, write those to a spool at this directory, too: see
-    /// [`serve_spool`](crate::serve_spool).
-    pub spool: Option<PathBuf>,
-    /// No more page bytes a second than this.
-    pub bandwidth_bytes_per_s: Option<u64>,
-    /// Connections for pages.
-    pub lanes: u16,
-    /// Codecs that may be used.
-    pub codecs: CodecSet,
-}
-
-impl Default for SendOptions {
-    /// Default goals by [`Mode::Auto`], two minutes to come back, no limit, every codec, and a lane for each
-    /// two cores, at least two and at most four: a lane keeps a core busy here and another one at the
-    /// destination, and while one encodes, its own connection stands still.
-    fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let lanes = u16::try_from(cores / 2).unwrap_or(4).clamp(2, 4);
-        Self {
-            goals: Goals::default(),
-            mode: Mode::default(),
-            preflight: Preflight::default(),
-            rejoin_for: Duration::from_secs(120),
-            spool: None,
-            bandwidth_bytes_per_s: None,
-            lanes,
-            codecs: CodecSet::ALL,
-        }
-    }
-}
-
-/// What is to be different in a migration under way; what is not named stays.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Tuning {
-    /// See [`Goals`].
-    pub max_downtime: Option<Duration>,
-    /// See [`Goals`]; since the migration began.
-    pub max_total: Option<Duration>,
-    /// See [`Goals`].
-    pub max_slowdown: Option<u8>,
-    /// No more page bytes a second than this; 0: no limit.
-    pub bandwidth_bytes_per_s: Option<u64>,
-}
+pub use handle::SendHandle;
+pub use options::{SendOptions, Tuning};
 
 /// What whoever watches a migration is told.
 #[derive(Clone, Debug)]
@@ -108,37 +56,6 @@ pub enum SendEvent {
     },
     /// All pages that were owed are in the spool: bytes; or why they are not.
     Spooled(Result<u64, String>),
-}
-
-/// Ends a migration from another thread.
-#[derive(Clone, Debug, Default)]
-pub struct Canceller(Arc<Mutex<(bool, Option<Sender<Message>>)>>);
-
-impl Canceller {
-    /// Cancels: before the commit the guest goes on here; after it nothing changes.
-    pub fn cancel(&self) {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.0 = true;
-        if let Some(sender) = &inner.1 {
-            let _ = sender.send(Message::Event(SourceEvent::Cancel));
-        }
-    }
-
-    /// Goes on as `tuning` says. After the commit, goals change nothing.
-    pub fn tune(&self, tuning: Tuning) {
-        let inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sender) = &inner.1 {
-            let _ = sender.send(Message::Tune(tuning));
-        }
-    }
-
-    fn attach(&self, sender: Sender<Message>) {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if inner.0 {
-            let _ = sender.send(Message::Event(SourceEvent::Cancel));
-        }
-        inner.1 = Some(sender);
-    }
 }
 
 /// What is left at the source after a migration.
@@ -190,7 +107,7 @@ pub fn send(
     guest: &mut dyn Guest,
     connector: Arc<dyn Connector>,
     options: &SendOptions,
-    canceller: &Canceller,
+    handle: &SendHandle,
     watch: &mut dyn FnMut(SendEvent),
 ) -> Sent {
     let how = (options.goals, options.mode);
@@ -199,7 +116,7 @@ pub fn send(
     let mut machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
     machine.set_preflight(options.preflight);
     let connector = Arc::new(Pinned::new(connector, None));
-    let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
+    let (mut engine, receiver) = Engine::new(guest, machine, connector, options, handle, watch);
     engine.connect(Hello::control());
     engine.run(&receiver)
 }
@@ -211,13 +128,13 @@ pub fn reattach(
     reattach: Reattach,
     connector: Arc<dyn Connector>,
     options: &SendOptions,
-    canceller: &Canceller,
+    handle: &SendHandle,
     watch: &mut dyn FnMut(SendEvent),
 ) -> Sent {
     let peer = reattach.peer().map(str::to_owned);
     let connector = Arc::new(Pinned::new(connector, peer));
     let machine = Source::reattach(reattach, options.goals, options.rejoin_for);
-    go_on(guest, machine, None, connector, options, canceller, watch)
+    go_on(guest, machine, None, connector, options, handle, watch)
 }
 
 /// Runs `machine`, which is a reattached one. `digest` is that of all memory, where `guest` has only a part.
@@ -227,10 +144,10 @@ pub(crate) fn go_on(
     digest: Option<u64>,
     connector: Arc<Pinned>,
     options: &SendOptions,
-    canceller: &Canceller,
+    handle: &SendHandle,
     watch: &mut dyn FnMut(SendEvent),
 ) -> Sent {
-    let (mut engine, receiver) = Engine::new(guest, machine, connector, options, canceller, watch);
+    let (mut engine, receiver) = Engine::new(guest, machine, connector, options, handle, watch);
     engine.paused = true;
     engine.digest = digest;
     engine.run(&receiver)
@@ -305,11 +222,11 @@ impl<'a> Engine<'a> {
         machine: Source,
         connector: Arc<Pinned>,
         options: &SendOptions,
-        canceller: &Canceller,
+        handle: &SendHandle,
         watch: &'a mut dyn FnMut(SendEvent),
     ) -> (Self, Receiver<Message>) {
         let (sender, receiver) = channel();
-        canceller.attach(sender.clone());
+        handle.attach(sender.clone());
         let layout = guest.spec().layout().unwrap_or_default();
         let guest_bytes = guest.spec().memory_bytes();
         let engine = Self {
