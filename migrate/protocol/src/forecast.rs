@@ -259,7 +259,7 @@ mod tests {
         let goals = Goals { max_total: Duration::from_secs(20), ..Goals::default() };
         let auto = s.forecast(goals, Mode::Auto, None);
         assert_eq!((auto.mode, auto.misses.as_deref()), (Mode::Hybrid, None));
-        assert!(auto.fetching > Duration::from_secs(1) && auto.rounds == 2, "{auto:?}");
+        assert!(auto.fetching > Duration::from_secs(1) && auto.rounds == 1, "{auto:?}");
         let post = s.forecast(goals, Mode::PostCopy, None);
         // All pages, at 125 MB/s.
         let fetching = post.fetching.as_secs_f64() - 0.001;

@@ -145,8 +145,6 @@ pub struct Policy {
     /// Why they cannot be.
     cannot_slow: Option<String>,
     rounds: u32,
-    /// Rounds one after the other that left nearly as many dirty pages as they sent.
-    idle_rounds: u32,
     /// Bytes a second, from rounds large enough to tell.
     rate: f64,
     bytes_per_page: f64,
@@ -164,13 +162,11 @@ pub(crate) const OVERHEAD: Duration = Duration::from_millis(2);
 const TELLING_BYTES: u64 = 1 << 20;
 /// At most so many more rounds once the goal is met, each only while it shrinks the rest.
 const POLISHING_ROUNDS: u32 = 3;
-/// After so many rounds that did not pay, `auto` stops making rounds.
-const IDLE_ROUNDS: u32 = 2;
 /// After so many rounds, the shortest acknowledgement is that of the link, not of pages that were still installed, or of
 /// a busy host.
 const ROUNDS_TO_KNOW_THE_LINK: u32 = 20;
 /// A round pays if it leaves less than this part of what it sent.
-const PAYS: f64 = 0.75;
+const PAYS: f64 = 0.5;
 /// vCPUs that are held back shall leave this part.
 const SHRINKS_TO: f64 = 1.0 / 3.0;
 /// No vCPU is held back more: percent.
@@ -188,7 +184,6 @@ impl Policy {
             slowed: 0,
             cannot_slow: None,
             rounds: 0,
-            idle_rounds: 0,
             rate: 0.0,
             bytes_per_page: ferry_pages::PAGE_BYTES as f64,
             round_trip: Duration::MAX,
@@ -381,10 +376,10 @@ impl Policy {
                  {:.0}ms",
                 ms(least),
                 ms(self.round_trip),
-                (least.as_secs_f64() * 1.25e3).ceil()
+                (near(least).as_secs_f64() * 1e3).ceil()
             ));
         }
-        let allowed = if unreachable { least.saturating_add(least / 4) } else { goal };
+        let allowed = if unreachable { near(least) } else { goal };
         if expected <= allowed {
             self.rounds_within_goal += 1;
             let tiny = expected <= allowed / 8;
@@ -405,6 +400,10 @@ impl Policy {
         if let Some(why) = self.rounds_are_over(&facts, pays) {
             return match self.mode {
                 Mode::PreCopy => Decision::GiveUp(why),
+                Mode::Auto if expected <= near(least) => Decision::SwitchOver(format!(
+                    "{why}: all {} pages before the hand-over, as it would take no less time without them",
+                    facts.dirty
+                )),
                 Mode::Auto | Mode::PostCopy | Mode::Hybrid => {
                     Decision::PostCopy(format!("{why}: {} pages after the hand-over", facts.dirty))
                 }
@@ -432,11 +431,10 @@ impl Policy {
     }
 
     /// Why no other round is made, if so.
-    fn rounds_are_over(&mut self, facts: &RoundFacts, pays: bool) -> Option<String> {
-        self.idle_rounds = if pays { 0 } else { self.idle_rounds + 1 };
+    fn rounds_are_over(&self, facts: &RoundFacts, pays: bool) -> Option<String> {
         match self.mode {
             Mode::PostCopy | Mode::Hybrid => Some("one round was asked for (--mode hybrid)".into()),
-            Mode::Auto if self.idle_rounds >= IDLE_ROUNDS => Some(self.and_needs(format!(
+            Mode::Auto if !pays => Some(self.and_needs(format!(
                 "the guest dirties {:.0} pages/s, as fast as the link carries them: round {} sent {} pages \
                  and left {} dirty, {:.0} ms of downtime where {} ms are allowed",
                 self.dirty_pages_per_s,
@@ -467,6 +465,11 @@ impl Policy {
         let send = Duration::try_from_secs_f64(send).unwrap_or(Duration::MAX);
         self.expected = OVERHEAD.saturating_add(self.round_trip).saturating_add(send);
     }
+}
+
+/// What is not worth telling from `time`.
+fn near(time: Duration) -> Duration {
+    time.saturating_add(time / 4)
 }
 
 /// A rate in bytes a second, as operators of links say it.
