@@ -166,7 +166,9 @@ const POLISHING_ROUNDS: u32 = 3;
 /// a busy host.
 const ROUNDS_TO_KNOW_THE_LINK: u32 = 20;
 /// A round pays if it leaves less than this part of what it sent.
-const PAYS: f64 = 0.5;
+const PAYS: f64 = 0.75;
+/// The same where pages can go after the hand-over, which sends each of them once more and no oftener.
+const PAYS_AUTO: f64 = 0.5;
 /// vCPUs that are held back shall leave this part.
 const SHRINKS_TO: f64 = 1.0 / 3.0;
 /// No vCPU is held back more: percent.
@@ -396,8 +398,8 @@ impl Policy {
                 });
             }
         }
-        let pays = (facts.dirty as f64) < PAYS * facts.pages as f64;
-        if let Some(why) = self.rounds_are_over(&facts, pays) {
+        let leaves_less_than = |part| (facts.dirty as f64) < part * facts.pages as f64;
+        if let Some(why) = self.rounds_are_over(&facts, leaves_less_than(PAYS_AUTO)) {
             return match self.mode {
                 Mode::PreCopy => Decision::GiveUp(why),
                 Mode::Auto if expected <= near(least) => Decision::SwitchOver(format!(
@@ -415,7 +417,8 @@ impl Policy {
             ms(expected),
             ms(goal)
         );
-        if self.mode == Mode::PreCopy && !pays && self.slowed < self.most_slowed() {
+        if self.mode == Mode::PreCopy && !leaves_less_than(PAYS) && self.slowed < self.most_slowed()
+        {
             // At least half of the speed that is left: a set that is written over and over looks slower than it is.
             let half = self.slowed + (100 - self.slowed).div_ceil(2);
             self.slowed = self.slow_to(SHRINKS_TO).max(half).min(self.most_slowed());
@@ -435,7 +438,7 @@ impl Policy {
         match self.mode {
             Mode::PostCopy | Mode::Hybrid => Some("one round was asked for (--mode hybrid)".into()),
             Mode::Auto if !pays => Some(self.and_needs(format!(
-                "the guest dirties {:.0} pages/s, as fast as the link carries them: round {} sent {} pages \
+                "the guest dirties {:.0} pages/s, too many for rounds to pay: round {} sent {} pages \
                  and left {} dirty, {:.0} ms of downtime where {} ms are allowed",
                 self.dirty_pages_per_s,
                 facts.round,
