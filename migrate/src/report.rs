@@ -1,7 +1,6 @@
 //! What a migration did, in numbers and words.
 
 use ferry_codec::Codec;
-use std::collections::VecDeque;
 use std::time::Duration;
 
 use ferry_protocol::{Fetched, Goals, Mode, Outcome, Progress, Sampled, Switchover};
@@ -268,12 +267,13 @@ pub(crate) fn foreseen(
     }
 }
 
-/// Decisions that are remembered: the last ones.
+/// Decisions that are remembered. The oldest that was only another round makes way, so that what changed something
+/// stays.
 const MAX_DECISIONS: usize = 64;
 
 /// What was decided so far.
 #[derive(Debug, Default)]
-pub(crate) struct Decisions(VecDeque<DecisionReport>);
+pub(crate) struct Decisions(Vec<DecisionReport>);
 
 impl Decisions {
     /// Takes down what `progress`, told at time `at`, says of a decision.
@@ -291,9 +291,9 @@ impl Decisions {
             return;
         };
         if self.0.len() == MAX_DECISIONS {
-            self.0.pop_front();
+            self.0.remove(self.0.iter().position(|d| d.decision == "round").unwrap_or(0));
         }
-        self.0.push_back(DecisionReport {
+        self.0.push(DecisionReport {
             at_ms: ms(at),
             round: facts.round,
             pages: facts.pages,
@@ -311,7 +311,7 @@ impl Decisions {
     }
 
     pub(crate) fn into_reports(self) -> Vec<DecisionReport> {
-        self.0.into()
+        self.0
     }
 }
 
@@ -325,7 +325,7 @@ pub struct Report {
     /// Goals that were missed by a machine that arrived, in words.
     #[serde(default)]
     pub missed: Vec<String>,
-    /// The last decisions, in their order.
+    /// The last decisions, in their order; of many, those that were only another round are left out first.
     #[serde(default)]
     pub decisions: Vec<DecisionReport>,
     /// What was expected before the move began, if it was looked at.
@@ -456,6 +456,8 @@ pub(crate) fn outcome(outcome: &Outcome) -> (OutcomeKind, String, Whereabouts, O
 
 #[cfg(test)]
 mod tests {
+    use ferry_protocol::{Decision, RoundFacts};
+
     use super::*;
 
     #[test]
@@ -477,5 +479,39 @@ mod tests {
         assert!((downtime - 20.0).abs() < 1e-9, "{downtime}");
         assert!((sum - downtime).abs() < 1e-9, "{sum}");
         assert!((p.flight - 6.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn of_many_decisions_those_that_changed_something_stay() {
+        let round = |round| Decision::Round(format!("{round}"));
+        let mut decisions = Decisions::default();
+        let mut told = |number, decision| {
+            let facts = RoundFacts {
+                round: number,
+                took: Duration::from_millis(1),
+                pages: 1,
+                bytes: 1,
+                same: 0,
+                dirty: 1,
+                acknowledged_in: Duration::ZERO,
+                elapsed: Duration::ZERO,
+            };
+            let progress = Progress::RoundDone {
+                facts,
+                rate_bytes_per_s: 1.0,
+                bytes_per_page: 1.0,
+                round_trip: Duration::ZERO,
+                expected_downtime: Duration::ZERO,
+                slowed: 0,
+                decision,
+            };
+            decisions.follow(Duration::ZERO, &progress);
+        };
+        told(1, round(1));
+        told(2, Decision::Slow(50, "it does not shrink".into()));
+        (3..100).for_each(|number| told(number, round(number)));
+        let kept: Vec<_> = decisions.into_reports().iter().map(|d| d.round).collect();
+        assert_eq!(kept.len(), MAX_DECISIONS);
+        assert!(kept[..2] == [2, 37] && kept.is_sorted() && kept.last() == Some(&99), "{kept:?}");
     }
 }
