@@ -1,4 +1,4 @@
-//! Pages that the guest says are free while it moves: they are left out of the first round.
+//! Pages that the guest says are free while it moves: they are left out of the first round and of the samples before it.
 //!
 //! A hint is a claim about a moment that is over when it is read: the guest may have taken the page back since, and
 //! written to it. So a page is left out, and not forgotten: it was re-armed before the guest was asked, nothing
@@ -32,6 +32,8 @@ pub(crate) struct Hints(Arc<Mutex<Said>>);
 #[derive(Default)]
 struct Said {
     guest: Option<Box<dyn FreePages>>,
+    /// Called free since they were re-armed.
+    free: PageSet,
     /// Found to be written since it was asked.
     written: PageSet,
     left_out: PageSet,
@@ -48,13 +50,17 @@ impl Hints {
         self.said().guest = Some(guest);
     }
 
-    /// Takes out of `pages`, from frame `from` on, what the guest called free.
-    pub(crate) fn leave_out(&self, pages: &mut PageSet, from: u64) {
+    /// Takes out of `pages` what the guest called free. Those before frame `armed_to` are re-armed, and what it said
+    /// of them is not believed.
+    pub(crate) fn leave_out(&self, pages: &mut PageSet, armed_to: u64) {
         let mut said = self.said();
+        let said = &mut *said;
         let Some(guest) = &mut said.guest else { return };
-        let mut free = PageSet::new();
-        guest.take(&mut free);
-        free.remove_run(Run::new(0, from));
+        guest.take(&mut said.free);
+        for run in pages.runs_in(Run::new(0, armed_to)) {
+            said.free.remove_run(run);
+        }
+        let mut free = said.free.clone();
         free.intersect_with(pages);
         free.subtract(&said.written);
         pages.subtract(&free);

@@ -31,8 +31,8 @@ mod tracking;
 pub use ferry_memory::GuestView;
 pub use ferry_pages::PageSet;
 pub use ferry_protocol::{
-    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, Mode, PermitStub, Preflight,
-    Progress, Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
+    Arrival, DeviceSpec, Goals, HostCapabilities, MachineSpec, Mode, PermitStub, Progress,
+    Reattach, Refusal, RunPermit, StateError, StateReader, StateWriter, is_machine_name,
 };
 pub use ferry_transport::{Admission, AllowList};
 pub use fetching::Fetching;

@@ -34,8 +34,7 @@ pub use packed::PackedPages;
 pub use permit::{PermitStub, RunPermit};
 pub use policy::{Decision, Goals, Mode, Policy, RoundFacts};
 pub use source::{
-    DOUBT_TIMEOUT, Preflight, QUESTION_TIMEOUT, Reattach, Source, SourceAction, SourceEvent,
-    Spooled,
+    DOUBT_TIMEOUT, QUESTION_TIMEOUT, Reattach, Source, SourceAction, SourceEvent, Spooled,
 };
 pub use spec::{DeviceSpec, HostCapabilities, MachineSpec, is_machine_name};
 pub use state::{MAX_SECTION_BYTES, StateError, StateReader, StateWriter};

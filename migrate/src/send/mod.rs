@@ -114,7 +114,9 @@ pub fn send(
     let (codecs, lanes) = (options.codecs.bits(), options.lanes);
     let (spec, number) = (guest.spec(), guest.machine());
     let mut machine = Source::new(spec, number, codecs, lanes, how, options.rejoin_for);
-    machine.set_preflight(options.preflight);
+    if options.look_only {
+        machine.look_only();
+    }
     let connector = Arc::new(Pinned::new(connector, None));
     let (mut engine, receiver) = Engine::new(guest, machine, connector, options, handle, watch);
     engine.connect(Hello::control());
@@ -412,7 +414,7 @@ impl<'a> Engine<'a> {
             }
             SourceAction::Sample(pages) => {
                 self.look = tracking::look(&self.memory);
-                tracking::rearm(&self.trackers, &pages).err().map(SourceEvent::Failed)
+                self.sample(&pages).err().map(SourceEvent::Failed)
             }
             SourceAction::Serve { round, owed, mut record } => {
                 record.push(std::mem::take(&mut self.touched));
@@ -435,6 +437,8 @@ impl<'a> Engine<'a> {
             }
             SourceAction::Rejoin { session, done } => {
                 self.give_up_link();
+                // What was re-armed for the round that is given up is sent again.
+                self.hints.end();
                 self.link = rand::random();
                 self.connect(Hello::Rejoin { session, done, link: self.link });
                 None
@@ -526,7 +530,10 @@ impl<'a> Engine<'a> {
                 if sent.lanes_left == 0 {
                     let total = sent.total;
                     self.rounds.retain(|r| r.work.number != round);
-                    self.hints.end();
+                    if !self.machine.is_sampling() {
+                        // The pages of later rounds were written since they were re-armed.
+                        self.hints.end();
+                    }
                     self.handle(SourceEvent::RoundSent {
                         round,
                         batches: total.batches,
@@ -543,18 +550,20 @@ impl<'a> Engine<'a> {
     fn start_tracking(&mut self) -> SourceEvent {
         let started = tracking::start(&self.trackers, self.guest, &self.memory);
         self.last_harvest = self.began.elapsed();
-        let asked = started.and_then(|resident| {
-            let huge = self.memory.regions().iter().any(|region| region.unit > 1);
-            if let Some(free) = self.guest.free_pages().filter(|_| !huge) {
-                tracking::rearm(&self.trackers, &resident)?;
-                self.hints.begin(free);
-            }
-            Ok(resident)
-        });
-        match asked {
+        match started {
             Ok(resident) => SourceEvent::TrackingStarted(resident),
             Err(why) => SourceEvent::Failed(why),
         }
+    }
+
+    /// Re-arms all pages, and then asks the guest which of them are free.
+    fn sample(&mut self, pages: &PageSet) -> Result<(), String> {
+        tracking::rearm(&self.trackers, pages)?;
+        let huge = self.memory.regions().iter().any(|region| region.unit > 1);
+        if let Some(free) = self.guest.free_pages().filter(|_| !huge) {
+            self.hints.begin(free);
+        }
+        Ok(())
     }
 
     fn harvest(&mut self) -> SourceEvent {
@@ -580,10 +589,9 @@ impl<'a> Engine<'a> {
         let trackers = (!self.paused).then(|| self.trackers.clone());
         self.hints.sent(&pages);
         let work = Round::new(round, pages, trackers);
-        // All others were written since they were re-armed.
-        let work = match (round, self.paused) {
-            (1, false) => work.without(self.hints.clone()),
-            _ => work,
+        let work = match self.paused {
+            false => work.without(self.hints.clone()),
+            true => work,
         };
         let work = Arc::new(work);
         self.rounds_begun += 1;

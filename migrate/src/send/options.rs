@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ferry_codec::CodecSet;
-use ferry_protocol::{Goals, Mode, Preflight};
+use ferry_protocol::{Goals, Mode};
 use serde::{Deserialize, Serialize};
 
 /// How to migrate.
@@ -14,8 +14,8 @@ pub struct SendOptions {
     pub goals: Goals,
     /// How to reach it.
     pub mode: Mode,
-    /// Whether to look at link and guest before.
-    pub preflight: Preflight,
+    /// Only look at link and guest, as each move does when it begins: the machine stays here.
+    pub look_only: bool,
     /// How long to try to come back when the link is lost.
     pub rejoin_for: Duration,
     /// After a hand-over that owes pages, write those to a spool at this directory, too: see
@@ -39,7 +39,7 @@ impl Default for SendOptions {
         Self {
             goals: Goals::default(),
             mode: Mode::default(),
-            preflight: Preflight::default(),
+            look_only: false,
             rejoin_for: Duration::from_secs(120),
             spool: None,
             bandwidth_bytes_per_s: None,

@@ -94,7 +94,6 @@ pub(crate) fn main(args: &Demo) -> Result<ExitCode, Failure> {
                 max_slowdown: 0,
                 bandwidth: None,
             },
-            preflight: false,
             resume: false,
             rejoin: Duration::from_secs(120),
             spool: None,

@@ -513,7 +513,7 @@ impl Hosted {
             },
             bandwidth_bytes_per_s: how.bandwidth_bytes_per_s,
             mode: how.mode.into(),
-            preflight: how.preflight,
+            look_only: how.look_only,
             rejoin_for: Duration::from_millis(how.rejoin_ms),
             spool: how.spool.clone(),
             lanes: SendOptions::default().lanes.max(how.to.len()),

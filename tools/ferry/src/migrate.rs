@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use ferry_migrate::{OutcomeKind, Preflight, Report, SendHandle, SendOptions, Spool, Whereabouts};
+use ferry_migrate::{OutcomeKind, Report, SendHandle, SendOptions, Spool, Whereabouts};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 
 use crate::Failure;
@@ -38,22 +38,22 @@ pub(crate) fn exit_code(report: &Report) -> ExitCode {
 
 /// Moves the machine, showing progress unless `args.json`.
 pub(crate) fn migrate(runtime: &RuntimeDir, args: &Migrate) -> Result<Report, Failure> {
-    let preflight = if args.preflight { Preflight::First } else { Preflight::No };
     let request = MigrateRequest {
         resume: args.resume,
         rejoin_ms: u64::try_from(args.rejoin.as_millis()).unwrap_or(u64::MAX),
         spool: args.spool.as_ref().map(std::path::absolute).transpose()?,
-        ..request(&args.way, preflight)?
+        ..request(&args.way)?
     };
     asks(runtime, &args.name, request, args.json)
 }
 
 /// Looks at what a move would come to, showing progress unless `json`.
 pub(crate) fn look(runtime: &RuntimeDir, args: &PreflightArgs) -> Result<Report, Failure> {
-    asks(runtime, &args.name, request(&args.way, Preflight::Only)?, args.json)
+    let request = MigrateRequest { look_only: true, ..request(&args.way)? };
+    asks(runtime, &args.name, request, args.json)
 }
 
-fn request(way: &Way, preflight: Preflight) -> Result<MigrateRequest, Failure> {
+fn request(way: &Way) -> Result<MigrateRequest, Failure> {
     let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     Ok(MigrateRequest {
         to: way.there.to.clone(),
@@ -65,7 +65,7 @@ fn request(way: &Way, preflight: Preflight) -> Result<MigrateRequest, Failure> {
         max_slowdown: way.max_slowdown,
         bandwidth_bytes_per_s: way.bandwidth,
         mode: way.mode,
-        preflight,
+        look_only: false,
         resume: false,
         rejoin_ms: 0,
         spool: None,

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use ferry_migrate::{Preflight, Report, SaveReport, Tuning};
+use ferry_migrate::{Report, SaveReport, Tuning};
 use ferry_sharing::{Fingerprints, Tenant, Twins};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -96,7 +96,7 @@ pub(crate) struct MigrateRequest {
     pub(crate) bandwidth_bytes_per_s: Option<u64>,
     pub(crate) mode: ModeArg,
     #[serde(default)]
-    pub(crate) preflight: Preflight,
+    pub(crate) look_only: bool,
     /// Go on where a migration was left.
     pub(crate) resume: bool,
     pub(crate) rejoin_ms: u64,

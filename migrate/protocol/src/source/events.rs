@@ -76,7 +76,8 @@ pub enum SourceAction {
     Forget,
     /// Start the trackers, then find the pages that hold data.
     StartTracking,
-    /// Re-arm these pages without sending them, so that the next harvest says which are written.
+    /// Re-arm these pages without sending them, so that the next harvest says which are written. Nothing was sent
+    /// before.
     Sample(PageSet),
     /// Collect what was dirtied.
     Harvest,

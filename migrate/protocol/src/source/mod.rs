@@ -55,10 +55,9 @@ use crate::permit::PermitStub;
 use crate::policy::{Decision, Goals, Mode, Policy, RoundFacts};
 use crate::{Fetched, MachineSpec, RunPermit, Sampled};
 
-use probe::Probe;
+use probe::{Look, Probe};
 
 pub use events::{SourceAction, SourceEvent};
-pub use probe::Preflight;
 pub use reattach::{Reattach, Spooled};
 pub use rejoin::{DOUBT_TIMEOUT, QUESTION_TIMEOUT};
 
@@ -120,7 +119,7 @@ pub struct Source {
     /// The last harvests, the latest first.
     record: VecDeque<PageSet>,
     fetched: Option<Fetched>,
-    preflight: Preflight,
+    look: Look,
     probe: Option<Probe>,
     sampled: Option<Sampled>,
     /// How long to try to come back over a lost link.
@@ -169,7 +168,7 @@ impl Source {
             owed: PageSet::new(),
             record: VecDeque::new(),
             fetched: None,
-            preflight: Preflight::No,
+            look: Look::First,
             probe: None,
             sampled: None,
             rejoin_for,
@@ -276,29 +275,25 @@ impl Source {
                 self.send(ToDestination::RoundEnd { round, batches });
                 self.expect_answer(now);
             }
-            (Phase::Sampling, SourceEvent::Harvested(pages)) if self.probe.is_some() => {
-                self.remember(&pages);
-                self.pending.union_with(&pages);
-                self.probed(now, None, &pages);
-            }
             (Phase::Sampling, SourceEvent::Harvested(pages)) => {
                 self.remember(&pages);
                 self.pending.union_with(&pages);
-                self.hand_over_when_ready(now);
+                match self.probe.is_some() {
+                    true => self.probed(now, None, &pages),
+                    false => self.hand_over_when_ready(now),
+                }
             }
             (&mut Phase::Cleared { times }, SourceEvent::Harvested(pages)) => {
                 self.remember(&pages);
                 self.cleared(now, &pages, times);
             }
             (Phase::Harvesting { facts }, SourceEvent::Harvested(pages)) => {
-                let mut facts = *facts;
+                let facts = *facts;
                 self.remember(&pages);
                 self.pending.union_with(&pages);
                 if self.probe.is_some() {
                     return self.probed(now, Some(facts), &pages);
                 }
-                facts.dirty = self.pending.len();
-                facts.elapsed = now;
                 self.decide(now, facts);
             }
             (Phase::LastHarvest, SourceEvent::Harvested(pages)) => {
@@ -464,6 +459,7 @@ impl Source {
     }
 
     fn decide(&mut self, now: Duration, facts: RoundFacts) {
+        let facts = RoundFacts { dirty: self.pending.len(), elapsed: now, ..facts };
         let slowed = self.policy.slowed();
         let decision = self.policy.after_round(facts);
         self.tell(Progress::RoundDone {
@@ -613,10 +609,10 @@ impl Source {
             }
             // The destination knows of no session yet.
             Phase::Negotiating => self.fail_before_commit(why),
-            _ if self.preflight == Preflight::Only => self.fail_before_commit(why),
+            _ if self.look == Look::Only => self.fail_before_commit(why),
             _ => {
                 // What it lacks is not worth another look.
-                (self.preflight, self.probe) = (Preflight::No, None);
+                (self.look, self.probe) = (Look::Over, None);
                 self.roll_back();
                 self.come_back(now, why);
             }

@@ -1,4 +1,4 @@
-//! Before the first round: a sample of the link and of what the guest writes.
+//! How each move begins that copies pages before the hand-over: with a sample of the link and of what the guest writes.
 //!
 //! A few pages are sent as rounds of their own, spread over memory and more each time, until they say what the link
 //! carries. All pages are re-armed first, so that what is harvested meanwhile is what the guest wrote since.
@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use ferry_pages::{PageSet, Run};
-use serde::{Deserialize, Serialize};
 
 use super::{Phase, Source, SourceAction};
 use crate::forecast::Sampled;
@@ -17,23 +16,25 @@ use crate::policy::RoundFacts;
 const SAMPLES: [u64; 4] = [16, 1024, 4096, 16_384];
 /// A sample that took so long told what the link carries.
 const TELLING: Duration = Duration::from_millis(100);
-/// How long the guest is looked at, and how often at least.
+/// Within so many round trips a link may still be opening its window, if it carries more than so many times what it
+/// carried of the sample before.
+const OPENING: u32 = 20;
+const STEADY: f64 = 1.25;
+/// How long the guest is looked at, and how often at least, where nothing else is to be done.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOKS: u32 = 4;
 /// Neighbours that are sampled together.
 const TOGETHER: u64 = 16;
 
-/// Whether to look before the move.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Preflight {
-    /// Begin at once.
-    #[default]
-    No,
-    /// Look, foretell, and move.
+/// How far the look is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// The move begins with it, unless no page is to be copied before the hand-over.
     First,
-    /// Look and foretell; the machine stays here.
+    /// The machine stays here.
     Only,
+    /// It was, or is not worth while any more.
+    Over,
 }
 
 /// A look that is under way.
@@ -43,6 +44,8 @@ pub(super) struct Probe {
     samples: usize,
     /// What the link carries is known.
     known: bool,
+    /// The last sample had all pages that were not sent yet.
+    all: bool,
     sampled: Sampled,
     written: PageSet,
 }
@@ -53,15 +56,38 @@ impl Probe {
         self.written.union_with(pages);
         self.sampled.written.push((now.saturating_sub(self.began), self.written.len()));
     }
+
+    /// What the last sample took.
+    fn sent(&mut self, facts: &RoundFacts) {
+        let s = &mut self.sampled;
+        let first = s.round_trip.is_zero();
+        s.round_trip =
+            if first { facts.acknowledged_in } else { s.round_trip.min(facts.acknowledged_in) };
+        let took = facts.took.saturating_sub(s.round_trip).max(Duration::from_micros(1));
+        let sent = facts.pages.saturating_sub(facts.same);
+        if sent == 0 || (first && !self.known) {
+            return;
+        }
+        let rate = facts.bytes.max(1) as f64 / took.as_secs_f64();
+        let opening = rate > STEADY * s.rate_bytes_per_s && took < OPENING * s.round_trip;
+        s.rate_bytes_per_s = rate;
+        s.bytes_per_page = facts.bytes as f64 / sent as f64;
+        self.known |= facts.took >= TELLING && !opening;
+    }
 }
 
 impl Source {
-    /// Looks before it moves the machine, or only looks.
-    pub fn set_preflight(&mut self, preflight: Preflight) {
-        self.preflight = preflight;
+    /// Only looks: the machine stays here.
+    pub fn look_only(&mut self) {
+        self.look = Look::Only;
     }
 
-    /// What was measured before the move, once it was.
+    /// Its rounds are samples, and not of all pages yet.
+    pub fn is_sampling(&self) -> bool {
+        self.probe.as_ref().is_some_and(|probe| !probe.all)
+    }
+
+    /// What was measured when the move began, once it was.
     pub fn sampled(&self) -> Option<&Sampled> {
         self.sampled.as_ref()
     }
@@ -71,10 +97,11 @@ impl Source {
         self.policy.why_no_post_copy()
     }
 
-    pub(super) fn begin_probe(&mut self, now: Duration) {
+    pub(super) fn begin_look(&mut self, now: Duration) {
+        let written = PageSet::new();
         let sampled = Sampled { pages: self.pending.len(), ..Sampled::default() };
         self.probe =
-            Some(Probe { began: now, samples: 0, known: false, sampled, written: PageSet::new() });
+            Some(Probe { began: now, samples: 0, known: false, all: false, sampled, written });
         self.actions.push_back(SourceAction::Sample(self.pending.clone()));
         self.send_sample(now);
     }
@@ -84,6 +111,7 @@ impl Source {
         let pages = spread(&self.pending, SAMPLES[probe.samples]);
         probe.samples += 1;
         self.pending.subtract(&pages);
+        probe.all = self.pending.is_empty();
         self.begin_round_of(now, pages);
     }
 
@@ -91,38 +119,33 @@ impl Source {
     pub(super) fn probed(&mut self, now: Duration, facts: Option<RoundFacts>, written: &PageSet) {
         let Some(probe) = &mut self.probe else { return };
         probe.wrote(now, written);
-        probe.known |= probe.samples == SAMPLES.len() || self.pending.is_empty();
-        if let Some(facts) = facts {
-            let s = &mut probe.sampled;
-            let first = s.round_trip.is_zero();
-            s.round_trip =
-                if first { facts.acknowledged_in } else { s.round_trip.min(facts.acknowledged_in) };
-            let took = facts.took.saturating_sub(s.round_trip).max(Duration::from_micros(1));
-            let sent = facts.pages.saturating_sub(facts.same);
-            if sent > 0 && (!first || probe.known) {
-                s.rate_bytes_per_s = facts.bytes.max(1) as f64 / took.as_secs_f64();
-                s.bytes_per_page = facts.bytes as f64 / sent as f64;
-            }
-            probe.known |= facts.took >= TELLING && !first;
+        probe.known |= probe.samples == SAMPLES.len() || probe.all;
+        if let Some(facts) = &facts {
+            probe.sent(facts);
         }
         if !probe.known {
             return self.send_sample(now);
         }
         let looked = now.saturating_sub(probe.began);
-        if looked < LOOK {
+        let look = if self.look == Look::Only { LOOK } else { Duration::ZERO };
+        if looked < look {
             self.phase = Phase::Sampling;
-            self.deadline = Some(now + (LOOK - looked).min(LOOK / LOOKS));
+            self.deadline = Some(now + (look - looked).min(LOOK / LOOKS));
             return;
         }
-        if let Some(probe) = self.probe.take() {
-            self.sampled = Some(probe.sampled);
-        }
-        if self.preflight == Preflight::Only {
+        // Then that was the first round.
+        let round = facts.filter(|_| probe.all);
+        self.sampled = self.probe.take().map(|probe| probe.sampled);
+        if self.look == Look::Only {
             self.abort("it was looked at only (ferry preflight); it has not left its host");
             return self.finish(Outcome::Cancelled);
         }
+        self.look = Look::Over;
         self.tell(Progress::Sampled);
-        self.begin_move(now);
+        match round {
+            Some(facts) => self.decide(now, facts),
+            None => self.begin_move(now),
+        }
     }
 }
 

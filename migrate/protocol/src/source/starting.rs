@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{Phase, Preflight, Source, SourceAction};
+use super::{Look, Phase, Source, SourceAction};
 use crate::messages::Recalled;
 use crate::policy::Mode;
 
@@ -43,9 +43,9 @@ impl Source {
         if !matches!(self.phase, Phase::Starting { lanes: true }) || self.answers_due > 0 {
             return;
         }
-        match self.preflight {
-            Preflight::Only | Preflight::First => self.begin_probe(now),
-            Preflight::No => self.begin_move(now),
+        match (self.look, self.policy.mode()) {
+            (Look::Over, _) | (Look::First, Mode::PostCopy) => self.begin_move(now),
+            (Look::First | Look::Only, _) => self.begin_look(now),
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ferry_pages::PageSet;
 use ferry_protocol::{
     Arrival, Built, Destination, DestinationAction, DestinationEvent, Fetched, Goals, Mode,
-    Outcome, PackedPages, Preflight, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
+    Outcome, PackedPages, Progress, Recalled, Refusal, RunPermit, Source, SourceAction,
     SourceEvent, ToDestination, ToSource, Verdict,
 };
 
@@ -52,11 +52,13 @@ fn committed(mode: Mode) -> Source {
 
 #[test]
 fn a_commit_that_owes_pages_ends_the_rounds_of_which_batches_may_come_late() {
-    let how = (Goals::default(), Mode::PostCopy);
+    let goals = Goals { max_downtime: Duration::from_millis(1), ..Goals::default() };
+    let how = (goals, Mode::Hybrid);
     let mut source = Source::new(spec(), None, 1, 1, how, Duration::from_secs(60));
-    source.set_preflight(Preflight::First);
     let accepted = ToSource::Accepted { version: 2, session: 7, codecs: 1, no_post_copy: None };
     let go_on = ToSource::GoOn { held: PackedPages::default() };
+    let lacking = PackedPages::default;
+    let done = |round| SourceEvent::Message(ToSource::RoundDone { round, lacking: lacking() });
     let mut said = Vec::new();
     for (at_ms, event) in [
         (0, SourceEvent::Connected),
@@ -64,13 +66,16 @@ fn a_commit_that_owes_pages_ends_the_rounds_of_which_batches_may_come_late() {
         (0, SourceEvent::Message(ToSource::Ready)),
         (0, SourceEvent::LanesOpen),
         (0, SourceEvent::TrackingStarted(pages(0, 10))),
-        // A look at the link is on its way, as round 1.
+        // Round 1 is on its way.
         (1, SourceEvent::LinkLost("cut".into())),
         (10_000, SourceEvent::Tick),
         (10_001, SourceEvent::Message(go_on)),
         (10_002, SourceEvent::LanesOpen),
-        (10_500, SourceEvent::Tick),
-        (10_501, SourceEvent::Harvested(pages(3, 2))),
+        (10_003, SourceEvent::RoundSent { round: 2, batches: 1, bytes: 100, same: 0 }),
+        (10_004, done(2)),
+        (10_005, SourceEvent::Harvested(pages(3, 2))),
+        (10_006, done(3)),
+        (10_007, SourceEvent::Harvested(PageSet::new())),
         (10_502, SourceEvent::Paused(RunPermit::for_new_machine(1))),
         (10_503, SourceEvent::Harvested(PageSet::new())),
         (10_504, SourceEvent::StateSaved(vec![1])),
@@ -78,15 +83,15 @@ fn a_commit_that_owes_pages_ends_the_rounds_of_which_batches_may_come_late() {
     ] {
         said.extend(feed(&mut source, at_ms, event));
     }
-    let look = |a: &SourceAction| matches!(a, SourceAction::SendPages { round: 1, .. });
-    assert!(said.iter().any(look), "{said:?}");
+    let sent = |a: &SourceAction| matches!(a, SourceAction::SendPages { round: 1, .. });
+    assert!(said.iter().any(sent), "{said:?}");
     let [.., SourceAction::Send(ToDestination::Commit { rounds, .. }), serve, _] = &said[..] else {
         panic!("{said:?}")
     };
-    assert_eq!(rounds[..], [(2, 0)]);
-    let SourceAction::Serve { round: 3, owed, record } = serve else { panic!("{serve:?}") };
-    assert_eq!(owed, &pages(0, 10));
-    assert_eq!(record[..], [PageSet::new(), pages(3, 2)], "the latest first");
+    assert_eq!(rounds[..], [(4, 0)]);
+    let SourceAction::Serve { round: 5, owed, record } = serve else { panic!("{serve:?}") };
+    assert_eq!(owed, &pages(3, 2));
+    assert_eq!(record[..], [PageSet::new(), PageSet::new(), pages(3, 2)], "the latest first");
 }
 
 /// A source that serves pages 0 to 9 to a machine that runs at the destination.

@@ -122,7 +122,7 @@ fn each_step_asks_for_the_next_and_the_permit_leaves_once_all_was_sent() {
     let open = Action::OpenLanes { session: 7, codecs: 6 };
     assert_eq!(done[1], [open, Action::StartTracking, Action::Send(ToDestination::Prepare)]);
     assert_eq!(done[2], []);
-    assert_eq!(done[3], [send(1, pages(0, 10))]);
+    assert_eq!(done[3], [Action::Sample(pages(0, 10)), send(1, pages(0, 10))]);
     let end = ToDestination::RoundEnd { round: 1, batches: 2 };
     assert_eq!(done[4], [Action::Send(end)]);
     assert_eq!(done[5], [Action::Harvest]);
@@ -168,7 +168,9 @@ fn when_it_happened_and_what_it_took_is_known_afterwards() {
     let facts = feed(&mut source, 6, round_done(1));
     assert_eq!(facts, [Action::Harvest]);
     let told = feed(&mut source, 7, Event::Harvested(pages(3, 2)));
-    let Some(Action::Tell(Progress::RoundDone { facts, .. })) = told.first() else {
+    let [Action::Tell(Progress::Sampled), Action::Tell(Progress::RoundDone { facts, .. }), ..] =
+        &told[..]
+    else {
         panic!("{told:?}")
     };
     assert_eq!((facts.round, facts.pages, facts.bytes, facts.dirty), (1, 10, 1 << 20, 2));

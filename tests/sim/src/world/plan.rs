@@ -1,6 +1,5 @@
 //! What goes wrong in a run: drawn at its beginning, and done when its time comes.
 
-use ferry_protocol::Preflight;
 use rand::RngExt;
 
 use super::network::{Packet, Travels};
@@ -101,7 +100,7 @@ impl World {
             })
             .collect();
         if rng.random_bool(0.05) {
-            self.source.machine.set_preflight(Preflight::Only);
+            self.source.machine.look_only();
         }
         self.plan = Plan {
             tunes: rng.random_bool(0.2),

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use ferry_protocol::{
-    Goals, MachineSpec, Mode, Outcome, Preflight, Progress, RunPermit, Source, SourceAction,
-    SourceEvent, ToDestination,
+    Goals, MachineSpec, Mode, Outcome, Progress, RunPermit, Source, SourceAction, SourceEvent,
+    ToDestination,
 };
 use rand::RngExt;
 use rand::rngs::SmallRng;
@@ -107,10 +107,7 @@ impl SourceHost {
             config: Vec::new(),
         };
         let rejoin_for = Duration::from_millis(rng.random_range(100..60_000));
-        let mut machine = Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for);
-        if rng.random_bool(0.2) {
-            machine.set_preflight(Preflight::First);
-        }
+        let machine = Source::new(spec, Some(1), 0b1111, 3, (goals, mode), rejoin_for);
         Self {
             machine,
             process: 0,

@@ -55,9 +55,6 @@ pub(crate) struct Migrate {
     pub(crate) name: String,
     #[command(flatten)]
     pub(crate) way: Way,
-    /// Look at link and guest for a fifth of a second first: what was foretold is in the report beside what came.
-    #[arg(long, conflicts_with = "resume")]
-    pub(crate) preflight: bool,
     /// Go on where a move was left that lost its destination after the hand-over, perhaps at another
     /// address.
     #[arg(long)]

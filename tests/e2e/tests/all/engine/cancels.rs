@@ -52,6 +52,8 @@ fn cancelled<G: Subject>(
             if let SendEvent::Progress(progress) = event {
                 match progress {
                     Progress::RoundStarted { round: 1, pages } => first_round = Some(pages),
+                    // A sample was acknowledged.
+                    Progress::RoundStarted { .. } => debts.lock().unwrap().acknowledge(),
                     Progress::RoundDone { .. } => {
                         debts.lock().unwrap().acknowledge();
                         acknowledged = true;

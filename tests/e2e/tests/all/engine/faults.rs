@@ -159,7 +159,10 @@ fn an_old_page_delivered_late_does_not_overwrite_a_newer_one() {
     goes_on(&arrived, ARENA_PAGES);
 }
 
-/// A copy of a frame of round 1 comes again, `later`.
+/// The first round that has several frames.
+const WIDE: u32 = 3;
+
+/// A copy of its first frame comes again, `later`.
 fn replayed(later: impl Fn(&Word<'_>, u32) -> bool + Send + Sync + 'static) {
     let maker = process(Tracker::UffdWriteProtect);
     let witness = Witness::new();
@@ -173,7 +176,7 @@ fn replayed(later: impl Fn(&Word<'_>, u32) -> bool + Send + Sync + 'static) {
         move |word, bytes| {
             let Word::Frame(header) = word else { return Deal::Pass };
             let mut copy = copy.lock().unwrap();
-            if header.round == 1 && copy.is_none() {
+            if header.round == WIDE && copy.is_none() {
                 *copy = Some(bytes.clone());
                 return Deal::Pass;
             }
@@ -199,10 +202,10 @@ fn replayed(later: impl Fn(&Word<'_>, u32) -> bool + Send + Sync + 'static) {
 
 #[test]
 fn a_frame_that_comes_a_second_time_in_a_later_round_ends_the_migration_not_the_machine() {
-    replayed(|_, round| round == 2);
+    replayed(|_, round| round == WIDE + 1);
 }
 
 #[test]
 fn a_frame_that_comes_a_second_time_in_its_own_round_ends_the_migration_not_the_machine() {
-    replayed(|_, round| round == 1);
+    replayed(|_, round| round == WIDE);
 }

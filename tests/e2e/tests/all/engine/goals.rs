@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ferry_migrate::{
-    Goals, Guest, OutcomeKind, Preflight, Progress, SendEvent, SendHandle, SendOptions, Tuning,
+    Goals, Guest, OutcomeKind, Progress, SendEvent, SendHandle, SendOptions, Tuning,
 };
 use ferry_process_guest::Tracker;
 use ferry_refvmm::DirtyLog;
@@ -140,7 +140,7 @@ fn a_look_before_the_move_foretells_it_and_leaves_the_machine_where_it_is() {
     let destination = Destination::start(Link::Memory, maker.host());
     // The link's limit makes what it takes known, however busy the computer is.
     let mut how = SendOptions { bandwidth_bytes_per_s: Some(NARROW), ..options(1) };
-    how.preflight = Preflight::Only;
+    how.look_only = true;
     let looked = migrate(&mut source, &destination.connector, &how);
     assert_eq!(looked.report.outcome, OutcomeKind::Cancelled, "{}", looked.report.reason);
     assert_goes_on_at_source(&looked, &source);
@@ -153,7 +153,7 @@ fn a_look_before_the_move_foretells_it_and_leaves_the_machine_where_it_is() {
     assert!(foreseen.bytes_per_page > 4000.0 && foreseen.round_trip_ms > 0.0, "{foreseen:?}");
     assert!(foreseen.dirty_pages_per_s > 100.0, "{foreseen:?}");
 
-    how.preflight = Preflight::First;
+    how.look_only = false;
     let sent = migrate(&mut source, &destination.connector, &how);
     assert_completed(&sent);
     let told = &sent.report.foreseen.as_ref().expect("a forecast").ways[0];

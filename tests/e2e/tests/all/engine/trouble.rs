@@ -166,8 +166,9 @@ fn a_machine_whose_last_pages_were_lost_goes_on_at_its_source_and_is_handed_over
     let mut at = stage(Link::Memory);
     // The frames of the last rounds vanish; the commit arrives, and then the line is cut.
     let committed = AtomicBool::new(false);
+    let witness = at.witness.clone();
     let relay = at.relay(true, move |word, _| match word {
-        Word::Frame(header) if header.round > 1 && !committed.load(Ordering::SeqCst) => Deal::Lose,
+        Word::Frame(_) if witness.running() == 0 && !committed.load(Ordering::SeqCst) => Deal::Lose,
         Word::ToDestination(ToDestination::Commit { .. })
             if !committed.swap(true, Ordering::SeqCst) =>
         {
@@ -277,8 +278,9 @@ fn a_machine_stays_paused_when_nobody_can_say_whether_it_runs_elsewhere() {
 #[test]
 fn a_guest_is_not_frozen_by_a_peer_that_takes_no_last_pages() {
     let mut at = stage(Link::Memory);
-    let relay = at.relay(false, |word, _| match word {
-        Word::Frame(header) if header.round > 1 => Deal::Stall,
+    let witness = at.witness.clone();
+    let relay = at.relay(false, move |word, _| match word {
+        Word::Frame(_) if witness.running() == 0 => Deal::Stall,
         _ => Deal::Pass,
     });
     let mut at_once = options(1);
