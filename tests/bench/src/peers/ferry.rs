@@ -85,10 +85,15 @@ impl Ferry {
             Some(ms) => Whole::After(Duration::from_secs_f64(ms.max(0.0) / 1e3)),
             None => Whole::AtHandOver,
         };
+        // By the way that was asked for.
+        let first = &report["foreseen"]["ways"][0];
         Ok(Ended {
             began,
             whole,
             downtime_said_ms: number(&report["downtime_ms"]),
+            foretold_ms: first["total_ms"]
+                .as_f64()
+                .map(|total| total + first["fetching_ms"].as_f64().unwrap_or(0.0)),
             how: format!(
                 "{}, {} rounds, parts {}, waits {}, {} ms by its own clock",
                 report["mode"],

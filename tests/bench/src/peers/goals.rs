@@ -4,7 +4,7 @@ use crate::Failure;
 use crate::cases::{CASES, Case, Kind, LINKS, Link};
 use crate::needed;
 use crate::record::{Figures, Move, Who};
-use crate::summary::{Series, best};
+use crate::summary::{Series, Spread, best};
 
 /// A goal, for a case on a link.
 pub(crate) struct Goal {
@@ -58,6 +58,7 @@ pub(crate) fn judged(moves: &[Move]) -> Result<Vec<Goal>, Failure> {
             }
         }
         all.extend(sparse(moves, link));
+        all.extend(foretold(moves, link));
     }
     Ok(all)
 }
@@ -159,6 +160,24 @@ fn sparse(moves: &[Move], link: &'static Link) -> Option<Goal> {
     })
 }
 
+/// What was foretold beside what came: the median of the cases.
+fn foretold(moves: &[Move], link: &'static Link) -> Option<Goal> {
+    let of = |case: &Case| {
+        Series::of(moves, case.name, link.name, Who::Ferry)
+            .spread(|f| Some((f.foretold_ms? / f.total_ms - 1.0).abs()))
+            .map(|s| 100.0 * s.median)
+    };
+    let error = Spread::of(CASES.iter().filter_map(of))?;
+    Some(Goal {
+        case: "all",
+        link: link.name,
+        what: "total time foretold, off by".into(),
+        measured: format!("{error:.0} %"),
+        wanted: "≤ 15 %".into(),
+        met: error.median <= 15.0,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -199,6 +218,25 @@ mod tests {
         assert_eq!(goals.len(), 1);
         assert!(!met(&goals, "it ends"));
         assert!(judged(&[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_was_foretold_is_off_by_the_median_of_the_cases_either_way() {
+        let off = |shares: &[f64]| {
+            let moves: Vec<Move> = CASES
+                .iter()
+                .zip(shares)
+                .map(|(case, share)| {
+                    let mut this = of(case.name, Who::Ferry, Some(0), 1000.0, 1.0);
+                    if let Ok(f) = &mut this.outcome {
+                        f.foretold_ms = Some(1000.0 * share);
+                    }
+                    this
+                })
+                .collect();
+            met(&judged(&moves).unwrap(), "total time foretold, off by")
+        };
+        assert!(off(&[1.14, 0.86, 9.0]) && !off(&[0.84, 1.16, 1.0]));
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub(crate) struct Ended {
     pub(crate) began: Duration,
     pub(crate) whole: Whole,
     pub(crate) downtime_said_ms: f64,
+    pub(crate) foretold_ms: Option<f64>,
     pub(crate) how: String,
 }
 
@@ -98,6 +99,7 @@ pub(crate) fn measure(
     Ok(Figures {
         total_ms: ms(whole.saturating_sub(ended.began)),
         downtime_ms: ms(seen.downtime),
+        foretold_ms: ended.foretold_ms,
         downtime_said_ms: ended.downtime_said_ms,
         stall_ms: ms(seen.longest_stall),
         bytes,

@@ -305,6 +305,7 @@ impl Qemu {
         Ok(Ended {
             began,
             whole: if setting.post_copy { Whole::At(ended) } else { Whole::AtHandOver },
+            foretold_ms: None,
             downtime_said_ms: number(&told["downtime"]),
             how: format!(
                 "{} rounds, {} requests, {} ms by its own clock, from STOP to RESUME {} µs",

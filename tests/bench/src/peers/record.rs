@@ -60,6 +60,9 @@ pub(crate) struct Figures {
     pub(crate) total_ms: f64,
     /// From when the guest was last seen to run at the source until it was first at the destination.
     pub(crate) downtime_ms: f64,
+    /// The total time that the VMM foretold as the move began.
+    #[serde(default)]
+    pub(crate) foretold_ms: Option<f64>,
     /// The downtime that the VMM reports.
     pub(crate) downtime_said_ms: f64,
     /// The longest time in which the guest was not seen to run.

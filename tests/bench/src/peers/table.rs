@@ -11,7 +11,7 @@ use crate::summary::{Series, best, moves};
 type Column = (&'static str, usize, fn(&Figures) -> Option<f64>);
 
 /// What is told of each move: its heading, decimals, and where it is.
-const COLUMNS: [Column; 10] = [
+const COLUMNS: [Column; 11] = [
     ("total, ms", 0, |f| Some(f.total_ms)),
     ("downtime, ms", 1, |f| Some(f.downtime_ms)),
     ("longest stall, ms", 1, |f| Some(f.stall_ms)),
@@ -21,6 +21,7 @@ const COLUMNS: [Column; 10] = [
     ("wait, mean, µs", 0, |f| f.waits.map(|w| w.mean_us)),
     ("wait, p99, µs", 0, |f| f.waits.map(|w| w.p99_us)),
     ("beyond the guest, MiB", 0, |f| Some(f.beyond_mib)),
+    ("total foretold, ms", 0, |f| f.foretold_ms),
     ("downtime as reported, ms", 1, |f| Some(f.downtime_said_ms)),
 ];
 /// Of which a ratio is told.
