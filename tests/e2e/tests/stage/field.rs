@@ -137,6 +137,12 @@ impl<G: Guest + 'static> Destination<G> {
 
 impl<G> Drop for Destination<G> {
     fn drop(&mut self) {
+        // A machine that a failed test did not take: its threads would wait for pages that never come.
+        for event in self.events.try_iter() {
+            if let ReceiveEvent::Arrived { fetching: Some(fetching), .. } = &event {
+                fetching.abandon();
+            }
+        }
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
