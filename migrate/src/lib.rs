@@ -14,6 +14,7 @@ mod hints;
 mod install;
 mod kept;
 mod lazy;
+mod link_meter;
 mod pinned;
 mod recall;
 mod receive;

@@ -15,9 +15,11 @@ use ferry_memory::{GuestView, MemoryError};
 use ferry_pages::Run;
 use ferry_protocol::Hello;
 use ferry_transport::{ByteSink, Channel, Connector, LinkError, Pacer, send_message};
+use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
 
+use crate::link_meter::LinkMeter;
 use crate::recall::Digests;
 use crate::report::PageCounts;
 use crate::round::Round;
@@ -26,8 +28,8 @@ use crate::serve::{self, Serving};
 /// How long a peer that is alive may take to acknowledge the end.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(5);
 
-/// What the link is taken for until it was seen, bytes/s: 1 Gbit/s. Its buffers take the first MiBs at once, and pages
-/// that went raw then are missed on a slow link; on a fast one the same pages cost little to compress.
+/// What the link is taken for until it was seen, bytes/s: 1 Gbit/s. Pages that went raw until then are missed on a
+/// slow link; on a fast one the same pages cost little to compress.
 const FIRST_LINK_BYTES_PER_S: f64 = 125e6;
 
 /// What all lanes of a migration share.
@@ -35,6 +37,8 @@ pub(crate) struct Shared {
     pub(crate) connector: Arc<dyn Connector>,
     pub(crate) view: GuestView,
     pub(crate) codecs: CodecSet,
+    /// Lanes that share the link.
+    pub(crate) lanes: u16,
     pub(crate) session: u128,
     pub(crate) link: u64,
     pub(crate) pacer: Mutex<Pacer>,
@@ -125,7 +129,7 @@ pub(crate) fn run(
     let hello = Hello::Lane { session: shared.session, link: shared.link, lane };
     with_channel(shared, &format!("lane {lane}"), hello, tell, async |mut channel| {
         let mut stop = shared.stop.subscribe();
-        let mut sender = Sender::new(shared);
+        let mut sender = Sender::new(shared, channel.sink.holds_bytes());
         loop {
             let work = tokio::select! {
                 work = works.recv() => work,
@@ -178,24 +182,25 @@ pub(crate) struct Sender<'a> {
     chooser: CodecChooser,
     zeros: Vec<Run>,
     done: LaneRound,
-    /// Time spent waiting for the link, and the bytes that it took meanwhile: its rate as seen here.
-    waited: Duration,
-    sent_while_waiting: u64,
+    link: LinkMeter,
+}
+
+/// Time that this thread has had on a processor.
+fn on_cpu() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 impl<'a> Sender<'a> {
-    fn new(shared: &'a Shared) -> Self {
-        let mut chooser = CodecChooser::new(shared.codecs);
-        chooser.set_link_rate(FIRST_LINK_BYTES_PER_S);
+    fn new(shared: &'a Shared, holds_bytes: u64) -> Self {
         Self {
             shared,
             builder: BatchBuilder::new(),
             packed: PackedBuilder::default(),
-            chooser,
+            chooser: CodecChooser::new(shared.codecs),
             zeros: Vec::new(),
             done: LaneRound::default(),
-            waited: Duration::ZERO,
-            sent_while_waiting: 0,
+            link: LinkMeter::new(FIRST_LINK_BYTES_PER_S / f64::from(shared.lanes), holds_bytes),
         }
     }
 
@@ -205,6 +210,8 @@ impl<'a> Sender<'a> {
         sink: &mut dyn ByteSink,
     ) -> Result<LaneRound, LaneEvent> {
         self.done = LaneRound::default();
+        self.link.begin(self.shared.began.elapsed());
+        self.chooser.set_link_rate(self.link.bytes_per_s());
         loop {
             if *self.shared.stop.borrow() {
                 return Err(LaneEvent::Failed("the migration is over".into()));
@@ -229,9 +236,9 @@ impl<'a> Sender<'a> {
         Ok(self.done)
     }
 
-    /// The link takes so many bytes a second, as far as is known.
+    /// The link takes so many bytes a second of all lanes, as far as is known.
     pub(crate) fn set_link_rate(&mut self, bytes_per_s: u64) {
-        self.chooser.set_link_rate(bytes_per_s.max(1) as f64);
+        self.chooser.set_link_rate(bytes_per_s.max(1) as f64 / f64::from(self.shared.lanes));
     }
 
     /// Frames of pages that no longer change: data, names and zeros, each with its codec.
@@ -294,8 +301,7 @@ impl<'a> Sender<'a> {
             // A round hands out ascending pages, no more than a batch takes.
             taken.map_err(|e: NotTaken| LaneEvent::Failed(format!("frame {gfn:#x}: {e}")))?;
         }
-        let began = self.shared.began;
-        let built = self.builder.finish_chosen(&mut self.chooser, || began.elapsed());
+        let built = self.builder.finish_chosen(&mut self.chooser, on_cpu);
         for zero in built.zeros {
             match self.zeros.last_mut() {
                 Some(last) if last.end() == zero.start => last.pages += zero.pages,
@@ -312,10 +318,9 @@ impl<'a> Sender<'a> {
 
     async fn put(&mut self, frame: Bytes, sink: &mut dyn ByteSink) -> Result<(), LaneEvent> {
         let bytes = frame.len() as u64;
-        let before = Instant::now();
-        let now = self.shared.began.elapsed();
+        let (before, cpu_before) = (self.shared.began.elapsed(), on_cpu());
         let pacer = &self.shared.pacer;
-        let delay = pacer.lock().unwrap_or_else(PoisonError::into_inner).delay(now, bytes);
+        let delay = pacer.lock().unwrap_or_else(PoisonError::into_inner).delay(before, bytes);
         if !delay.is_zero() {
             tokio::time::sleep(delay).await;
         }
@@ -323,22 +328,10 @@ impl<'a> Sender<'a> {
         self.done.batches += 1;
         self.done.bytes += bytes;
         self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.observe_link(before.elapsed(), bytes);
+        let (now, busy) = (self.shared.began.elapsed(), on_cpu().saturating_sub(cpu_before));
+        self.link.sent(now, (now - before).saturating_sub(busy), bytes);
+        self.chooser.set_link_rate(self.link.bytes_per_s());
+        self.chooser.sent(bytes, busy);
         Ok(())
-    }
-
-    /// The link's rate shows when it makes us wait: bytes taken over time waited, averaged over the
-    /// last few MiB.
-    fn observe_link(&mut self, waited: Duration, bytes: u64) {
-        const ENOUGH_BYTES: u64 = 8 << 20;
-        self.waited += waited;
-        self.sent_while_waiting += bytes;
-        if self.sent_while_waiting >= ENOUGH_BYTES {
-            self.chooser.set_link_rate(
-                self.sent_while_waiting as f64 / self.waited.as_secs_f64().max(1e-9),
-            );
-            self.waited = Duration::ZERO;
-            self.sent_while_waiting = 0;
-        }
     }
 }

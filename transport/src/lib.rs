@@ -50,6 +50,8 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub trait ByteSink: Send {
     /// Sends all of `bytes`; waits while the link is full.
     fn send(&mut self, bytes: Bytes) -> BoxFuture<'_, Result<(), LinkError>>;
+    /// About how many bytes it takes before the link has carried any: how soon they are taken says nothing of the link.
+    fn holds_bytes(&self) -> u64;
     /// Tells the peer that everything was sent, and waits until its host has it.
     fn finish(&mut self) -> BoxFuture<'_, Result<(), LinkError>>;
     /// Ends the whole channel at once, in both directions, with a reason for the peer. What the peer

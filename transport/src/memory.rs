@@ -92,6 +92,9 @@ impl Listener for MemoryListener {
     }
 }
 
+/// What a piece has at most, as Ferry uses it.
+const PIECE_BYTES: u64 = 1 << 20;
+
 enum Piece {
     Data(Bytes),
     Finish,
@@ -119,6 +122,10 @@ impl MemorySink {
 impl ByteSink for MemorySink {
     fn send(&mut self, bytes: Bytes) -> BoxFuture<'_, Result<(), LinkError>> {
         Box::pin(self.put(Piece::Data(bytes)))
+    }
+
+    fn holds_bytes(&self) -> u64 {
+        self.to.as_ref().map_or(0, |to| to.max_capacity() as u64 * PIECE_BYTES)
     }
 
     fn finish(&mut self) -> BoxFuture<'_, Result<(), LinkError>> {

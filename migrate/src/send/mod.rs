@@ -469,10 +469,12 @@ impl<'a> Engine<'a> {
 
     fn open_lanes(&mut self, session: u128, codecs: u8) -> Result<(), String> {
         let pacer = Mutex::new(Pacer::new(self.options.bandwidth_bytes_per_s, BURST_BYTES));
+        let lanes = self.options.lanes.max(1);
         let shared = Arc::new(Shared {
             connector: self.connector.clone(),
             view: self.memory.clone(),
             codecs: CodecSet::from_bits(codecs),
+            lanes,
             session,
             link: self.link,
             pacer,
@@ -483,7 +485,7 @@ impl<'a> Engine<'a> {
             serving: watch::Sender::new(None),
         });
         self.shared = Some(shared.clone());
-        for lane in 0..self.options.lanes.max(1) {
+        for lane in 0..lanes {
             let (works, receiver) = unbounded_channel();
             let (shared, tell) = (shared.clone(), self.teller());
             let thread = std::thread::Builder::new()

@@ -142,6 +142,10 @@ impl ByteSink for QuicSink {
         })
     }
 
+    fn holds_bytes(&self) -> u64 {
+        WINDOW_BYTES.into()
+    }
+
     fn finish(&mut self) -> BoxFuture<'_, Result<(), LinkError>> {
         Box::pin(async {
             let Heard { remote, .. } = &*self.heard;

@@ -41,7 +41,7 @@ const FRAME_COST: u64 = 64;
 /// Of the words of a CLOSE; they are cut there.
 const MAX_REASON_BYTES: usize = 1000;
 /// What a sink takes before the link does.
-const QUEUE_BYTES: usize = 1 << 20;
+pub(super) const QUEUE_BYTES: usize = 1 << 20;
 /// What is handed to TLS at once.
 const STAGE_BYTES: usize = 256 << 10;
 /// A piece that is smaller is copied: it would keep all of the buffer that it came in.

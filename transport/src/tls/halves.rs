@@ -6,7 +6,8 @@ use std::task::{Poll, Waker};
 
 use bytes::Bytes;
 
-use super::flow::Flow;
+use super::NOT_SENT_BYTES;
+use super::flow::{Flow, QUEUE_BYTES};
 use crate::secure::{CLOSE_WAIT, WINDOW_BYTES};
 use crate::{BoxFuture, ByteSink, ByteSource, Channel, LinkError, Peer};
 
@@ -104,6 +105,10 @@ impl TlsSink {
 impl ByteSink for TlsSink {
     fn send(&mut self, bytes: Bytes) -> BoxFuture<'_, Result<(), LinkError>> {
         Box::pin(async move { self.until(|state| state.flow.send(&bytes)).await })
+    }
+
+    fn holds_bytes(&self) -> u64 {
+        QUEUE_BYTES as u64 + u64::from(NOT_SENT_BYTES)
     }
 
     fn finish(&mut self) -> BoxFuture<'_, Result<(), LinkError>> {

@@ -13,6 +13,7 @@ mod halves;
 mod listener;
 
 use rustix::net::sockopt;
+use socket2::SockRef;
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
 
@@ -25,6 +26,10 @@ use crate::secure::IDLE_TIMEOUT;
 /// Read from a socket at once: rustls by itself reads 4 KiB.
 const READ_BYTES: usize = 64 << 10;
 
+/// What a socket takes beyond what is on its way. More would only stand in line: for a rate or a codec that has changed
+/// meanwhile, and before what is urgent.
+const NOT_SENT_BYTES: u32 = 512 << 10;
+
 /// What TLS runs on.
 type Io = BufReader<TcpStream>;
 
@@ -33,5 +38,6 @@ fn buffered(socket: TcpStream) -> std::io::Result<Io> {
     // What is left of a connection whose process has ended is not sent for longer than it would be waited for.
     let millis = u32::try_from(IDLE_TIMEOUT.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(&socket, millis)?;
+    SockRef::from(&socket).set_tcp_notsent_lowat(NOT_SENT_BYTES)?;
     Ok(BufReader::with_capacity(READ_BYTES, socket))
 }

@@ -8,10 +8,10 @@ use ferry_e2e::{Hosts, Running, kvm, network, path, wait_for};
 const PROCESS: &str = ":process";
 /// All memory is written without end.
 const ALL: &str = "pattern=random arena=40M fill=all fill_random=60 random=60";
-/// Pages come so slowly that there is time to do harm.
-const SLOWLY: [&str; 4] = ["--mode", "post-copy", "--bandwidth", "16Mbit"];
+/// Pages come so slowly that there is time to do harm: minutes.
+const SLOWLY: [&str; 4] = ["--mode", "post-copy", "--bandwidth", "1Mbit"];
 
-/// A machine `m` that runs at its destination and fetches pages for seconds.
+/// A machine `m` that runs at its destination and fetches pages.
 struct Fetching {
     hosts: Hosts,
     runner: Running,
@@ -20,18 +20,14 @@ struct Fetching {
     to: SocketAddr,
 }
 
-fn fetching(hosts: Hosts, listen: &str, more: &[&str]) -> Fetching {
-    let (receiver, to) = hosts.destination.receive_on(listen, &[]);
+fn fetching(hosts: Hosts, more: &[&str]) -> Fetching {
+    let (receiver, to) = hosts.destination.receive(&[]);
     let runner = hosts.source.boot("m", PROCESS, &["--cmdline", ALL]);
     let moving = hosts.source.start_migrate("m", to, &[&SLOWLY[..], more].concat());
     moving.line("it fetches ");
     receiver.line("`m` runs here");
     assert!(hosts.destination.state("m").contains("fetching"));
     Fetching { hosts, runner, receiver, moving, to }
-}
-
-fn on_loopback(more: &[&str]) -> Fetching {
-    fetching(Hosts::new(), "127.0.0.1:0", more)
 }
 
 /// Waits until all pages are there, and sees that the machine goes on.
@@ -42,7 +38,7 @@ fn arrives(hosts: &Hosts) {
 
 #[test]
 fn while_it_fetches_pages_a_machine_is_not_moved_on_and_can_be_stopped() {
-    let at = on_loopback(&[]);
+    let at = fetching(Hosts::new(), &[]);
     let refused = at.hosts.destination.migrate("m", at.to, &[]);
     assert!(refused.reason().contains("still fetching pages"), "{:#}", refused.report);
     at.hosts.destination.run(&["vm", "stop", "m"]).succeeded();
@@ -58,7 +54,7 @@ fn a_spool_finishes_the_move_of_a_source_that_was_killed() {
     let hosts = Hosts::new();
     let dir = hosts.path("spool");
     let spool = path(&dir).to_owned();
-    let at = fetching(hosts, "127.0.0.1:0", &["--spool", &spool]);
+    let at = fetching(hosts, &["--spool", &spool]);
     at.moving.line("is in the spool, too");
     at.runner.kill();
     at.moving.end();
