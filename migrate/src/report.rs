@@ -493,6 +493,7 @@ mod tests {
                 bytes: 1,
                 same: 0,
                 dirty: 1,
+                next_leaves: None,
                 acknowledged_in: Duration::ZERO,
                 elapsed: Duration::ZERO,
             };

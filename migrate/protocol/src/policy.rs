@@ -89,6 +89,8 @@ pub struct RoundFacts {
     pub same: u64,
     /// Pages that are dirty after it.
     pub dirty: u64,
+    /// How many a round of those is expected to leave, if that was foretold.
+    pub next_leaves: Option<u64>,
     /// From its last page on the link to its acknowledgement: no less than the round trip.
     pub acknowledged_in: Duration,
     /// Since the migration began.
@@ -382,10 +384,15 @@ impl Policy {
             ));
         }
         let allowed = if unreachable { near(least) } else { goal };
+        let leaves_less_than = |part| (facts.dirty as f64) < part * facts.pages as f64;
+        // A round of all pages says little of one of pages that are all written over and over.
+        let next = facts.next_leaves.map_or(0.0, |pages| pages as f64);
+        let pays = leaves_less_than(PAYS_AUTO) && next <= PAYS_AUTO * facts.dirty as f64;
         if expected <= allowed {
             self.rounds_within_goal += 1;
             let tiny = expected <= allowed / 8;
-            if tiny || !shrinks || self.rounds_within_goal > POLISHING_ROUNDS {
+            let over = tiny || !shrinks || self.mode == Mode::Auto && !pays;
+            if over || self.rounds_within_goal > POLISHING_ROUNDS {
                 let what =
                     format!("{} dirty pages: expected downtime {}", facts.dirty, ms(expected));
                 return Decision::SwitchOver(match unreachable {
@@ -398,8 +405,7 @@ impl Policy {
                 });
             }
         }
-        let leaves_less_than = |part| (facts.dirty as f64) < part * facts.pages as f64;
-        if let Some(why) = self.rounds_are_over(&facts, leaves_less_than(PAYS_AUTO)) {
+        if let Some(why) = self.rounds_are_over(&facts, pays) {
             return match self.mode {
                 Mode::PreCopy => Decision::GiveUp(why),
                 Mode::Auto if expected <= near(least) => Decision::SwitchOver(format!(

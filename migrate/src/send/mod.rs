@@ -202,6 +202,8 @@ struct Engine<'a> {
     bytes_before: u64,
     links_lost: u32,
     dirty_rate: DirtyRate,
+    /// What the last harvest found while the guest ran.
+    written: PageSet,
     last_harvest: Duration,
     paused: bool,
     /// Of all memory, where it is known.
@@ -261,6 +263,7 @@ impl<'a> Engine<'a> {
             bytes_before: 0,
             links_lost: 0,
             dirty_rate: DirtyRate::new(&layout),
+            written: PageSet::new(),
             last_harvest: Duration::ZERO,
             paused: false,
             digest: None,
@@ -582,6 +585,7 @@ impl<'a> Engine<'a> {
             let now = self.began.elapsed();
             self.dirty_rate.observe(now.saturating_sub(self.last_harvest), &pages);
             self.last_harvest = now;
+            self.written.clone_from(&pages);
         }
         SourceEvent::Harvested(pages)
     }
@@ -592,7 +596,7 @@ impl<'a> Engine<'a> {
         self.hints.sent(&pages);
         let work = Round::new(round, pages, trackers);
         let work = match self.paused {
-            false => work.without(self.hints.clone()),
+            false => work.without(self.hints.clone()).last_around(&self.written),
             true => work,
         };
         let work = Arc::new(work);

@@ -12,6 +12,7 @@ fn facts(round: u32, pages: u64, dirty: u64, elapsed_s: u64) -> RoundFacts {
         bytes,
         same: 0,
         dirty,
+        next_leaves: None,
         acknowledged_in: Duration::from_millis(1),
         elapsed: Duration::from_secs(elapsed_s),
     }
@@ -102,6 +103,21 @@ fn pages_that_were_there_do_not_make_the_others_look_cheap() {
     let took = Duration::from_millis(100);
     let facts = RoundFacts { bytes: 4_096_000, same: 99_000, took, ..facts(1, 100_000, 1000, 1) };
     assert!(matches!(p.after_round(facts), Decision::Round(_)), "{p:?}");
+}
+
+#[test]
+fn auto_makes_no_round_of_pages_that_are_all_written_over_and_over() {
+    let left = |dirty, next_leaves| {
+        let mut p = Policy::new(Goals::default(), Mode::Auto);
+        p.after_round(RoundFacts { next_leaves, ..facts(1, 100_000, dirty, 1) })
+    };
+    assert!(matches!(left(30_000, None), Decision::Round(_)));
+    assert!(matches!(left(30_000, Some(15_000)), Decision::Round(_)));
+    assert!(matches!(left(30_000, Some(15_001)), Decision::PostCopy(_)));
+    assert!(matches!(left(60_000, Some(0)), Decision::PostCopy(_)));
+    // 3000 pages are 12 ms: what is left meets the goal.
+    assert!(matches!(left(3_000, Some(2_000)), Decision::SwitchOver(_)));
+    assert!(matches!(left(3_000, Some(1_000)), Decision::Round(_)));
 }
 
 /// A round of 1000 pages of 8 KiB each in a second, all of them sent; `dirty` pages are left.

@@ -407,6 +407,7 @@ impl Source {
                     bytes: *bytes,
                     same: *same,
                     dirty: 0,
+                    next_leaves: None,
                     acknowledged_in: now.saturating_sub(*sent),
                     elapsed: now,
                 };
@@ -459,8 +460,10 @@ impl Source {
     }
 
     fn decide(&mut self, now: Duration, facts: RoundFacts) {
-        let facts = RoundFacts { dirty: self.pending.len(), elapsed: now, ..facts };
         let slowed = self.policy.slowed();
+        let dirty = self.pending.len();
+        let next_leaves = self.sampled.as_ref().map(|sampled| sampled.left_by(dirty, slowed));
+        let facts = RoundFacts { dirty, next_leaves, elapsed: now, ..facts };
         let decision = self.policy.after_round(facts);
         self.tell(Progress::RoundDone {
             facts,
