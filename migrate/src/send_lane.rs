@@ -225,7 +225,9 @@ impl<'a> Sender<'a> {
                 self.put(frame, sink).await?;
             }
         }
-        let zeros = std::mem::take(&mut self.zeros);
+        let mut zeros = std::mem::take(&mut self.zeros);
+        // Of what comes last in a round, too.
+        zeros.sort_unstable_by_key(|run| run.start);
         for frame in zero_frames(round.number, &zeros) {
             self.put(frame, sink).await?;
         }
