@@ -231,7 +231,11 @@ fn a_flipped_byte_anywhere_in_memory_is_never_seen_by_a_guest_that_runs() {
     saved(&mut maker.busy_guest(), &here, None, false).unwrap();
     let end = Chain::open(&here, &[]).unwrap().manifest().memory.index_at;
     let (mut dice, mut found) = (Dice(std::process::id().into()), 0);
-    for _ in 0..12 {
+    // Most frames of a busy machine may have been followed by newer ones.
+    for tried in 0..200 {
+        if tried >= 12 && found > 0 {
+            break;
+        }
         // Behind the head, whose bytes are looked at when it is opened.
         let at = 32 + dice.below(end - 32);
         flip(&here, at);
