@@ -26,6 +26,8 @@ pub struct Sampled {
     pub round_trip: Duration,
     /// Pages that were written to at least once within each of these times, the longest last.
     pub written: Vec<(Duration, u64)>,
+    /// Pages around those, which are taken to be written to alike.
+    pub around: u64,
 }
 
 /// What a move is expected to come to.
@@ -96,6 +98,15 @@ impl Sampled {
         whole(share * again + (1.0 - share) * all)
     }
 
+    /// How many pages `policy` leaves out of the first round, all of them around what is written.
+    pub(crate) fn left_out(&self, policy: &Policy) -> u64 {
+        let next = self.left_by(self.around, policy.slowed());
+        match self.around < self.pages && policy.leaves_out(self.around, next) {
+            true => self.around,
+            false => 0,
+        }
+    }
+
     /// What comes of `goals` by `mode`, to a destination that takes pages after the hand-over unless it has a reason not
     /// to.
     pub fn forecast(&self, goals: Goals, mode: Mode, no_post_copy: Option<&str>) -> Forecast {
@@ -116,13 +127,18 @@ impl Sampled {
         }
         let least = OVERHEAD.saturating_add(self.round_trip);
         let mut pages = self.pages as f64;
+        let mut left_out = self.left_out(&policy);
         if policy.mode() == Mode::PostCopy {
             (told.total, told.downtime) = (least, least);
             return self.fetched(told, goals, pages);
         }
         loop {
+            pages -= left_out as f64;
             let (bytes, took) = self.sent(pages);
-            let dirty = self.left_by(whole(pages), policy.slowed());
+            let dirty = match std::mem::take(&mut left_out) {
+                0 => self.left_by(whole(pages), policy.slowed()),
+                left_out => left_out,
+            };
             told.total = told.total.saturating_add(took);
             told.bytes = told.bytes.saturating_add(whole(bytes));
             told.rounds += 1;
@@ -220,6 +236,7 @@ mod tests {
             bytes_per_page: 2048.0,
             round_trip: MS(1),
             written: written.iter().map(|&(ms, pages)| (MS(ms), pages)).collect(),
+            around: 0,
         }
     }
 
@@ -297,6 +314,25 @@ mod tests {
         assert!(s.forecast(goals, Mode::Hybrid, Some("no userfaultfd")).misses.is_some());
         let none = s.forecast(goals, Mode::Auto, Some("no userfaultfd"));
         assert!(none.mode == Mode::PreCopy && none.misses.is_some(), "{none:?}");
+    }
+
+    #[test]
+    fn what_a_round_would_send_in_vain_is_sent_once() {
+        // 5000 pages, all of them written every 10 ms, in 8192 around them.
+        let s = sampled(&[(100, 5000), (200, 5000)]);
+        let around = Sampled { around: 8192, ..s.clone() };
+        let bytes = |s: &Sampled, mode| s.forecast(Goals::default(), mode, None).bytes;
+        for mode in [Mode::Auto, Mode::Hybrid] {
+            assert_eq!(bytes(&around, mode), around.pages * 2048, "{mode:?}");
+            assert!(bytes(&s, mode) > s.pages * 2048, "{mode:?}");
+        }
+        // Nor left out where nothing can be sent later, or where nothing else is to be sent, or where a round pays.
+        let policy = |mode| Policy::new(Goals::default(), mode);
+        assert_eq!(around.left_out(&policy(Mode::PreCopy)), 0);
+        let all = Sampled { around: s.pages, ..s };
+        assert_eq!(all.left_out(&policy(Mode::Auto)), 0);
+        let calm = Sampled { around: 8192, ..sampled(&[(100, 100), (200, 200)]) };
+        assert_eq!(calm.left_out(&policy(Mode::Auto)), 0);
     }
 
     #[test]

@@ -364,6 +364,13 @@ impl Policy {
         ((1.0 - part * carries / dirties) * 100.0).ceil().clamp(0.0, 100.0) as u8
     }
 
+    /// Whether `pages` that the guest writes to are left out of the first round: one of them would leave so many of them
+    /// that it would not pay, and they can go after the hand-over, once.
+    pub(crate) fn leaves_out(&self, pages: u64, next_leaves: u64) -> bool {
+        matches!(self.mode, Mode::Auto | Mode::Hybrid)
+            && next_leaves as f64 > PAYS_AUTO * pages as f64
+    }
+
     /// Takes a round's facts and decides.
     pub fn after_round(&mut self, facts: RoundFacts) -> Decision {
         let last = self.dirty;

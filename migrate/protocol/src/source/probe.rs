@@ -23,6 +23,8 @@ const STEADY: f64 = 1.25;
 /// How long the guest is looked at, and how often at least, where nothing else is to be done.
 const LOOK: Duration = Duration::from_millis(200);
 const LOOKS: u32 = 4;
+/// Frames that are taken to be written to alike: 2 MiB.
+const ALIKE: u64 = 512;
 /// Neighbours that are sampled together.
 const TOGETHER: u64 = 16;
 
@@ -135,7 +137,12 @@ impl Source {
         }
         // Then that was the first round.
         let round = facts.filter(|_| probe.all);
-        self.sampled = self.probe.take().map(|probe| probe.sampled);
+        let Some(Probe { mut sampled, written, .. }) = self.probe.take() else { return };
+        let mut around = around(&written);
+        around.intersect_with(&self.pending);
+        sampled.around = around.len();
+        let leave_out = sampled.left_out(&self.policy) > 0;
+        self.sampled = Some(sampled);
         if self.look == Look::Only {
             self.abort("it was looked at only (ferry preflight); it has not left its host");
             return self.finish(Outcome::Cancelled);
@@ -144,9 +151,25 @@ impl Source {
         self.tell(Progress::Sampled);
         match round {
             Some(facts) => self.decide(now, facts),
+            // Still a debt, and sent with what is dirty after the round.
+            None if leave_out => {
+                self.pending.subtract(&around);
+                self.begin_move(now);
+                self.pending.union_with(&around);
+            }
             None => self.begin_move(now),
         }
     }
+}
+
+/// Memory that `written` lies in.
+fn around(written: &PageSet) -> PageSet {
+    let mut around = PageSet::new();
+    for run in written.runs() {
+        let from = run.start - run.start % ALIKE;
+        around.insert_run(Run::new(from, run.end().next_multiple_of(ALIKE) - from));
+    }
+    around
 }
 
 /// About `count` of `pages`, in small runs from all over them.
